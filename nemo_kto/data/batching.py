@@ -1,0 +1,183 @@
+"""Samples -> one rank's share of a global batch -> packed rows, the form the model works on.
+
+A packed row is whole documents (prompt + response) laid end to end without padding; attention stays within a document
+and positions restart at each one.
+
+Shapes: `n` samples of this rank, `d` documents in a row, `T` tokens in a row, `R` response tokens in a row,
+`p` / `r` tokens of one prompt / response.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nemo_kto.data.sampling import PairIndex
+from nemo_kto.data.tokenization import TokenizedSample
+
+Document = tuple[Tensor, Tensor]
+"""(prompt [p], response [r]), both int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One micro-batch.
+
+    Attributes:
+        tokens: [T] int64 token ids.
+        position_ids: [T] int64, counted from 0 within each document.
+        cu_seqlens: [d+1] int32, where each document starts, and T.
+        max_seqlen: Tokens of the longest document.
+        response_positions: [R] int64, for each response token the place in the row of the token before it, whose
+            hidden state predicts it.
+        response_tokens: [R] int64, the response tokens' ids.
+        document_ids: [R] int64, the document (0 to d-1) each response token belongs to.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    response_positions: Tensor
+    response_tokens: Tensor
+    document_ids: Tensor
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the row."""
+        return self.cu_seqlens.numel() - 1
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The row with every tensor on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            position_ids=self.position_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            response_positions=self.response_positions.to(device),
+            response_tokens=self.response_tokens.to(device),
+            document_ids=self.document_ids.to(device),
+        )
+
+
+def pack_documents(documents: Sequence[Document]) -> PackedRow:
+    """Lays documents end to end.
+
+    Args:
+        documents: At least one (prompt [p >= 1], response [r >= 1]).
+
+    Example:
+        Prompts [1 2] and [5], responses [3] and [6 7] give tokens [1 2 3 5 6 7], position_ids [0 1 2 0 1 2],
+        cu_seqlens [0 3 6], response_positions [1 3 4], response_tokens [3 6 7], document_ids [0 1 1].
+    """
+    assert documents, "a packed row needs at least one document"
+    prompt_lengths = [prompt.numel() for prompt, _ in documents]
+    response_lengths = [response.numel() for _, response in documents]
+    assert min(prompt_lengths) > 0 and min(response_lengths) > 0, (prompt_lengths, response_lengths)
+    lengths = [p + r for p, r in zip(prompt_lengths, response_lengths, strict=True)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    positions = [
+        torch.arange(start + p - 1, start + p - 1 + r)
+        for start, p, r in zip(cu_seqlens.tolist(), prompt_lengths, response_lengths, strict=False)
+    ]
+    return PackedRow(
+        tokens=torch.cat([part for document in documents for part in document]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(lengths),
+        response_positions=torch.cat(positions),
+        response_tokens=torch.cat([response for _, response in documents]),
+        document_ids=torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(response_lengths)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KTOItem:
+    """One place of a batch: a sample and the response that joins its prompt in the KL set.
+
+    Attributes:
+        prompt: [p] int64.
+        response: [r] int64.
+        kl_response: [k] int64, the response of another sample.
+        desirable: True for thumbs up.
+        weight: 1 for a sample that counts, 0 for one that only fills a place.
+    """
+
+    prompt: Tensor
+    response: Tensor
+    kl_response: Tensor
+    desirable: bool
+    weight: float
+
+
+class KTODataset(Dataset[KTOItem]):
+    """Tokenised samples, looked up by the pairs that the samplers deal.
+
+    A prompt and the response of another sample can together exceed the length that each sample keeps to on its own.
+    Such a KL response is cut at the end to `max_length`, because the model is not defined beyond; samples are never
+    cut.
+    """
+
+    def __init__(self, samples: Sequence[TokenizedSample], *, max_length: int | None = None) -> None:
+        """Keeps the samples; `max_length` is the limit they were tokenised with (None: KL responses are not cut)."""
+        self._samples = samples
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def __getitem__(self, index: PairIndex) -> KTOItem:
+        """The sample and its KL response."""
+        sample = self._samples[index.sample]
+        kl_response = self._samples[index.kl].response
+        if self._max_length is not None:
+            kl_response = kl_response[: self._max_length - sample.prompt.numel()]
+        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class KTOBatch:
+    """One rank's share of one global batch.
+
+    Attributes:
+        samples: n (prompt, response).
+        kl_samples: n (prompt, response of another sample), in the same order.
+        desirable: [n] bool.
+        weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
+    """
+
+    samples: list[Document]
+    kl_samples: list[Document]
+    desirable: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
+        """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
+        return replace(self, desirable=self.desirable.to(device), weights=self.weights.to(device))
+
+    def sample_rows(self, micro_batch_size: int) -> list[PackedRow]:
+        """The samples as packed rows of `micro_batch_size` consecutive documents (the last may hold fewer)."""
+        return _rows(self.samples, micro_batch_size)
+
+    def kl_rows(self, micro_batch_size: int) -> list[PackedRow]:
+        """The KL set as packed rows of `micro_batch_size` consecutive documents (the last may hold fewer)."""
+        return _rows(self.kl_samples, micro_batch_size)
+
+
+def collate_pairs(items: Sequence[KTOItem]) -> KTOBatch:
+    """Joins the items of a batch; the `collate_fn` for DataLoader."""
+    return KTOBatch(
+        samples=[(item.prompt, item.response) for item in items],
+        kl_samples=[(item.prompt, item.kl_response) for item in items],
+        desirable=torch.tensor([item.desirable for item in items], dtype=torch.bool),
+        weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
+    )
+
+
+def _rows(documents: list[Document], micro_batch_size: int) -> list[PackedRow]:
+    starts = range(0, len(documents), micro_batch_size)
+    return [pack_documents(documents[start : start + micro_batch_size]) for start in starts]

@@ -1,0 +1,207 @@
+"""Which samples form a global batch, in what order, and which response each prompt is paired with for the KL set.
+
+Everything here depends on the data, the seed and the global batch size only. The layout enters at the very end, where
+a rank takes its share of a global batch that is already fixed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from nemo_kto.errors import ConfigError, DataError
+
+
+class PairIndex(NamedTuple):
+    """What one place in a batch holds.
+
+    Attributes:
+        sample: Index of the record.
+        kl: Index of the record whose response joins the sample's prompt in the KL set.
+        weight: 1 for a sample that counts, 0 for one that only fills a place.
+    """
+
+    sample: int
+    kl: int
+    weight: float = 1.0
+
+
+def mismatch_permutation(prompt_keys: Sequence[int]) -> list[int]:
+    """Deals the responses of a batch to other prompts: response `p[i]` joins prompt `i`.
+
+    The KL term of KTO (arXiv 2402.01306) is estimated from prompts paired with responses that were given to
+    other prompts. Every response is used exactly once, so the KL set has the same responses as the batch. The rule is
+    the next sample, `p[i] = (i + 1) % n`. Where that is another response to the same prompt (data made from preference
+    pairs puts the two side by side), it is exchanged with the nearest later one for which the exchange leaves neither
+    prompt with a response of its own.
+
+    The exchanges always reach the least possible number of meetings. Take a prompt that `m` of the `n` samples share,
+    `c` of which meet a response of their own prompt. A partner for an exchange is any place whose prompt and
+    response are both of other prompts; at most `2 * m - c` places are not, so one exists while `c > 2 * m - n`. And
+    `2 * m - n` meetings cannot be avoided, because only `n - m` responses come from other prompts. For `n > 1`
+    no sample keeps its own response: the first rule never does that, and an exchange only brings together different
+    prompts.
+
+    Args:
+        prompt_keys: [n] a number per sample, equal for samples of the same prompt.
+
+    Returns:
+        A permutation of `range(n)`.
+    """
+    n = len(prompt_keys)
+    partner = [(i + 1) % n for i in range(n)]
+    meetings = Counter(prompt_keys[i] for i in range(n) if prompt_keys[partner[i]] == prompt_keys[i])
+    unavoidable = {key: max(0, 2 * size - n) for key, size in Counter(prompt_keys).items()}
+    for i in range(n):
+        key = prompt_keys[i]
+        if prompt_keys[partner[i]] != key or meetings[key] <= unavoidable[key]:
+            continue
+        j = (i + 1) % n
+        while key in (prompt_keys[j], prompt_keys[partner[j]]):
+            j = (j + 1) % n
+        if prompt_keys[partner[j]] == prompt_keys[j]:
+            meetings[prompt_keys[j]] -= 1
+        partner[i], partner[j] = partner[j], partner[i]
+        meetings[key] -= 1
+    return partner
+
+
+def epoch_length(num_samples: int, global_batch_size: int) -> int:
+    """Whole global batches in one pass over the training data.
+
+    Raises:
+        DataError: There are fewer samples than one global batch needs.
+    """
+    if num_samples < global_batch_size:
+        raise DataError(
+            f"The training data has {num_samples} usable records, fewer than one global batch of {global_batch_size}; "
+            "add data or lower global_batch_size."
+        )
+    return num_samples // global_batch_size
+
+
+class GlobalBatchSampler(Sampler[list[PairIndex]]):
+    """Deals one rank's share of every global batch of a run, epoch after epoch; a `batch_sampler` for DataLoader.
+
+    What a step trains on is a function of (data, seed, step), so it is the same for every number of ranks and for a run that
+    was resumed. Rank `d` of `D` takes the `d`-th of `D` equal consecutive parts: the ranks' parts joined in order are the
+    global batch. What remains after the last whole batch of an epoch is left out of that epoch (with shuffling, other
+    samples each time).
+    """
+
+    def __init__(
+        self,
+        prompt_keys: Sequence[int],
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        shuffle: bool,
+        num_steps: int,
+        steps_per_epoch: int | None = None,
+        start_step: Callable[[], int] = int,
+    ) -> None:
+        """Checks the sizes; reads nothing yet.
+
+        Args:
+            prompt_keys: `TokenizedSample.prompt_key` of every sample of the data set.
+            global_batch_size: Samples per step over all ranks.
+            dp_rank: This rank's place among the data-parallel ranks.
+            dp_size: Number of data-parallel ranks.
+            seed: Non-negative seed of the order.
+            shuffle: False keeps the order of the data in every epoch.
+            num_steps: Steps of the whole run.
+            steps_per_epoch: Steps after which the next epoch begins; None for all whole batches of the data.
+            start_step: Returns the number of steps taken before; asked when iteration starts. A resumed run goes on there.
+
+        Raises:
+            DataError: Fewer samples than a global batch.
+            ConfigError: The global batch cannot be dealt evenly.
+        """
+        self._prompt_keys = prompt_keys
+        self._global_batch_size = global_batch_size
+        self._share = _rank_share(global_batch_size, dp_rank, dp_size)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._num_steps = num_steps
+        whole = epoch_length(len(prompt_keys), global_batch_size)
+        self._steps_per_epoch = whole if steps_per_epoch is None else steps_per_epoch
+        assert 0 < self._steps_per_epoch <= whole, (steps_per_epoch, whole)
+        self._start_step = start_step
+
+    def __len__(self) -> int:
+        """Steps of the whole run, whatever the position."""
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[list[PairIndex]]:
+        """Yields the rest of the run: from `start_step()` to its end."""
+        order: list[int] = []
+        ordered_epoch = None
+        for step in range(self._start_step(), self._num_steps):
+            epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
+            if epoch != ordered_epoch:
+                order, ordered_epoch = self._epoch_order(epoch), epoch
+            start = step_in_epoch * self._global_batch_size
+            batch = order[start : start + self._global_batch_size]
+            yield _pair_up(batch, self._prompt_keys)[self._share]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        num_samples = len(self._prompt_keys)
+        if not self._shuffle:
+            return list(range(num_samples))
+        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(num_samples).tolist()
+        return order
+
+
+class ValidationBatchSampler(Sampler[list[PairIndex]]):
+    """Deals one rank's share of batches that hold every sample exactly once, in the order of the data.
+
+    `N` samples make `ceil(N / global_batch_size)` batches whose numbers of real samples differ by at most one (a last
+    batch of a single sample would have no other prompt to pair with). Each is filled up to `global_batch_size` places
+    with repeats of its first pair at weight 0, so that every rank gets the same number.
+    """
+
+    def __init__(self, prompt_keys: Sequence[int], *, global_batch_size: int, dp_rank: int, dp_size: int) -> None:
+        """Checks the sizes; the arguments are those of `GlobalBatchSampler`.
+
+        Raises:
+            ConfigError: The global batch cannot be dealt evenly.
+        """
+        self._prompt_keys = prompt_keys
+        self._global_batch_size = global_batch_size
+        self._share = _rank_share(global_batch_size, dp_rank, dp_size)
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return -(-len(self._prompt_keys) // self._global_batch_size)
+
+    def __iter__(self) -> Iterator[list[PairIndex]]:
+        """Yields every batch of one pass."""
+        num_samples, num_batches = len(self._prompt_keys), len(self)
+        for step in range(num_batches):
+            start, end = step * num_samples // num_batches, (step + 1) * num_samples // num_batches
+            pairs = _pair_up(range(start, end), self._prompt_keys)
+            filler = pairs[0]._replace(weight=0.0)
+            pairs += [filler] * (self._global_batch_size - len(pairs))
+            yield pairs[self._share]
+
+
+def _rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
+    """The part of a global batch that belongs to a rank."""
+    if global_batch_size % dp_size:
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} is not divisible by the data-parallel size {dp_size}; "
+            "every rank must get the same number of samples."
+        )
+    assert 0 <= dp_rank < dp_size, f"dp_rank {dp_rank} is not in [0, {dp_size})"
+    per_rank = global_batch_size // dp_size
+    return slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+
+
+def _pair_up(indices: Sequence[int], prompt_keys: Sequence[int]) -> list[PairIndex]:
+    """Pairs the samples of one global batch by the mismatch permutation."""
+    partner = mismatch_permutation([prompt_keys[index] for index in indices])
+    return [PairIndex(index, indices[partner[i]]) for i, index in enumerate(indices)]

@@ -1,0 +1,1 @@
+"""Megatron models, their Hugging Face weights, the reference policy and the KTO model."""

@@ -1,0 +1,83 @@
+"""From a run, or one of its checkpoints, to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nemo_kto.errors import CheckpointError
+from nemo_kto.models.gpt import build_gpt, load_hf_config
+from nemo_kto.models.hf_weights import export_hf
+from nemo_kto.runtime import cpu_megatron, parallel
+from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".msgpack", ".h5")
+
+
+def write_source_folder(
+    folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, original: Path | None
+) -> None:
+    """Keep in `folder` what an exported model needs besides weights: configuration, tokenizer, chat template.
+
+    Args:
+        folder: Where to write; replaced if it is there.
+        hf_config: The model's configuration.
+        tokenizer: The tokenizer the run uses.
+        original: The Hugging Face folder training starts from, whose small files are kept byte by byte; None for a model
+            with random weights.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if original is not None:
+        for file in original.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+                shutil.copy(file, folder / file.name)
+    else:
+        hf_config.save_pretrained(folder)
+    if original is None or str(original) != tokenizer.name_or_path:
+        tokenizer.save_pretrained(folder)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Write the weights of a checkpoint, saved under any layout, as a Hugging Face folder, in this one process.
+
+    Args:
+        checkpoint: A checkpoint folder of a run (`<log dir>/checkpoints/<name>`).
+        folder: Folder to create.
+
+    Raises:
+        CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty.
+    """
+    source = checkpoint / SOURCE_FOLDER
+    if not is_finished(checkpoint) or not source.is_dir():
+        raise CheckpointError(
+            f"{checkpoint} is not a finished nemo_kto checkpoint. Name one of the folders in <log dir>/checkpoints."
+        )
+    if not torch.cuda.is_available():
+        cpu_megatron.enable_cpu()
+    hf_config = load_hf_config(source)
+    with tempfile.TemporaryDirectory() as rendezvous:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
+        try:
+            _export(checkpoint, folder, hf_config)
+        finally:
+            parallel.destroy()
+
+
+def _export(checkpoint: Path, folder: Path, hf_config: PretrainedConfig) -> None:
+    layout = parallel.Layout(world_size=1)
+    parallel.initialize(layout, seed=0)
+    model = build_gpt(
+        hf_config, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, pre_process=True, post_process=True
+    )
+    loaded = ShardedCheckpointIO().load_checkpoint(
+        checkpoint, sharded_state_dict={"state_dict": model.sharded_state_dict()}
+    )
+    model.load_state_dict(loaded["state_dict"])
+    export_hf(model, hf_config, folder, tokenizer_folder=checkpoint / SOURCE_FOLDER)

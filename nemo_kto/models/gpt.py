@@ -1,0 +1,337 @@
+"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Qwen2 and Qwen3.
+
+Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
+from nemo_kto.runtime.attention import DocumentAttention
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class KTOGPTModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last stage returns hidden states: the output layer is applied at response positions only.
+
+    The output layer's weight stays an ordinary parameter of the model, so Megatron's gradient hooks, the exchange of tied
+    embedding gradients between the first and the last stage and sharded checkpoints are untouched.
+
+    Attributes:
+        vocab_size: Number of real tokens; rows of the output weight from there on are padding.
+        padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+    """
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.padded_vocab_size: int = self.vocab_size
+        self.vocab_size = real_vocab_size
+
+    def output_weight(self) -> torch.nn.Parameter:
+        """Return this rank's shard `[v/t, h]` of the output layer's weight, shared with the embedding if tied."""
+        assert self.post_process, "only the last pipeline stage has an output layer"
+        if self.share_embeddings_and_output_weights:
+            shared: torch.nn.Parameter = self.shared_embedding_or_output_weight()
+            return shared
+        weight: torch.nn.Parameter = self.output_layer.weight
+        return weight
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the hidden states `[T, 1, h]`, after the final norm on the last stage."""
+        return hidden_states
+
+
+def load_hf_config(path: str | Path) -> PretrainedConfig:
+    """Return the configuration of the Hugging Face model in folder `path`, checked for what Megatron can express.
+
+    Raises:
+        CheckpointError: `path` is not a folder with a readable `config.json`.
+        ConfigError: The model is of an unsupported architecture or uses an unsupported feature.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json. Name the folder of a Hugging Face model.")
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
+    _check_model_type(model_type, file)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
+    check_hf_config(config)
+    return config
+
+
+def check_hf_config(config: PretrainedConfig) -> None:
+    """Raise a ConfigError that names the field when Megatron-Core cannot express the model of `config`."""
+    source = getattr(config, "name_or_path", "") or "the model's configuration"
+    _check_model_type(config.model_type, source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
+    unsupported = {
+        "attention_bias": bool(getattr(config, "attention_bias", False)),  # biased o_proj: no Megatron field
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "hidden_act": config.hidden_act != "silu",
+        "rope_parameters.rope_type": rope_parameters(config).get("rope_type", "default") not in _SUPPORTED_ROPE_TYPES,
+        "partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    for field, found in unsupported.items():
+        if found:
+            value = getattr(config, field.split(".")[0], None)
+            raise ConfigError(
+                f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
+                f"output and feed-forward biases, hidden_act=silu and rope types {', '.join(_SUPPORTED_ROPE_TYPES)}."
+            )
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the rotary embedding's parameters; transformers 4 kept them in `rope_scaling` and `rope_theta`."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", 10000.0), **found}
+
+
+def hf_config_from_sizes(
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int | None,
+    vocab_size: int,
+    max_position_embeddings: int,
+    kv_channels: int | None = None,
+    rotary_base: float = 10000.0,
+    layernorm_epsilon: float = 1e-5,
+    share_embeddings_and_output_weights: bool = False,
+) -> PretrainedConfig:
+    """Return the Llama configuration of a model given by sizes, so that it takes every later step of a loaded one.
+
+    Args:
+        num_layers: Number of transformer layers.
+        hidden_size: Channels of the hidden states.
+        ffn_hidden_size: Channels inside the feed-forward layers.
+        num_attention_heads: Query heads.
+        num_query_groups: Key/value heads; None for one per query head.
+        vocab_size: Number of tokens, unpadded.
+        max_position_embeddings: Longest document, in tokens.
+        kv_channels: Channels of a head; None for hidden_size / num_attention_heads.
+        rotary_base: Base of the rotary embedding's wavelengths.
+        layernorm_epsilon: Epsilon of the RMS norms.
+        share_embeddings_and_output_weights: Whether the output layer is the embedding.
+    """
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_query_groups or num_attention_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        head_dim=kv_channels or hidden_size // num_attention_heads,
+        rope_theta=rotary_base,
+        rms_norm_eps=layernorm_epsilon,
+        tie_word_embeddings=share_embeddings_and_output_weights,
+    )
+
+
+def build_gpt(
+    hf_config: PretrainedConfig,
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    pre_process: bool,
+    post_process: bool,
+    transformer_impl: str = "auto",
+    vocab_pad_multiple: int = 128,
+    params_dtype: torch.dtype = torch.float32,
+) -> KTOGPTModel:
+    """Return this rank's part of the model, on the current device, with uninitialised weights.
+
+    Megatron's process groups must exist. Fill the weights with `import_hf`, `initialize_weights` or a checkpoint.
+    Dropout is off whatever `hf_config` says: policy and reference must score alike.
+
+    Args:
+        hf_config: Configuration of the model, from `load_hf_config` or `hf_config_from_sizes`.
+        tensor_model_parallel_size: Ranks that share each layer.
+        pipeline_model_parallel_size: Stages the layers are divided into, evenly.
+        pre_process: Whether this stage holds the embedding.
+        post_process: Whether this stage holds the final norm and the output layer.
+        transformer_impl: `transformer_engine`, `local` (torch's kernels), or `auto`: the first on CUDA where
+            Transformer Engine can be imported, else the second.
+        vocab_pad_multiple: The vocabulary is padded to a multiple of this, the same for every layout.
+        params_dtype: Dtype of parameters and activations.
+
+    Raises:
+        ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
+    """
+    check_hf_config(hf_config)
+    padded_vocab_size = padded_vocabulary(
+        hf_config.vocab_size, multiple=vocab_pad_multiple, tensor_model_parallel_size=tensor_model_parallel_size
+    )
+    config = TransformerConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        **_architecture(hf_config),
+        **_execution(),
+    )
+    rope = rope_parameters(hf_config)
+    model = KTOGPTModel(
+        config,
+        _block_spec(config, transformer_impl),
+        vocab_size=padded_vocab_size,
+        real_vocab_size=hf_config.vocab_size,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        position_embedding_type="rope",
+        rotary_base=rope["rope_theta"],
+        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+    )
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default":
+        # Megatron knows Llama 3's scaling with one set of parameters only; the frequencies say everything
+        model.rotary_pos_emb.inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
+
+
+def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_size: int) -> int:
+    """Return `vocab_size` rounded up to `multiple`; a ConfigError if the tensor-parallel ranks cannot share that."""
+    padded = -(-vocab_size // multiple) * multiple
+    if padded % tensor_model_parallel_size:
+        raise ConfigError(
+            f"The vocabulary of {vocab_size} tokens, padded to {padded} (model.make_vocab_size_divisible_by={multiple}), "
+            f"cannot be divided by model.tensor_model_parallel_size={tensor_model_parallel_size}. "
+            f"Set make_vocab_size_divisible_by to a multiple of {tensor_model_parallel_size}."
+        )
+    return padded
+
+
+@torch.no_grad()
+def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
+    """Fill the weights with random numbers that depend on `seed` only, never on the layout.
+
+    Matrices are normal with mean 0 and standard deviation `std`, norms one, biases and padding rows zero. Each full
+    tensor is drawn in float32 from a generator of its own, seeded by (`seed`, its name), and sliced: one at a time.
+    """
+    rules = rules_for(model)
+    for leaf in sharded_leaves(model):
+        layout = match(rules, leaf.key).layout
+        if len(leaf.global_shape) == 1:
+            leaf.data.fill_(0.0 if leaf.key.endswith("bias") else 1.0)
+            continue
+        digest = hashlib.blake2b(f"{seed}:{leaf.key}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32).mul_(std)
+        if isinstance(layout, PaddedVocab):
+            full[layout.vocab_size :] = 0.0
+        leaf.data.copy_(full[leaf.region])
+
+
+def _check_model_type(model_type: str | None, source: str | Path) -> None:
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            f"{source}: the architecture {model_type!r} is not supported. "
+            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+
+
+def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say what the model computes."""
+    heads = hf.num_attention_heads
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": heads,
+        "num_query_groups": getattr(hf, "num_key_value_heads", None) or heads,
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": hf.model_type == "qwen2",
+        "qk_layernorm": hf.model_type == "qwen3",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **_sliding_window(hf),
+    }
+
+
+def _sliding_window(hf: PretrainedConfig) -> dict[str, Any]:
+    size = getattr(hf, "sliding_window", None)
+    if not size or not getattr(hf, "use_sliding_window", True):
+        return {}
+    # Hugging Face counts the token itself among the `size` visible ones, Megatron only those before it
+    fields: dict[str, Any] = {"window_size": (size - 1, 0)}
+    layer_types = getattr(hf, "layer_types", None)
+    if layer_types:
+        fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in layer_types]
+    return fields
+
+
+def _execution() -> dict[str, Any]:
+    """Return the TransformerConfig fields that say how it is computed."""
+    on_cuda = torch.cuda.is_available()
+    return {
+        "variable_seq_lengths": True,  # packed rows differ in length
+        "moe_token_dispatcher_type": "alltoall",  # Megatron insists on it with variable lengths, experts or not
+        "batch_p2p_comm": on_cuda,  # gloo has no batched exchange
+        "use_cpu_initialization": not on_cuda,
+        "perform_initialization": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+    }
+
+
+def _block_spec(config: TransformerConfig, transformer_impl: str) -> TransformerBlockSubmodules:
+    """Return the layers of one pipeline stage."""
+    if _use_transformer_engine(transformer_impl):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
+    else:
+        layer = gpt_layer_specs.get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
+        layer.submodules.self_attention.submodules.core_attention = DocumentAttention
+        norm = WrappedTorchNorm
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _use_transformer_engine(transformer_impl: str) -> bool:
+    available = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    if transformer_impl == "transformer_engine" and not available:
+        missing = "a CUDA device" if gpt_layer_specs.HAVE_TE else "the package transformer_engine"
+        raise ConfigError(f"model.transformer_impl=transformer_engine needs {missing}. Use auto or local.")
+    if transformer_impl not in ("auto", "local", "transformer_engine"):
+        raise ConfigError(
+            f"model.transformer_impl={transformer_impl} is unknown. Use auto, local or transformer_engine."
+        )
+    return available and transformer_impl != "local"

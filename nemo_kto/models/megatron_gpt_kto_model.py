@@ -1,0 +1,269 @@
+"""MegatronGPTKTOModel: Kahneman-Tversky Optimization of a Megatron GPT model from binary feedback.
+
+One Lightning step is one global batch (KTO, arXiv 2402.01306, section 4.1):
+
+1. the policy scores the KL set (each prompt with another sample's response), forward only;
+2. the reference scores the KL set and the samples, forward only, in the live model (`models/reference.py`);
+3. the baseline z is formed from all data-parallel ranks;
+4. Megatron's 1F1B schedule scores the samples again, with gradients, and the optimizer steps.
+
+Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from transformers import PretrainedConfig
+
+from nemo_kto.algorithms.losses import KTOLossOutput, kl_baseline, kto_loss, sample_coefficients
+from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
+from nemo_kto.config import KTOConfig
+from nemo_kto.data.batching import KTOBatch, PackedRow
+from nemo_kto.models.gpt import build_gpt, initialize_weights
+from nemo_kto.models.hf_weights import import_hf
+from nemo_kto.models.kto_step import RowScorer
+from nemo_kto.models.reference import ReferencePolicy, make_reference
+from nemo_kto.runtime import parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What one loss needs to know of the whole global batch.
+
+    Attributes:
+        ref_logps: `[n]` float32, the reference's log-probs of this rank's samples.
+        kl_estimate: `[n]` float32, the clamped baseline z of each sample (one value under `kl_scope=global_batch`).
+        coefficients: `[n]` float32, what each sample's loss is multiplied with before the global sum.
+    """
+
+    ref_logps: torch.Tensor
+    kl_estimate: torch.Tensor
+    coefficients: torch.Tensor
+
+
+class MegatronGPTKTOModel(LightningModule):
+    """KTO on Megatron-Core; manual optimization, one global batch a step.
+
+    Args:
+        config: The whole configuration of the run.
+        hf_config: Hugging Face configuration of the model to build.
+        steps_per_epoch: Steps of one pass over the training data.
+    """
+
+    def __init__(self, config: KTOConfig, hf_config: PretrainedConfig, *, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.kto = config.model.kto
+        self.hf_config = hf_config
+        self.steps_per_epoch = steps_per_epoch
+        self.model: Any = None
+        self.reference: ReferencePolicy | None = None
+        self._validation_sums = MetricSums()
+
+    # model
+
+    def configure_model(self) -> None:
+        """Build this rank's part of the model, load its weights and keep them as the reference; collective."""
+        if self.model is not None:
+            return
+        model, place = self.config.model, parallel.position()
+        self.model = build_gpt(
+            self.hf_config,
+            tensor_model_parallel_size=model.tensor_model_parallel_size,
+            pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+            transformer_impl=model.transformer_impl,
+            vocab_pad_multiple=model.make_vocab_size_divisible_by,
+            pre_process=place.is_first_stage,
+            post_process=place.is_last_stage,
+        )
+        folder = self.config.pretrained_checkpoint.restore_from_path
+        if folder is None:
+            initialize_weights(self.model, seed=model.seed, std=model.init_method_std)
+        else:
+            import_hf(self.model, Path(folder))
+        self.model.to(self.trainer.strategy.root_device)
+        self.reference = make_reference(self.kto.reference.mode, self.model)
+
+    def setup(self, stage: str) -> None:
+        """Tell the data which share of each batch this process trains on, and where a resumed run stands."""
+        place = parallel.position()
+        self.trainer.datamodule.set_position(  # type: ignore[attr-defined]
+            dp_rank=place.dp_rank,
+            dp_size=place.dp_size,
+            num_steps=self.trainer.max_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            start_step=lambda: self.trainer.global_step,
+        )
+
+    def configure_optimizers(self) -> None:
+        """Present because Lightning insists on it; MegatronStrategy makes the optimizer."""
+
+    def _scorer(self) -> RowScorer:
+        return RowScorer(model=self.model, place=parallel.position(), average=self.kto.preference_average_log_probs)
+
+    @property
+    def _kl_micro_batch_size(self) -> int:
+        return self.kto.log_prob_forward_micro_batch_size or self.config.model.micro_batch_size
+
+    # training
+
+    def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
+        """Take one optimizer step on this rank's share of a global batch."""
+        started = time.perf_counter()
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        self.model.zero_grad_buffer()
+        optimizer.zero_grad()
+
+        scorer = self._scorer()
+        rows = batch.sample_rows(self.config.model.micro_batch_size)
+        baseline = self._baseline(scorer, batch, rows)
+        logps = scorer.train(rows, partial(self._micro_batch_loss, batch, baseline))
+        learning_rate = optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = optimizer.step()
+        scheduler.step(increment=1)
+
+        sums = MetricSums(self.device)
+        self._add_metrics(sums, batch, baseline, logps)
+        sums.reduce_()
+        metrics = sums.means()
+        seconds = time.perf_counter() - started
+        metrics |= {
+            "grad_norm": float(grad_norm),
+            "lr": learning_rate,
+            "epoch": self.trainer.global_step / self.steps_per_epoch,
+            "consumed_samples": float((self.trainer.global_step) * self.config.model.global_batch_size),
+            "tokens_per_second": metrics.pop("tokens") / seconds,
+            "step_time": seconds,
+        }
+        self._log("train", metrics)
+
+    def _micro_batch_loss(
+        self, batch: KTOBatch, baseline: Baseline | None, logps: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        """Return one micro-batch's share of the global batch's loss from its log-probs `[b]`; last stage only."""
+        assert baseline is not None
+        start = index * self.config.model.micro_batch_size
+        part = slice(start, start + len(logps))
+        output = self._kto_loss(logps - baseline.ref_logps[part], batch.desirable[part], baseline.kl_estimate[part])
+        return (output.losses * baseline.coefficients[part]).sum()
+
+    def _kto_loss(self, log_ratios: torch.Tensor, desirable: torch.Tensor, kl_estimate: torch.Tensor) -> KTOLossOutput:
+        return kto_loss(
+            log_ratios,
+            desirable,
+            kl_estimate,
+            beta=self.kto.ref_policy_kl_penalty,
+            desirable_weight=self.kto.desirable_loss_weight,
+            undesirable_weight=self.kto.undesirable_loss_weight,
+        )
+
+    # validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._validation_sums = MetricSums(self.device)
+
+    @torch.no_grad()
+    def validation_step(self, batch: KTOBatch, batch_idx: int) -> None:
+        """Score this rank's share of one validation batch; samples of weight zero leave no trace."""
+        scorer = self._scorer()
+        rows = batch.sample_rows(self.config.model.micro_batch_size)
+        baseline = self._baseline(scorer, batch, rows)
+        self._add_metrics(self._validation_sums, batch, baseline, scorer.score(rows))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all validation samples."""
+        self._validation_sums.reduce_()
+        metrics = self._validation_sums.means()
+        metrics.pop("tokens")
+        self._log("val", metrics)
+        self.log("val_loss", metrics["loss"], logger=False)  # NeMo's name, for the checkpoint callback's file names
+
+    # scores, baseline, metrics
+
+    @torch.no_grad()
+    def _baseline(self, scorer: RowScorer, batch: KTOBatch, sample_rows: list[PackedRow]) -> Baseline | None:
+        """Score the KL set with both policies and the samples with the reference; None except on the last stage.
+
+        The reference scores the very rows of the gradient pass, so that the log-ratio of an untrained policy is zero
+        to the last bit, whatever the micro-batch of the KL set.
+        """
+        assert self.reference is not None
+        kl_rows = batch.kl_rows(self._kl_micro_batch_size)
+        policy_kl = scorer.score(kl_rows)
+        with self.reference.activated():
+            ref_kl = scorer.score(kl_rows)
+            ref_logps = scorer.score(sample_rows)
+        if policy_kl is None or ref_kl is None or ref_logps is None:
+            return None
+        kl_log_ratios = (policy_kl - ref_kl).double() * batch.weights
+        totals = torch.stack(
+            [
+                kl_log_ratios.sum(),
+                (batch.weights * batch.desirable).sum().double(),
+                (batch.weights * ~batch.desirable).sum().double(),
+            ]
+        )
+        dist.all_reduce(totals, group=scorer.place.dp_group)
+        log_ratio_sum, num_desirable, num_undesirable = totals
+        if self.kto.kl_scope == "global_batch":
+            kl_estimate = kl_baseline(log_ratio_sum, num_desirable + num_undesirable).expand(len(ref_logps))
+        else:
+            kl_estimate = torch.cat(
+                [
+                    kl_baseline(ratios.sum(), weights.sum()).expand(len(ratios))
+                    for ratios, weights in zip(
+                        kl_log_ratios.split(self.config.model.micro_batch_size),
+                        batch.weights.split(self.config.model.micro_batch_size),
+                        strict=True,
+                    )
+                ]
+            )
+        return Baseline(
+            ref_logps=ref_logps,
+            kl_estimate=kl_estimate.float(),
+            coefficients=sample_coefficients(
+                batch.desirable,
+                batch.weights,
+                reduction=self.kto.loss_reduction,
+                num_desirable=num_desirable,
+                num_undesirable=num_undesirable,
+            ),
+        )
+
+    def _add_metrics(
+        self, sums: MetricSums, batch: KTOBatch, baseline: Baseline | None, logps: torch.Tensor | None
+    ) -> None:
+        """Add this replica's samples to `sums`, on one rank of the replica."""
+        if baseline is None or logps is None or not parallel.position().reports:
+            return
+        output = self._kto_loss(logps - baseline.ref_logps, batch.desirable, baseline.kl_estimate)
+        add_kto_metrics(
+            sums,
+            losses=output.losses,
+            rewards=output.rewards,
+            policy_logps=logps,
+            kl_estimate=baseline.kl_estimate,
+            desirable=batch.desirable,
+            weights=batch.weights,
+        )
+        lengths = [prompt.numel() + response.numel() for prompt, response in batch.samples]
+        sums.add("tokens", torch.tensor(lengths, device=self.device), batch.weights)
+
+    def _log(self, stage: str, metrics: dict[str, float]) -> None:
+        if self.kto.loss_reduction == "class_mean":
+            metrics["loss"] = metrics.get("loss/chosen", 0.0) + metrics.get("loss/rejected", 0.0)
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1)
+        for name in ("loss", "kl", "rewards/margins"):
+            if stage == "train" and name in metrics:
+                self.log(name.removeprefix("rewards/"), metrics[name], prog_bar=True, logger=False, batch_size=1)

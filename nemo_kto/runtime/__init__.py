@@ -1,0 +1,1 @@
+"""Everything that reads or sets Megatron-Core's global state."""

@@ -1,0 +1,112 @@
+"""Core attention over a packed row of documents, for runs without Transformer Engine.
+
+Tensor legend: `T` tokens of the row, `n` tokens of one document, `a` query heads and `g` key/value heads of this
+tensor-parallel rank, `d` channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+
+_SMALLEST_CHUNK = 256
+"""Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
+
+
+class DocumentAttention(MegatronModule):
+    """Causal attention within each document of a packed row, by torch's scaled-dot-product kernels.
+
+    Takes the place of `DotProductAttention` in Megatron's layer specification and has its constructor. Documents are cut
+    at `cu_seqlens`, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the result
+    has the same bits with and without gradients.
+
+    Args:
+        config: Megatron's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that
+            `window_attn_skip_freq` selects.
+        layer_number: Number of the layer, from 1.
+        attn_mask_type: Always causal here, given by the layer specification.
+        attention_type: Always "self" here.
+        softmax_scale: Factor of the scores; None for 1/sqrt(d).
+        kwargs: What Megatron passes besides, for context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        assert config.context_parallel_size == 1, config.context_parallel_size
+        self.softmax_scale = softmax_scale
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the attention output `[T, a * d]` in the dtype of `query`.
+
+        Args:
+            query: `[T, a, d]`.
+            key: `[T, g, d]`; `g` divides `a`.
+            value: `[T, g, d]`.
+            attention_mask: Unused; the documents' boundaries say everything.
+            packed_seq_params: `cu_seqlens_q` `[documents + 1]` int32 holds the boundaries, from 0 to T.
+            kwargs: What Megatron passes to every core attention besides.
+        """
+        boundaries = packed_seq_params.cu_seqlens_q
+        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
+        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        output = torch.cat([self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents])
+        return output.reshape(output.shape[0], -1)
+
+    def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""
+        length, window = query.shape[2], self.window
+        if window is None or length <= window + 1:
+            output = self._attend(query, key, value, None)
+        else:
+            # in chunks, so that time and memory grow with n * window instead of n * n
+            chunk = max(window, _SMALLEST_CHUNK)
+            outputs = []
+            for start in range(0, length, chunk):
+                end, first = min(start + chunk, length), max(0, start - window)
+                mask = _window_mask(start, end, first, window, query.device)
+                keys, values = key[:, :, first:end], value[:, :, first:end]
+                outputs.append(self._attend(query[:, :, start:end], keys, values, mask))
+            output = torch.cat(outputs, dim=2)
+        return output[0].transpose(0, 1)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+        )
+
+
+def _window_mask(start: int, end: int, first: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return `[end - start, end - first]` bool: whether query i in start..end may see key j in first..end."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
+    return (distance >= 0) & (distance <= window)

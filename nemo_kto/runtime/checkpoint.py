@@ -1,0 +1,112 @@
+"""Sharded checkpoints: written once per run by all ranks, read back under any layout.
+
+A checkpoint is a folder in Megatron-Core's `torch_dist` format. Megatron writes `metadata.json` last, and NeMo's
+checkpoint callback keeps a `<name>-unfinished` marker beside the folder while it is written; a folder counts as
+finished only when the first is there and the second is not, so a run killed while saving resumes from the one before.
+
+No generator states are kept: the order of the data is a function of seed and step, and nothing else in training draws
+random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from nemo_kto.errors import CheckpointError
+from nemo_kto.runtime import parallel
+
+SOURCE_FOLDER = "hf"
+"""Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
+
+_UNFINISHED_SUFFIX = "-unfinished"
+_LAST = re.compile(r"step=(\d+).*-last$")
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether `folder` holds a checkpoint that was written to its end."""
+    return (folder / "metadata.json").is_file() and not folder.with_name(folder.name + _UNFINISHED_SUFFIX).exists()
+
+
+def newest_last(folder: Path) -> Path | None:
+    """Return the finished `*-last` checkpoint of the highest step in `folder`, or None.
+
+    Two may be there when a run was killed after it wrote the new one and before it removed the old one.
+    """
+    found = []
+    for path in folder.glob("*-last") if folder.is_dir() else ():
+        match = _LAST.search(path.name)
+        if match and is_finished(path):
+            found.append((int(match[1]), path))
+    return max(found)[1] if found else None
+
+
+class ShardedCheckpointIO(CheckpointIO):
+    """Lightning's file access for sharded checkpoints; every call is collective over all ranks."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`."""
+        parallel.run_on_rank_zero_first(lambda: Path(path).mkdir(parents=True, exist_ok=True))
+        dist_checkpointing.save(checkpoint, str(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, sharded_state_dict: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Read the folder `path` into the shards described by `sharded_state_dict`.
+
+        Raises:
+            CheckpointError: `path` is no finished checkpoint, or of another model.
+        """
+        if not is_finished(Path(path)):
+            raise CheckpointError(f"{path} is not a finished checkpoint. Remove it, or name another one.")
+        try:
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict or {}, str(path))
+        except dist_checkpointing.core.CheckpointingException as error:
+            raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
+        return loaded
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the folder `path` if it is there."""
+        folder = Path(path)
+        # metadata.json goes first: a removal that is cut off must not leave something that looks finished
+        (folder / "metadata.json").unlink(missing_ok=True)
+        for child in sorted(folder.rglob("*"), reverse=True):
+            child.rmdir() if child.is_dir() else child.unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
+
+
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into.
+
+    Apex and Transformer Engine's Adam are initialised by Megatron itself; torch's only on its first step.
+    """
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = chained.optimizer
+        for group in inner.param_groups if inner is not None else ():
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter].update(
+                        step=torch.zeros((), dtype=torch.float32),
+                        exp_avg=torch.zeros_like(parameter),
+                        exp_avg_sq=torch.zeros_like(parameter),
+                    )
+
+
+def separate_step_counters(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own Adam `step` tensor after a load.
+
+    Megatron-Core 0.16 restores one tensor shared by all parameters; torch Adam increments it in place once per
+    parameter, which silently ruins the bias correction.
+    """
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = chained.optimizer
+        for state in inner.state.values() if inner is not None else ():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()

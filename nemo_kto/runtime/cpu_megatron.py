@@ -1,0 +1,148 @@
+"""Named patches that let Megatron-Core run on CPU with gloo process groups.
+
+Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator states
+kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense models,
+tensor, pipeline and data parallelism, the plain optimizer and sharded checkpoints reach; nothing happens on import. The
+files named below are those of Megatron-Core 0.16.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from nemo_kto.errors import ConfigError
+
+_CPU = torch.device("cpu")
+_DONE_MARK = "_nemo_kto_cpu"
+
+_MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",  # token counters of every schedule
+    "megatron.core.optimizer.clip_grads",  # norm and zero counts
+    "megatron.core.utils",  # the gradient norm without Apex and Transformer Engine
+    "megatron.core.optimizer.optimizer",  # the constant loss scale of the fp32 optimizer
+)
+_TENSOR_FACTORIES = ("zeros", "tensor")
+
+
+def enable_cpu() -> None:
+    """Let Megatron-Core run on CPU in this process; calling it again changes nothing.
+
+    Call it before the first process group is made.
+
+    Raises:
+        ConfigError: This process sees a CUDA device, which the patches would hide from Megatron-Core.
+    """
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "A run on CPU was asked for, but this process sees a CUDA device. Set trainer.accelerator=gpu, "
+            "or hide the devices with CUDA_VISIBLE_DEVICES=''."
+        )
+    if getattr(torch.cuda, _DONE_MARK, False):
+        return
+    patch_current_device()
+    patch_generators()
+    patch_cuda_literals()
+    patch_gradient_clipping()
+    setattr(torch.cuda, _DONE_MARK, True)
+
+
+def patch_current_device() -> None:
+    """Make "the current CUDA device" the CPU.
+
+    Reason: every communication buffer is allocated on `torch.cuda.current_device()` (tensor_parallel/mappings.py,
+    pipeline_parallel/p2p_communication.py, distributed/param_and_grad_buffer.py, dist_checkpointing/strategies);
+    `torch.cuda.synchronize()` follows each exchange between stages and precedes each save; a tied embedding is moved with
+    `.cuda()` before it is copied to the last stage (models/common/language_module/language_module.py).
+    All three raise on a machine without CUDA.
+    """
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
+    torch.cuda.synchronize = _nothing
+    torch.Tensor.cuda = _same_tensor  # type: ignore[assignment,method-assign]
+
+
+def patch_generators() -> None:
+    """Make the CPU generator the one that Megatron's tracker forks and seeds.
+
+    Reason: tensor_parallel/random.py reads and sets the state of a CUDA generator; without CUDA reading raises and setting
+    is queued for an initialisation that never comes.
+    """
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = _get_generator_state
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = _get_generator_state  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = _set_generator_state  # type: ignore[attr-defined]
+
+
+def patch_cuda_literals() -> None:
+    """Send `torch.zeros(..., device="cuda")` and `torch.tensor(..., device="cuda")` to the CPU in the modules listed above.
+
+    Reason: these allocate small counters on a literal device. Each listed module sees a namespace that stands in front of
+    `torch`; all other modules see `torch` itself.
+    """
+    namespace = _TorchOnCpu("torch")
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(name).torch = namespace  # type: ignore[attr-defined]
+
+
+def patch_gradient_clipping() -> None:
+    """Replace `clip_grad_by_total_norm_fp32` by the same arithmetic for CPU tensors.
+
+    Reason: optimizer/clip_grads.py asserts that each gradient's type is named "torch.cuda.FloatTensor".
+    """
+    for name in ("megatron.core.optimizer.clip_grads", "megatron.core.optimizer.optimizer"):
+        importlib.import_module(name).clip_grad_by_total_norm_fp32 = _clip_gradients  # type: ignore[attr-defined]
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch`, except that the tensor factories read the device "cuda" as "cpu"."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        return _redirect(value) if name in _TENSOR_FACTORIES else value
+
+
+def _redirect(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _clip_gradients(
+    parameters: Iterable[torch.Tensor], max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    """Scale the gradients in place by `max_norm / (total_norm + 1e-6)` when that is below one, as Megatron does."""
+    assert not use_decoupled_grad, "only Transformer Engine's optimizer keeps decoupled gradients"
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient < 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.detach().mul_(coefficient)
+
+
+def _current_device() -> torch.device:
+    return _CPU
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _same_tensor(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self
+
+
+def _get_generator_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_generator_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(new_state)

@@ -1,0 +1,213 @@
+"""MegatronStrategy: lets the Lightning Trainer drive Megatron-Core.
+
+Lightning keeps the loop, the launching of processes, callbacks and loggers; this strategy owns process groups,
+Megatron's data-parallel wrapper, its optimizer and learning-rate schedule, and sharded checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from nemo.utils import AppState
+from nemo_kto.config import OptimConfig
+from nemo_kto.runtime import checkpoint as ckpt
+from nemo_kto.runtime import parallel
+
+_DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
+
+
+class MegatronStrategy(DDPStrategy):
+    """Runs a LightningModule whose attribute `model` is a Megatron model.
+
+    It derives from DDPStrategy because NeMo's exp_manager and Lightning's launchers recognise that class.
+
+    Args:
+        layout: Division of the processes.
+        optim: Optimizer and schedule.
+        seed: Seed of every rank's generators.
+        gradient_clip: Global gradient norm above which gradients are scaled down; 0 switches it off.
+        source_folder: Folder with Hugging Face config and tokenizer files, copied into each checkpoint.
+    """
+
+    restore_checkpoint_after_setup = True  # a sharded load needs the optimizer to exist
+
+    def __init__(
+        self,
+        layout: parallel.Layout,
+        optim: OptimConfig,
+        *,
+        seed: int,
+        gradient_clip: float,
+        source_folder: Path | None = None,
+    ) -> None:
+        super().__init__(checkpoint_io=ckpt.ShardedCheckpointIO(), cluster_environment=_cluster_environment())
+        self.layout = layout
+        self.optim = optim
+        self.seed = seed
+        self.gradient_clip = gradient_clip
+        self.source_folder = source_folder
+
+    # processes and groups
+
+    def setup_distributed(self) -> None:
+        """Create torch's default group and Megatron's groups, and tell NeMo's callbacks about them."""
+        super().setup_distributed()
+        parallel.initialize(self.layout, seed=self.seed)
+        place = parallel.position()
+        state = AppState()  # NeMo's checkpoint callback looks here; resuming with TP or PP fails without it
+        state.model_parallel_size = self.layout.tensor * self.layout.pipeline
+        state.tensor_model_parallel_size, state.tensor_model_parallel_rank = self.layout.tensor, place.tp_rank
+        state.pipeline_model_parallel_size, state.pipeline_model_parallel_rank = self.layout.pipeline, place.pp_rank
+        state.data_parallel_rank = place.dp_rank
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Return the data-parallel size and rank, should anything ask for a torch DistributedSampler."""
+        place = parallel.position()
+        return {"num_replicas": place.dp_size, "rank": place.dp_rank}
+
+    def teardown(self) -> None:
+        """Release Lightning's resources and all process groups."""
+        super().teardown()
+        parallel.destroy()
+
+    # model and optimizer
+
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the model for data parallelism and make its optimizer; called after `configure_model`."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        module = self._module
+        # fp32: gradients are summed in the parameters' dtype; the average over replicas is part of the loss scaling
+        module.model = DistributedDataParallel(
+            get_model_config(module.model), DistributedDataParallelConfig(), module.model
+        )
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Create Megatron's optimizer and schedule and connect them to the pipeline schedule's hooks."""
+        model = self._module.model
+        optim, sched = self.optim, self.optim.sched
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=sched.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                clip_grad=self.gradient_clip,
+            ),
+            [model],
+        )
+        scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=sched.min_lr,
+            lr_warmup_steps=sched.warmup_steps,
+            lr_decay_steps=max(trainer.max_steps - sched.constant_steps, sched.warmup_steps + 1),
+            lr_decay_style=_DECAY_STYLES[sched.name],
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # a resumed run follows its own configuration, e.g. more steps
+        )
+        self.optimizers = [optimizer]  # Lightning wraps it: the wrapper's step() is what counts global steps
+        self.lr_scheduler_configs = [LRSchedulerConfig(scheduler)]  # listed for checkpointing; the module steps it
+        config = get_model_config(model)
+        config.grad_scale_func = optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = model.no_sync
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """Step Megatron's optimizer, which takes no closure; returns (updated, gradient norm, zeros in gradient)."""
+        return optimizer.step()
+
+    @property
+    def _module(self) -> Any:
+        module = self.lightning_module
+        assert isinstance(module, LightningModule)
+        return module
+
+    # checkpoints: folders without Lightning's suffix; every rank takes part
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the model's sharded state dict."""
+        state: dict[str, Any] = self._module.model.module.sharded_state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
+        """Return the optimizer's sharded state dict."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if is_loading:
+            ckpt.allocate_optimizer_state(optimizer)
+        state: dict[str, Any] = optimizer.sharded_state_dict(self.lightning_module_state_dict(), is_loading=is_loading)
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write everything a run needs to continue, and what `nemo-kto export-hf` needs besides the weights."""
+        folder = _folder(filepath)
+        for key in ("hparams_name", "hparams_type", "hyper_parameters"):
+            checkpoint.pop(key, None)  # Megatron reads the common part with weights_only: plain types only
+        self.checkpoint_io.save_checkpoint(checkpoint, folder)
+        if self.is_global_zero and self.source_folder is not None:
+            shutil.copytree(self.source_folder, folder / ckpt.SOURCE_FOLDER, dirs_exist_ok=True)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
+        """Read a checkpoint written under any layout into this one's shards."""
+        sharded: dict[str, Any] = {"state_dict": self.lightning_module_state_dict()}
+        if load_optimizer_states and self.optimizers:
+            sharded["optimizer_states"] = [self.optimizer_state(o, is_loading=True) for o in self.optimizers]
+        return self.checkpoint_io.load_checkpoint(_folder(checkpoint_path), sharded_state_dict=sharded)  # type: ignore[call-arg]
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Copy loaded weights into the model."""
+        self._module.model.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Restore Megatron's optimizer."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+            ckpt.separate_step_counters(getattr(optimizer, "_optimizer", optimizer))
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint folder."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(_folder(filepath))
+
+
+def _folder(filepath: str | Path) -> Path:
+    path = Path(filepath)
+    return path.with_suffix("") if path.suffix == ".ckpt" else path
+
+
+def _cluster_environment() -> Any:
+    """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher.
+
+    Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and the
+    batch script requeues.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()

@@ -1,0 +1,343 @@
+"""From a configuration to a trained, exported model: checks first, then data, then processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nemo.utils.exp_manager import exp_manager
+from nemo_kto.config import KTOConfig
+from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.data.sampling import epoch_length
+from nemo_kto.data.tokenization import load_tokenizer
+from nemo_kto.errors import ConfigError
+from nemo_kto.models.export import write_source_folder
+from nemo_kto.models.gpt import hf_config_from_sizes, load_hf_config
+from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf
+from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.runtime import cpu_megatron, parallel
+from nemo_kto.runtime.checkpoint import newest_last
+from nemo_kto.runtime.loop import ProgressBar, StepLoop, StopOnSignal
+from nemo_kto.runtime.strategy import MegatronStrategy
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "rotary_base",
+    "layernorm_epsilon",
+    "share_embeddings_and_output_weights",
+)
+"""Keys of `model` that describe a randomly initialised model, with the names `hf_config_from_sizes` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The length of a run in steps, one global batch each.
+
+    Attributes:
+        total: Steps of the whole run.
+        per_epoch: Steps of one pass over the training data.
+        val_interval: Steps between validations; 0 without validation data.
+    """
+
+    total: int
+    per_epoch: int
+    val_interval: int
+
+
+def train(config: KTOConfig) -> None:
+    """Run KTO as configured, from the Hugging Face folder to the exported one.
+
+    Everything that can be wrong with configuration, layout, model folder and data is found here, before Lightning
+    starts the other processes of this node.
+
+    Raises:
+        ConfigError: The configuration or layout cannot work.
+        DataError: A data file cannot be used.
+        CheckpointError: The model folder or a checkpoint cannot be used.
+    """
+    accelerator = resolve_accelerator(config)
+    if accelerator == "cpu":
+        cpu_megatron.enable_cpu()
+    tokenizer = load_tokenizer(_tokenizer_folder(config))
+    hf_config = resolve_model(config, tokenizer)
+    layout = resolve_layout(config, hf_config, accelerator)
+    data = _read_data(config, tokenizer)
+    schedule = plan_schedule(config, data)
+
+    log_dir = log_directory(config)
+    source_folder = log_dir / "hf_source"
+    if _is_global_rank_zero():
+        write_source_folder(source_folder, hf_config, tokenizer, original=_original_folder(config))
+        _announce(data, schedule, layout, accelerator)
+    trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
+    if config.export.enabled:
+        trainer.callbacks.append(ExportAtEnd(Path(config.export.folder or log_dir / "hf"), source_folder))  # type: ignore[attr-defined]
+    model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)
+    trainer.fit(model, datamodule=data, ckpt_path=trainer.ckpt_path)
+
+
+class ExportAtEnd(Callback):
+    """Writes the Hugging Face folder when the last step has been taken; not when the run was stopped earlier."""
+
+    def __init__(self, folder: Path, source_folder: Path) -> None:
+        self.folder = folder
+        self.source_folder = source_folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, collectively, while the process groups still exist."""
+        if trainer.global_step < trainer.max_steps:
+            if trainer.is_global_zero:
+                print(f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue.")
+            return
+        assert isinstance(pl_module, MegatronGPTKTOModel)
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of this run's earlier end: others were refused at the start
+        trainer.strategy.barrier()
+        export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
+        if trainer.is_global_zero:
+            print(f"Aligned model: {self.folder}\nLogs and checkpoints: {self.source_folder.parent}", flush=True)
+
+
+def resolve_accelerator(config: KTOConfig) -> str:
+    """Return "cpu" or "gpu" for `trainer.accelerator`."""
+    wanted = config.trainer.accelerator
+    if wanted == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but no CUDA device is visible. Use cpu or auto.")
+    return wanted
+
+
+def resolve_model(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Return the Hugging Face configuration of the model: of the folder, or from the sizes in `model`.
+
+    Raises:
+        ConfigError: Sizes contradict the folder, are incomplete, or the tokenizer has more tokens than the model.
+        CheckpointError: The folder is no usable model.
+    """
+    sizes = {name: getattr(config.model, name) for name in _SIZES}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    folder = config.pretrained_checkpoint.restore_from_path
+    if folder is None:
+        return hf_config_from_sizes(vocab_size=len(tokenizer), **given)
+    if given:
+        raise ConfigError(
+            f"{', '.join('model.' + name for name in given)}: the sizes come from "
+            f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
+        )
+    hf_config = load_hf_config(folder)
+    with SafetensorsFolder(Path(folder)):
+        pass  # raises for a folder without weights, before any process is started
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model in {folder} only {hf_config.vocab_size}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return hf_config
+
+
+def resolve_layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> parallel.Layout:
+    """Return the checked layout of the run.
+
+    Raises:
+        ConfigError: It does not fit the processes, the model or the batch.
+    """
+    model = config.model
+    layout = parallel.Layout(
+        world_size=parallel.device_count(config.trainer.devices, accelerator) * config.trainer.num_nodes,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+    )
+    parallel.check_launched(layout)
+    parallel.check_layout(
+        layout,
+        parallel.ModelSizes(
+            num_layers=hf_config.num_hidden_layers,
+            num_attention_heads=hf_config.num_attention_heads,
+            num_query_groups=hf_config.num_key_value_heads,
+            ffn_hidden_size=hf_config.intermediate_size,
+        ),
+    )
+    parallel.check_batch(
+        layout,
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=model.micro_batch_size,
+        forward_micro_batch_size=model.kto.log_prob_forward_micro_batch_size or model.micro_batch_size,
+    )
+    return layout
+
+
+def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
+    """Return the steps of the run from the size of the data and `trainer.kto`.
+
+    Raises:
+        ConfigError: Neither `max_steps` nor `max_epochs` limits the run.
+    """
+    kto = config.trainer.kto
+    batches = epoch_length(len(data.splits["train"].samples), config.model.global_batch_size)
+    per_epoch = _count(kto.limit_train_batches, batches)
+    limits = []
+    if kto.max_steps is not None and kto.max_steps >= 0:
+        limits.append(kto.max_steps)
+    if kto.max_epochs is not None and kto.max_epochs >= 0:
+        limits.append(kto.max_epochs * per_epoch)
+    if not limits:
+        raise ConfigError("Nothing ends the run. Set trainer.kto.max_steps or trainer.kto.max_epochs.")
+    interval = kto.val_check_interval
+    if isinstance(interval, float):
+        interval = _count(interval, per_epoch)
+    return Schedule(total=min(limits), per_epoch=per_epoch, val_interval=interval if "validation" in data.splits else 0)
+
+
+def log_directory(config: KTOConfig) -> Path:
+    """Return the folder of the run's logs, checkpoints and export."""
+    manager = config.exp_manager
+    return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
+
+
+def _count(limit: int | float, whole: int) -> int:
+    """Return the batches meant by a count (int) or by a fraction (float) of `whole`: at least 1, at most `whole`."""
+    number = int(limit * whole) if isinstance(limit, float) else limit
+    return min(max(number, 1), whole)
+
+
+def _tokenizer_folder(config: KTOConfig) -> str:
+    folder = config.model.tokenizer.path or config.pretrained_checkpoint.restore_from_path
+    if folder is None:
+        raise ConfigError(
+            "There is no tokenizer. Set pretrained_checkpoint.restore_from_path to a Hugging Face folder, or, for a model "
+            "with random weights, model.tokenizer.path."
+        )
+    return folder
+
+
+def _original_folder(config: KTOConfig) -> Path | None:
+    folder = config.pretrained_checkpoint.restore_from_path
+    return Path(folder) if folder else None
+
+
+def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> KTODataModule:
+    model, data = config.model, config.model.data
+    if not data.data_prefix.train:
+        raise ConfigError("There is no training data. Set model.data.data_prefix.train to one or more JSONL files.")
+    module = KTODataModule(
+        train_files=data.data_prefix.train,
+        validation_files=data.data_prefix.validation,
+        format=data.format,
+        tokenizer=tokenizer,
+        max_length=data.seq_length,
+        append_eod=data.append_eod,
+        global_batch_size=model.global_batch_size,
+        shuffle=data.shuffle,
+        seed=model.seed,
+        num_workers=data.num_workers,
+    )
+    module.prepare()
+    return module
+
+
+def _make_trainer(
+    config: KTOConfig, layout: parallel.Layout, accelerator: str, *, schedule: Schedule, source_folder: Path
+) -> Trainer:
+    strategy = MegatronStrategy(
+        layout,
+        config.model.optim,
+        seed=config.model.seed,
+        gradient_clip=config.trainer.kto.gradient_clip_val or 0.0,
+        source_folder=source_folder,
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=layout.world_size // config.trainer.num_nodes,
+        num_nodes=config.trainer.num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        max_steps=schedule.total,
+        max_epochs=-1,
+        limit_val_batches=config.trainer.kto.limit_val_batches if schedule.val_interval else 0,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        num_sanity_val_steps=0,
+        callbacks=[ProgressBar(), StopOnSignal()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit_loop.epoch_loop = StepLoop(
+        trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0
+    )
+    exp_manager(trainer, _exp_manager_settings(config, validates=bool(schedule.val_interval)))
+    checkpoints: Any = trainer.checkpoint_callback
+    if checkpoints is not None:
+        checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
+    return trainer
+
+
+def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, Any]:
+    """Return NeMo's exp_manager configuration.
+
+    The checkpoint to resume from is found here rather than by NeMo, which refuses to choose when a kill left two.
+    """
+    manager, log_dir = config.exp_manager, log_directory(config)
+    last = newest_last(log_dir / "checkpoints") if manager.resume_if_exists else None
+    if manager.resume_if_exists and last is None and not manager.resume_ignore_no_checkpoint:
+        raise ConfigError(
+            f"exp_manager.resume_if_exists is set, but {log_dir / 'checkpoints'} holds no finished checkpoint. Set "
+            "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
+        )
+    params = manager.checkpoint_callback_params
+    return {
+        "explicit_log_dir": str(log_dir),
+        "name": manager.name,
+        "resume_if_exists": False,
+        "resume_from_checkpoint": str(last) if last else None,
+        "seconds_to_sleep": 0,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "disable_validation_on_resume": False,
+        "create_preemption_callback": False,
+        "create_tensorboard_logger": manager.create_tensorboard_logger,
+        "create_wandb_logger": manager.create_wandb_logger,
+        "wandb_logger_kwargs": manager.wandb_logger_kwargs,
+        "max_time_per_run": manager.max_time_per_run,
+        "create_checkpoint_callback": manager.create_checkpoint_callback,
+        "checkpoint_callback_params": {
+            "monitor": "val_loss" if validates else None,
+            "mode": params.mode,
+            "save_top_k": params.save_top_k if validates else 0,
+            "save_last": True,
+            "every_n_epochs": 1,
+            "save_on_train_epoch_end": False,
+            "save_nemo_on_train_end": False,
+            "filename": f"{manager.name}-{{step}}-{{val_loss:.4f}}" if validates else f"{manager.name}-{{step}}",
+        },
+    }
+
+
+def _is_global_rank_zero() -> bool:
+    """Whether this is the process that speaks for the run, before any process group exists."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
+def _announce(data: KTODataModule, schedule: Schedule, layout: parallel.Layout, accelerator: str) -> None:
+    for split, result in data.splits.items():
+        dropped = f", {result.num_overlong} over-long dropped" if result.num_overlong else ""
+        print(
+            f"{split}: {len(result.samples)} records, {result.num_desirable} desirable, "
+            f"{result.num_undesirable} undesirable{dropped}"
+        )
+    print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)

@@ -1,0 +1,105 @@
+"""Packed rows by hand, and batches from pairs."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_kto.data.batching import KTODataset, KTOItem, PackedRow, collate_pairs, pack_documents
+from nemo_kto.data.sampling import PairIndex
+from nemo_kto.data.tokenization import TokenizedSample, prompt_key
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def sample(prompt, response, desirable=True):
+    return TokenizedSample(ids(*prompt), ids(*response), desirable, prompt_key(ids(*prompt)))
+
+
+def assert_row(row: PackedRow, **expected):
+    for name, value in expected.items():
+        actual = getattr(row, name)
+        assert (actual.tolist() if isinstance(actual, torch.Tensor) else actual) == value, name
+
+
+def test_pack_by_hand():
+    row = pack_documents([(ids(1, 2, 3), ids(4, 5)), (ids(6), ids(7)), (ids(8), ids(9, 10, 11))])
+    assert_row(
+        row,
+        tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        position_ids=[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3],
+        cu_seqlens=[0, 5, 7, 11],
+        max_seqlen=5,
+        response_positions=[2, 3, 5, 7, 8, 9],
+        response_tokens=[4, 5, 7, 9, 10, 11],
+        document_ids=[0, 0, 1, 2, 2, 2],
+        num_documents=3,
+    )
+    assert row.cu_seqlens.dtype == torch.int32
+    for name in ("tokens", "position_ids", "response_positions", "response_tokens", "document_ids"):
+        assert getattr(row, name).dtype == torch.int64, name
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6))
+def test_each_response_token_follows_its_position_within_its_document(lengths):
+    documents = [(torch.arange(p) + 100 * i, torch.arange(r) + 100 * i + 50) for i, (p, r) in enumerate(lengths)]
+    row = pack_documents(documents)
+    assert torch.equal(row.tokens[row.response_positions + 1], row.response_tokens)
+    assert torch.equal(row.response_tokens // 100, row.document_ids)
+    assert torch.equal(row.tokens[row.response_positions] // 100, row.document_ids)
+    assert row.response_tokens.numel() == sum(r for _, r in lengths)
+    assert row.max_seqlen == row.position_ids.max() + 1 == row.cu_seqlens.diff().max()
+    assert (row.position_ids[row.cu_seqlens[:-1].long()] == 0).all()
+
+
+def test_row_moves_as_a_whole():
+    row = pack_documents([(ids(1), ids(2))]).to("meta")
+    assert {value.device.type for value in vars_of(row).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert row.max_seqlen == 2
+
+
+def vars_of(row: PackedRow) -> dict:
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+
+
+def test_dataset_looks_up_pairs():
+    dataset = KTODataset([sample([1], [2, 3]), sample([4, 5], [6], desirable=False)])
+    assert len(dataset) == 2
+    item = dataset[PairIndex(1, 0, 0.0)]
+    assert (item.prompt.tolist(), item.response.tolist(), item.kl_response.tolist()) == ([4, 5], [6], [2, 3])
+    assert (item.desirable, item.weight) == (False, 0.0)
+
+
+def test_kl_response_is_cut_to_the_length_the_model_knows():
+    samples = [sample([1], [2, 3, 4, 5]), sample([6, 7, 8, 9], [10])]
+    pair = PairIndex(1, 0)
+    assert KTODataset(samples)[pair].kl_response.tolist() == [2, 3, 4, 5]
+    cut = KTODataset(samples, max_length=5)
+    assert cut[pair].kl_response.tolist() == [2]
+    assert cut[PairIndex(0, 0)].kl_response.tolist() == [2, 3, 4, 5]
+    assert cut[PairIndex(0, 0)].response.tolist() == [2, 3, 4, 5]
+
+
+def test_moving_a_batch_leaves_its_documents_where_they_are():
+    batch = collate_pairs([KTOItem(ids(1), ids(2), ids(3), True, 1.0)]).to("meta", non_blocking=True)
+    assert batch.desirable.is_meta and batch.weights.is_meta
+    (row,) = batch.kl_rows(1)
+    assert_row(row, tokens=[1, 3])
+
+
+def test_batch_and_its_rows():
+    items = [
+        KTOItem(ids(1), ids(2), ids(4, 5), True, 1.0),
+        KTOItem(ids(3), ids(4, 5), ids(7), False, 1.0),
+        KTOItem(ids(6), ids(7), ids(2), True, 0.0),
+    ]
+    batch = collate_pairs(items)
+    assert torch.equal(batch.desirable, torch.tensor([True, False, True]))
+    assert torch.equal(batch.weights, torch.tensor([1.0, 1.0, 0.0])) and batch.weights.dtype == torch.float32
+    first, last = batch.sample_rows(2)
+    assert_row(first, tokens=[1, 2, 3, 4, 5], cu_seqlens=[0, 2, 5])
+    assert_row(last, tokens=[6, 7], cu_seqlens=[0, 2])
+    assert [row.tokens.tolist() for row in batch.kl_rows(1)] == [[1, 4, 5], [3, 7], [6, 2]]
+    (whole,) = batch.kl_rows(4)
+    assert_row(whole, tokens=[1, 4, 5, 3, 7, 6, 2], document_ids=[0, 0, 1, 2])

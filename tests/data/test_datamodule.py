@@ -1,0 +1,177 @@
+"""Files to loaders: counts, positions, layouts, validation, and errors that name the split."""
+
+import logging
+
+import pytest
+import torch
+
+from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.errors import DataError
+
+SETTINGS = {
+    "format": "auto",
+    "max_length": 32,
+    "append_eod": True,
+    "global_batch_size": 4,
+    "shuffle": True,
+    "seed": 1,
+    "num_workers": 0,
+}
+
+
+def rows(count):
+    return [
+        {
+            "prompt": f"say {i}",
+            "response": " yes" * (1 + i % 3),
+            "preference": ("chosen", "rejected", "rejected")[i % 3],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def make(tokenizer, write_jsonl):
+    """Builds and prepares a module over `train` and `validation` numbers of records."""
+
+    def build(train=10, validation=0, **changes):
+        files = {}
+        if train:
+            files["train_files"] = [write_jsonl(*rows(train), name="train.jsonl")]
+        if validation:
+            files["validation_files"] = [write_jsonl(*rows(validation), name="validation.jsonl")]
+        module = KTODataModule(**{"train_files": [], "tokenizer": tokenizer, **SETTINGS, **files, **changes})
+        module.prepare()
+        module.set_position(dp_rank=0, dp_size=1, start_step=lambda: 0)
+        return module
+
+    return build
+
+
+def prompts(loader):
+    return [[prompt.tolist() for prompt, _ in batch.samples] for batch in loader]
+
+
+def test_splits_and_their_counts(make, write_jsonl, caplog):
+    caplog.set_level(logging.INFO, logger="nemo_kto")
+    long = {"prompt": "say", "response": " hello" * 40, "preference": "chosen"}
+    module = make(validation=2, train_files=[write_jsonl(*rows(6), long, name="long.jsonl")])
+    assert set(module.splits) == {"train", "validation"}
+    train = module.splits["train"]
+    assert (len(train.samples), train.num_desirable, train.num_undesirable, train.num_overlong) == (6, 2, 4, 1)
+    assert caplog.messages[0] == (
+        "train data: 7 records, 6 kept (2 desirable, 4 undesirable), 1 dropped because they exceed 32 tokens"
+    )
+
+
+def test_several_files_make_one_split(make, write_jsonl):
+    trl = {"prompt": "say", "completion": " hello", "label": True}
+    module = make(train_files=[write_jsonl(*rows(4), name="a.jsonl"), write_jsonl(trl, name="b.jsonl")])
+    assert len(module.splits["train"].samples) == 5
+
+
+def test_train_batches(make, tokenizer):
+    loader = make().train_dataloader()
+    batches = list(loader)
+    assert len(loader) == len(batches) == 2
+    for batch in batches:
+        assert len(batch.samples) == len(batch.kl_samples) == 4 and torch.equal(batch.weights, torch.ones(4))
+        responses = sorted(response.tolist() for _, response in batch.samples)
+        assert responses == sorted(response.tolist() for _, response in batch.kl_samples)
+        assert all(response[-1] == tokenizer.eos_token_id for _, response in batch.samples)
+        for (prompt, _), (kl_prompt, _) in zip(batch.samples, batch.kl_samples, strict=True):
+            assert torch.equal(prompt, kl_prompt)
+
+
+def test_ranks_share_the_batches_of_one_rank(make):
+    module = make()
+    whole = prompts(module.train_dataloader())
+    parts = []
+    for rank in range(2):
+        module.set_position(dp_rank=rank, dp_size=2, start_step=lambda: 0)
+        parts.append(prompts(module.train_dataloader()))
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+
+
+def test_loader_follows_the_position(make):
+    module = make()
+    step = 0
+    module.set_position(dp_rank=0, dp_size=1, start_step=lambda: step)
+    loader = module.train_dataloader()
+    first_epoch = prompts(loader)
+    step = 1
+    assert prompts(loader) == first_epoch[1:]
+    step = 2
+    assert len(prompts(loader)) == 2 and prompts(loader) != first_epoch
+
+
+def test_worker_processes_give_the_same_batches(make):
+    assert prompts(make(num_workers=1).train_dataloader()) == prompts(make().train_dataloader())
+
+
+@pytest.mark.parametrize("global_batch_size", [2, 4, 8])
+def test_validation_scores_each_record_once(make, global_batch_size):
+    module = make(train=8, validation=7, global_batch_size=global_batch_size)
+    batches = list(module.val_dataloader())
+    real = [
+        prompt.tolist() for batch in batches for (prompt, _), w in zip(batch.samples, batch.weights, strict=True) if w
+    ]
+    assert real == [sample.prompt.tolist() for sample in module.splits["validation"].samples]
+    assert sum(batch.weights.sum().item() for batch in batches) == 7
+    assert {len(batch.samples) for batch in batches} == {global_batch_size}
+
+
+def test_test_files(make, write_jsonl):
+    module = make(train=0, test_files=[write_jsonl(*rows(3), name="test.jsonl")])
+    (batch,) = module.test_dataloader()
+    assert batch.weights.tolist() == [1, 1, 1, 0]
+
+
+def test_absent_splits(make):
+    module = make()
+    assert module.val_dataloader() == [] and module.test_dataloader() == []
+    with pytest.raises(DataError, match="No training data was given"):
+        make(train=0, validation=2).train_dataloader()
+
+
+def test_loader_without_position(make, tokenizer):
+    module = make()
+    fresh = KTODataModule(train_files=[], tokenizer=tokenizer, **SETTINGS)
+    fresh.splits = module.splits
+    with pytest.raises(AssertionError, match="set_position"):
+        fresh.train_dataloader()
+
+
+def test_kl_pairs_keep_to_the_limit(make, write_jsonl):
+    data = [
+        {"prompt": "hello" * 20, "response": " yes", "preference": "chosen"},
+        {"prompt": "say", "response": " yes" * 20, "preference": "rejected"},
+    ]
+    module = make(train_files=[write_jsonl(*data)], global_batch_size=2)
+    (batch,) = module.train_dataloader()
+    lengths = sorted(len(prompt) + len(response) for prompt, response in batch.kl_samples)
+    assert lengths[-1] == 32
+
+
+def test_files_are_read_once(make, tmp_path):
+    module = make()
+    (tmp_path / "train.jsonl").unlink()
+    module.setup("fit")
+    assert len(module.splits["train"].samples) == 10
+
+
+def test_errors_name_the_split_and_come_early(make, tmp_path):
+    with pytest.raises(DataError, match=r"train data: .*none.jsonl: no such file"):
+        make(train_files=[tmp_path / "none.jsonl"])
+    with pytest.raises(DataError, match=r"validation data: No trainable record is left"):
+        make(validation=2, train=0, max_length=1)
+    with pytest.raises(DataError, match="3 usable records.*batch of 4"):
+        make(train=3)
+
+
+def test_a_batch_of_one_is_warned_about(make, caplog):
+    make(global_batch_size=1)
+    assert "no response can be paired" in caplog.text
+    caplog.clear()
+    make()
+    assert "no response can be paired" not in caplog.text
