@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
-from nemo_kto.config import KTOConfig
+from nemo_kto.cli import run_guarded
+from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.sampling import epoch_length
 from nemo_kto.data.tokenization import load_tokenizer
@@ -22,10 +27,13 @@ from nemo_kto.models.export import write_source_folder
 from nemo_kto.models.gpt import hf_config_from_sizes, load_hf_config
 from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import newest_last
 from nemo_kto.runtime.loop import ProgressBar, StepLoop, StopOnSignal
 from nemo_kto.runtime.strategy import MegatronStrategy
+
+_PLAIN_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 _SIZES = (
     "num_layers",
@@ -55,6 +63,24 @@ class Schedule:
     total: int
     per_epoch: int
     val_interval: int
+
+
+def main() -> None:
+    """Run the training command: configuration from conf/gpt_kto.yaml and the command line."""
+    silence_loaded_packages()
+    sys.argv[1:] = [_forced(argument) for argument in sys.argv[1:]]
+    run_guarded(hydra_runner(config_path=str(config_dir()), config_name="gpt_kto")(_train_from_hydra))
+
+
+def _forced(argument: str) -> str:
+    """Return an override that Hydra accepts for any key, so that `parse_config` judges keys, NeMo-Aligner's included."""
+    key = argument.split("=")[0]
+    return "++" + argument if _PLAIN_OVERRIDE.match(argument) and not key.startswith("hydra") else argument
+
+
+def _train_from_hydra(raw: DictConfig) -> None:
+    # Hydra turns exceptions into its own report: ours must not reach it
+    run_guarded(lambda: train(parse_config(raw)))
 
 
 def train(config: KTOConfig) -> None:
@@ -235,7 +261,7 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> KTOData
         raise ConfigError("There is no training data. Set model.data.data_prefix.train to one or more JSONL files.")
     module = KTODataModule(
         train_files=data.data_prefix.train,
-        validation_files=data.data_prefix.validation,
+        validation_files=data.data_prefix.validation or (),
         format=data.format,
         tokenizer=tokenizer,
         max_length=data.seq_length,
@@ -284,6 +310,7 @@ def _make_trainer(
     checkpoints: Any = trainer.checkpoint_callback
     if checkpoints is not None:
         checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
+        checkpoints._enable_version_counter = False  # the same step has the same name; see ShardedCheckpointIO
     return trainer
 
 
@@ -316,21 +343,21 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
         "max_time_per_run": manager.max_time_per_run,
         "create_checkpoint_callback": manager.create_checkpoint_callback,
         "checkpoint_callback_params": {
-            "monitor": "val_loss" if validates else None,
+            "monitor": params.monitor if validates else None,
             "mode": params.mode,
             "save_top_k": params.save_top_k if validates else 0,
             "save_last": True,
             "every_n_epochs": 1,
             "save_on_train_epoch_end": False,
             "save_nemo_on_train_end": False,
-            "filename": f"{manager.name}-{{step}}-{{val_loss:.4f}}" if validates else f"{manager.name}-{{step}}",
+            "filename": f"{manager.name}-{{step}}-{{{params.monitor}:.4f}}" if validates else f"{manager.name}-{{step}}",
         },
     }
 
 
 def _is_global_rank_zero() -> bool:
     """Whether this is the process that speaks for the run, before any process group exists."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
 def _announce(data: KTODataModule, schedule: Schedule, layout: parallel.Layout, accelerator: str) -> None:

@@ -6,25 +6,38 @@ Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the pa
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import ConfigError
+from nemo_kto.models.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
 from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
 from nemo_kto.runtime.attention import DocumentAttention
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+__all__ = [
+    "KTOGPTModel",
+    "build_gpt",
+    "hf_config_from_sizes",
+    "initialize_weights",
+    "load_hf_config",
+    "padded_vocabulary",
+]
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -57,102 +70,6 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         return hidden_states
 
 
-def load_hf_config(path: str | Path) -> PretrainedConfig:
-    """Return the configuration of the Hugging Face model in folder `path`, checked for what Megatron can express.
-
-    Raises:
-        CheckpointError: `path` is not a folder with a readable `config.json`.
-        ConfigError: The model is of an unsupported architecture or uses an unsupported feature.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json. Name the folder of a Hugging Face model.")
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
-    _check_model_type(model_type, file)
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
-    check_hf_config(config)
-    return config
-
-
-def check_hf_config(config: PretrainedConfig) -> None:
-    """Raise a ConfigError that names the field when Megatron-Core cannot express the model of `config`."""
-    source = getattr(config, "name_or_path", "") or "the model's configuration"
-    _check_model_type(config.model_type, source)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
-    unsupported = {
-        "attention_bias": bool(getattr(config, "attention_bias", False)),  # biased o_proj: no Megatron field
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "hidden_act": config.hidden_act != "silu",
-        "rope_parameters.rope_type": rope_parameters(config).get("rope_type", "default") not in _SUPPORTED_ROPE_TYPES,
-        "partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    for field, found in unsupported.items():
-        if found:
-            value = getattr(config, field.split(".")[0], None)
-            raise ConfigError(
-                f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
-                f"output and feed-forward biases, hidden_act=silu and rope types {', '.join(_SUPPORTED_ROPE_TYPES)}."
-            )
-
-
-def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the rotary embedding's parameters; transformers 4 kept them in `rope_scaling` and `rope_theta`."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", 10000.0), **found}
-
-
-def hf_config_from_sizes(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int | None,
-    vocab_size: int,
-    max_position_embeddings: int,
-    kv_channels: int | None = None,
-    rotary_base: float = 10000.0,
-    layernorm_epsilon: float = 1e-5,
-    share_embeddings_and_output_weights: bool = False,
-) -> PretrainedConfig:
-    """Return the Llama configuration of a model given by sizes, so that it takes every later step of a loaded one.
-
-    Args:
-        num_layers: Number of transformer layers.
-        hidden_size: Channels of the hidden states.
-        ffn_hidden_size: Channels inside the feed-forward layers.
-        num_attention_heads: Query heads.
-        num_query_groups: Key/value heads; None for one per query head.
-        vocab_size: Number of tokens, unpadded.
-        max_position_embeddings: Longest document, in tokens.
-        kv_channels: Channels of a head; None for hidden_size / num_attention_heads.
-        rotary_base: Base of the rotary embedding's wavelengths.
-        layernorm_epsilon: Epsilon of the RMS norms.
-        share_embeddings_and_output_weights: Whether the output layer is the embedding.
-    """
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        num_hidden_layers=num_layers,
-        hidden_size=hidden_size,
-        intermediate_size=ffn_hidden_size,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_query_groups or num_attention_heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=max_position_embeddings,
-        head_dim=kv_channels or hidden_size // num_attention_heads,
-        rope_theta=rotary_base,
-        rms_norm_eps=layernorm_epsilon,
-        tie_word_embeddings=share_embeddings_and_output_weights,
-    )
-
-
 def build_gpt(
     hf_config: PretrainedConfig,
     *,
@@ -164,7 +81,7 @@ def build_gpt(
     vocab_pad_multiple: int = 128,
     params_dtype: torch.dtype = torch.float32,
 ) -> KTOGPTModel:
-    """Return this rank's part of the model, on the current device, with uninitialised weights.
+    """Return this rank's part of the model, on the current device, with weights still to be set.
 
     Megatron's process groups must exist. Fill the weights with `import_hf`, `initialize_weights` or a checkpoint.
     Dropout is off whatever `hf_config` says: policy and reference must score alike.
@@ -210,11 +127,30 @@ def build_gpt(
         rotary_base=rope["rope_theta"],
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
     )
+    _mark_shards(model)
+    _clear_vocabulary(model)
+    _mark_tensor_parallel_weights(model)
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
         # Megatron knows Llama 3's scaling with one set of parameters only; the frequencies say everything
         model.rotary_pos_emb.inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
     return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
+
+
+def _mark_tensor_parallel_weights(model: KTOGPTModel) -> None:
+    """Mark which dimension of each weight the tensor-parallel ranks share.
+
+    Megatron's own layers do so only while they initialise the weights, which is left out here (`perform_initialization`).
+    Without the marks the gradient norm would count the shards of the first tensor-parallel rank only.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
 
 
 def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_size: int) -> int:
@@ -250,14 +186,6 @@ def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
         leaf.data.copy_(full[leaf.region])
 
 
-def _check_model_type(model_type: str | None, source: str | Path) -> None:
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"{source}: the architecture {model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-
-
 def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
     """Return the TransformerConfig fields that say what the model computes."""
     heads = hf.num_attention_heads
@@ -281,6 +209,30 @@ def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def _mark_shards(model: KTOGPTModel) -> None:
+    """Mark Megatron's own tensor-parallel weights as shards, which Megatron does only while it initialises them.
+
+    Without the marks they pass for copies, and the gradient norm counts those of tensor-parallel rank 0 alone.
+    Transformer Engine's layers mark theirs themselves.
+    """
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dims[type(module)], stride=1)
+
+
+@torch.no_grad()
+def _clear_vocabulary(model: KTOGPTModel) -> None:
+    """Set embedding and output layer to zero, the padding rows for good if a checkpoint has fewer of them.
+
+    Their logits are masked, but NaN left in memory would reach the gradients: zero times NaN is NaN.
+    """
+    for parameter in model.parameters():
+        if getattr(parameter, "is_embedding_or_output_parameter", False):
+            parameter.zero_()
+
+
 def _sliding_window(hf: PretrainedConfig) -> dict[str, Any]:
     size = getattr(hf, "sliding_window", None)
     if not size or not getattr(hf, "use_sliding_window", True):
@@ -301,7 +253,7 @@ def _execution() -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",  # Megatron insists on it with variable lengths, experts or not
         "batch_p2p_comm": on_cuda,  # gloo has no batched exchange
         "use_cpu_initialization": not on_cuda,
-        "perform_initialization": False,
+        "perform_initialization": False,  # it would make every full tensor on every rank
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -187,7 +187,8 @@ class MegatronGPTKTOModel(LightningModule):
         metrics = self._validation_sums.means()
         metrics.pop("tokens")
         self._log("val", metrics)
-        self.log("val_loss", metrics["loss"], logger=False)  # NeMo's name, for the checkpoint callback's file names
+        for name, value in metrics.items():  # the checkpoint callback puts these names into file names
+            self.log(f"val_{name}".replace("/", "_"), value, logger=False, batch_size=1)
 
     # scores, baseline, metrics
 

@@ -51,8 +51,16 @@ class ShardedCheckpointIO(CheckpointIO):
     """Lightning's file access for sharded checkpoints; every call is collective over all ranks."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`."""
-        parallel.run_on_rank_zero_first(lambda: Path(path).mkdir(parents=True, exist_ok=True))
+        """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`.
+
+        What is there already is replaced: a run that was killed and resumed takes the same steps again.
+        """
+
+        def make_room() -> None:
+            self.remove_checkpoint(path)
+            Path(path).mkdir(parents=True)
+
+        parallel.run_on_rank_zero_first(make_room)
         dist_checkpointing.save(checkpoint, str(path))
 
     def load_checkpoint(

@@ -26,7 +26,7 @@ from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 
 LAYOUTS = {"one": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "PP2": (2, 1, 2)}  # processes, tensor, pipeline
-STEPS, LEARNING_RATE, CLIP = 3, 1e-2, 0.5
+STEPS, LEARNING_RATE, CLIP = 3, 1e-3, 0.5
 
 
 def rows() -> list[list[torch.Tensor]]:

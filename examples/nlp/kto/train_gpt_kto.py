@@ -8,13 +8,17 @@ python examples/nlp/kto/train_gpt_kto.py \
 Every key is in conf/gpt_kto.yaml and explained in docs/configuration.md.
 """
 
-# Only the standard library at module level: Megatron's checkpoint writer starts a process that imports this file again.
-from nemo_kto.quiet import silence_startup_noise
+# Nothing heavy at module level: Megatron's checkpoint writer starts processes that import this file again.
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[3]))  # a clone works without being installed
+
+    from nemo_kto.quiet import silence_startup_noise
+
     silence_startup_noise()
 
-    from nemo_kto.cli import run_guarded
-    from nemo_kto.hydra_app import main
+    from nemo_kto.train import main
 
-    run_guarded(main)
+    main()

@@ -1,0 +1,71 @@
+"""The command `nemo-kto`, and how every command of this package reports errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_kto.errors import KTOError
+from nemo_kto.quiet import silence_startup_noise
+
+_PEER_DELAY = 3.0
+"""Seconds another rank waits before it repeats an error: the launcher usually ends it first, because rank 0 reported it."""
+
+
+def run_guarded(action: Callable[[], None]) -> None:
+    """Run `action`; an error that is the user's to mend becomes one line on stderr and exit code 1.
+
+    HYDRA_FULL_ERROR=1 adds the traceback. All other errors pass through unchanged.
+    """
+    try:
+        action()
+    except KTOError as error:
+        rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        if rank != "0":
+            time.sleep(_PEER_DELAY)
+        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
+        sys.stderr.flush()
+        # no interpreter shutdown: process groups of a failed start can hang in their destructors
+        os._exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `nemo-kto`."""
+    options = _parser().parse_args(arguments)
+    run_guarded(lambda: options.run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nemo-kto", description="Tools around KTO training on Megatron-Core.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    export = commands.add_parser(
+        "export-hf",
+        help="write a checkpoint as a Hugging Face folder",
+        description="Write the weights of a checkpoint, saved under any parallel layout, as a Hugging Face folder with "
+        "tokenizer and chat template.",
+    )
+    export.add_argument("checkpoint", type=Path, help="checkpoint folder: <log dir>/checkpoints/<name>")
+    export.add_argument("folder", type=Path, help="folder to create")
+    export.set_defaults(run=_export_hf)
+    return parser
+
+
+def _export_hf(options: argparse.Namespace) -> None:
+    silence_startup_noise()
+    from nemo_kto.models.export import export_checkpoint  # heavy imports only when needed: --help stays instant
+    from nemo_kto.quiet import silence_loaded_packages
+
+    silence_loaded_packages()
+    export_checkpoint(options.checkpoint, options.folder)
+    print(f"Wrote {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What this package needs of a Hugging Face model's configuration: reading it, checking it, making one from sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from nemo_kto.errors import CheckpointError, ConfigError
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def load_hf_config(path: str | Path) -> PretrainedConfig:
+    """Return the configuration of the Hugging Face model in folder `path`, checked for what Megatron can express.
+
+    Raises:
+        CheckpointError: `path` is not a folder with a readable `config.json`.
+        ConfigError: The model is of an unsupported architecture or uses an unsupported feature.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json. Name the folder of a Hugging Face model.")
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
+    _check_model_type(model_type, file)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
+    check_hf_config(config)
+    return config
+
+
+def check_hf_config(config: PretrainedConfig) -> None:
+    """Raise a ConfigError that names the field when Megatron-Core cannot express the model of `config`."""
+    source = getattr(config, "name_or_path", "") or "the model's configuration"
+    _check_model_type(config.model_type, source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
+    unsupported = {
+        "attention_bias": bool(getattr(config, "attention_bias", False)),  # biased o_proj: no Megatron field
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "hidden_act": config.hidden_act != "silu",
+        "rope_parameters.rope_type": rope_parameters(config).get("rope_type", "default") not in _SUPPORTED_ROPE_TYPES,
+        "partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    for field, found in unsupported.items():
+        if found:
+            value = getattr(config, field.split(".")[0], None)
+            raise ConfigError(
+                f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
+                f"output and feed-forward biases, hidden_act=silu and rope types {', '.join(_SUPPORTED_ROPE_TYPES)}."
+            )
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the rotary embedding's parameters; transformers 4 kept them in `rope_scaling` and `rope_theta`."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", 10000.0), **found}
+
+
+def hf_config_from_sizes(
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int | None,
+    vocab_size: int,
+    max_position_embeddings: int,
+    kv_channels: int | None = None,
+    rotary_base: float = 10000.0,
+    layernorm_epsilon: float = 1e-5,
+    share_embeddings_and_output_weights: bool = False,
+) -> PretrainedConfig:
+    """Return the Llama configuration of a model given by sizes, so that it takes every later step of a loaded one.
+
+    Args:
+        num_layers: Number of transformer layers.
+        hidden_size: Channels of the hidden states.
+        ffn_hidden_size: Channels inside the feed-forward layers.
+        num_attention_heads: Query heads.
+        num_query_groups: Key/value heads; None for one per query head.
+        vocab_size: Number of tokens, unpadded.
+        max_position_embeddings: Longest document, in tokens.
+        kv_channels: Channels of a head; None for hidden_size / num_attention_heads.
+        rotary_base: Base of the rotary embedding's wavelengths.
+        layernorm_epsilon: Epsilon of the RMS norms.
+        share_embeddings_and_output_weights: Whether the output layer is the embedding.
+    """
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_query_groups or num_attention_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        head_dim=kv_channels or hidden_size // num_attention_heads,
+        rope_theta=rotary_base,
+        rms_norm_eps=layernorm_epsilon,
+        tie_word_embeddings=share_embeddings_and_output_weights,
+    )
+
+
+def _check_model_type(model_type: str | None, source: str | Path) -> None:
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            f"{source}: the architecture {model_type!r} is not supported. "
+            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
