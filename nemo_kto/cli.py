@@ -14,7 +14,7 @@ from nemo_kto.errors import KTOError
 from nemo_kto.quiet import silence_startup_noise
 
 _PEER_DELAY = 3.0
-"""Seconds another rank waits before it repeats an error: the launcher usually ends it first, because rank 0 reported it."""
+"""Seconds another rank waits before it repeats an error: the launcher usually ends it first, as rank 0 reported it."""
 
 
 def run_guarded(action: Callable[[], None]) -> None:
@@ -31,6 +31,7 @@ def run_guarded(action: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(_PEER_DELAY)
         sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
+        sys.stdout.flush()
         sys.stderr.flush()
         # no interpreter shutdown: process groups of a failed start can hang in their destructors
         os._exit(1)
@@ -48,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export-hf",
         help="write a checkpoint as a Hugging Face folder",
-        description="Write the weights of a checkpoint, saved under any parallel layout, as a Hugging Face folder with "
-        "tokenizer and chat template.",
+        description="Write the weights of a checkpoint, saved under any parallel layout, as a Hugging Face folder "
+        "with tokenizer and chat template.",
     )
     export.add_argument("checkpoint", type=Path, help="checkpoint folder: <log dir>/checkpoints/<name>")
     export.add_argument("folder", type=Path, help="folder to create")

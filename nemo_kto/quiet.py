@@ -1,4 +1,4 @@
-"""Silences what NeMo, Lightning, Megatron and their optional parts print while they start."""
+"""Who prints what: other packages' start-up noise is silenced, and one process speaks for the run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import os
 import warnings
 
 VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
-_LOGGERS = ("nemo_logger", "megatron", "lightning.pytorch", "lightning.fabric", "torch.distributed", "OneLogger", "numexpr")
+"""Environment variable; 1 shows everything again."""
+
+_PACKAGES = ("nemo", "nemo_logger", "nv_one_logger", "megatron", "lightning", "absl")
+"""First parts of the names of the loggers that are kept to errors."""
+
+_WARNING_MODULES = (
+    r"(nemo|nv_one_logger|megatron|lightning|lightning_fabric|torchmetrics|torch|transformers|wandb)(\.|$)"
+)
+"""Modules whose warnings are hidden; it matches no module of this package or of a user's own script."""
+
 _STILL_SHOWN = logging.ERROR
 
 
 def silence_startup_noise() -> None:
     """Hide other packages' start-up warnings and log lines, unless NEMO_KTO_VERBOSE=1; errors stay.
 
-    Call it before importing NeMo, Lightning or Megatron. Warnings raised in this package are always shown.
+    Call it before importing NeMo, Lightning or Megatron. Warnings and log lines of this package are always shown.
     """
     if os.environ.get(VERBOSE_VARIABLE) == "1":
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data is tokenised before loader processes fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"nemo_kto(\.|$)")
-    for name in _LOGGERS:
+    warnings.filterwarnings("ignore", module=_WARNING_MODULES)
+    for name in _PACKAGES:
         logging.getLogger(name).setLevel(_STILL_SHOWN)
-    logging.getLogger("root").addFilter(_from_this_package_or_error)
 
 
 def silence_loaded_packages() -> None:
@@ -34,11 +41,13 @@ def silence_loaded_packages() -> None:
         return
     from nemo.utils import logging as nemo_logging
 
+    nemo_logging.captureWarnings(False)  # NeMo turns every warning, ours too, into a log line that the next call hides
     nemo_logging.setLevel(_STILL_SHOWN)
     for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("megatron", "lightning", "nemo", "nv_one_logger", "absl"):
+        if name.split(".")[0] in _PACKAGES:
             logging.getLogger(name).setLevel(_STILL_SHOWN)
 
 
-def _from_this_package_or_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= _STILL_SHOWN or "nemo_kto" in record.pathname
+def is_global_rank_zero() -> bool:
+    """Return whether this is the process that speaks for the run, also before any process group exists."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.core.config import hydra_runner
+from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo.core.config import hydra_runner
-from nemo.utils.exp_manager import exp_manager
 from nemo_kto.cli import run_guarded
 from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.data.datamodule import KTODataModule
@@ -107,7 +107,7 @@ def train(config: KTOConfig) -> None:
     source_folder = log_dir / "hf_source"
     if _is_global_rank_zero():
         write_source_folder(source_folder, hf_config, tokenizer, original=_original_folder(config))
-        _announce(data, schedule, layout, accelerator)
+        print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
     trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
     if config.export.enabled:
         trainer.callbacks.append(ExportAtEnd(Path(config.export.folder or log_dir / "hf"), source_folder))  # type: ignore[attr-defined]
@@ -126,11 +126,15 @@ class ExportAtEnd(Callback):
         """Export, collectively, while the process groups still exist."""
         if trainer.global_step < trainer.max_steps:
             if trainer.is_global_zero:
-                print(f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue.")
+                print(
+                    f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue."
+                )
             return
         assert isinstance(pl_module, MegatronGPTKTOModel)
         if trainer.is_global_zero:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of this run's earlier end: others were refused at the start
+            shutil.rmtree(
+                self.folder, ignore_errors=True
+            )  # of this run's earlier end: others were refused at the start
         trainer.strategy.barrier()
         export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
         if trainer.is_global_zero:
@@ -225,7 +229,9 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
     interval = kto.val_check_interval
     if isinstance(interval, float):
         interval = _count(interval, per_epoch)
-    return Schedule(total=min(limits), per_epoch=per_epoch, val_interval=interval if "validation" in data.splits else 0)
+    return Schedule(
+        total=min(limits), per_epoch=per_epoch, val_interval=interval if "validation" in data.splits else 0
+    )
 
 
 def log_directory(config: KTOConfig) -> Path:
@@ -350,7 +356,9 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
             "every_n_epochs": 1,
             "save_on_train_epoch_end": False,
             "save_nemo_on_train_end": False,
-            "filename": f"{manager.name}-{{step}}-{{{params.monitor}:.4f}}" if validates else f"{manager.name}-{{step}}",
+            "filename": f"{manager.name}-{{step}}-{{{params.monitor}:.4f}}"
+            if validates
+            else f"{manager.name}-{{step}}",
         },
     }
 
@@ -358,13 +366,3 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
 def _is_global_rank_zero() -> bool:
     """Whether this is the process that speaks for the run, before any process group exists."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
-
-
-def _announce(data: KTODataModule, schedule: Schedule, layout: parallel.Layout, accelerator: str) -> None:
-    for split, result in data.splits.items():
-        dropped = f", {result.num_overlong} over-long dropped" if result.num_overlong else ""
-        print(
-            f"{split}: {len(result.samples)} records, {result.num_desirable} desirable, "
-            f"{result.num_undesirable} undesirable{dropped}"
-        )
-    print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)

@@ -48,7 +48,9 @@ def response_token_logps(
     return logps
 
 
-def sum_per_document(token_logps: Tensor, document_ids: Tensor, num_documents: int, *, average: bool = False) -> Tensor:
+def sum_per_document(
+    token_logps: Tensor, document_ids: Tensor, num_documents: int, *, average: bool = False
+) -> Tensor:
     """Return the sum, or the mean, of each document's token log-probs.
 
     Args:
@@ -62,7 +64,7 @@ def sum_per_document(token_logps: Tensor, document_ids: Tensor, num_documents: i
     """
     lengths = torch.bincount(document_ids, minlength=num_documents)
     # a sum per document, not an index_add: on CUDA that one adds in an order that changes from run to run
-    sums = torch.stack([part.sum() for part in token_logps.split(lengths.tolist())])
+    sums = torch.stack([part.sum() for part in torch.split(token_logps, lengths.tolist())])
     return sums / lengths.clamp(min=1) if average else sums
 
 

@@ -1,6 +1,6 @@
 """Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Qwen2 and Qwen3.
 
-Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this tensor-parallel rank.
+Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -43,8 +41,8 @@ __all__ = [
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose last stage returns hidden states: the output layer is applied at response positions only.
 
-    The output layer's weight stays an ordinary parameter of the model, so Megatron's gradient hooks, the exchange of tied
-    embedding gradients between the first and the last stage and sharded checkpoints are untouched.
+    The output layer's weight stays an ordinary parameter of the model, so Megatron's gradient hooks, the exchange of
+    tied embedding gradients between the first and the last stage and sharded checkpoints are untouched.
 
     Attributes:
         vocab_size: Number of real tokens; rows of the output weight from there on are padding.
@@ -127,9 +125,8 @@ def build_gpt(
         rotary_base=rope["rope_theta"],
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
     )
-    _mark_shards(model)
-    _clear_vocabulary(model)
     _mark_tensor_parallel_weights(model)
+    _clear_vocabulary(model)
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
         # Megatron knows Llama 3's scaling with one set of parameters only; the frequencies say everything
@@ -137,30 +134,15 @@ def build_gpt(
     return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
 
 
-def _mark_tensor_parallel_weights(model: KTOGPTModel) -> None:
-    """Mark which dimension of each weight the tensor-parallel ranks share.
-
-    Megatron's own layers do so only while they initialise the weights, which is left out here (`perform_initialization`).
-    Without the marks the gradient norm would count the shards of the first tensor-parallel rank only.
-    """
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or hasattr(weight, "tensor_model_parallel"):
-            continue
-        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
-
-
 def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_size: int) -> int:
     """Return `vocab_size` rounded up to `multiple`; a ConfigError if the tensor-parallel ranks cannot share that."""
     padded = -(-vocab_size // multiple) * multiple
     if padded % tensor_model_parallel_size:
         raise ConfigError(
-            f"The vocabulary of {vocab_size} tokens, padded to {padded} (model.make_vocab_size_divisible_by={multiple}), "
-            f"cannot be divided by model.tensor_model_parallel_size={tensor_model_parallel_size}. "
-            f"Set make_vocab_size_divisible_by to a multiple of {tensor_model_parallel_size}."
+            f"The vocabulary of {vocab_size} tokens, padded to {padded} by "
+            f"model.make_vocab_size_divisible_by={multiple}, cannot be divided by "
+            f"model.tensor_model_parallel_size={tensor_model_parallel_size}. "
+            f"Set the former to a multiple of {tensor_model_parallel_size}."
         )
     return padded
 
@@ -209,17 +191,20 @@ def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _mark_shards(model: KTOGPTModel) -> None:
-    """Mark Megatron's own tensor-parallel weights as shards, which Megatron does only while it initialises them.
+def _mark_tensor_parallel_weights(model: KTOGPTModel) -> None:
+    """Mark which dimension of each weight the tensor-parallel ranks share.
 
-    Without the marks they pass for copies, and the gradient norm counts those of tensor-parallel rank 0 alone.
-    Transformer Engine's layers mark theirs themselves.
+    Megatron's own layers do so only while they initialise the weights, which is left out here. Without the marks the
+    gradient norm would count the shards of the first tensor-parallel rank only. Transformer Engine marks its layers.
     """
-    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dims[type(module)], stride=1)
+        if weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
     _check_model_type(model_type, file)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # its checks of single fields raise classes with no common base
         raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
     check_hf_config(config)
     return config
@@ -93,7 +93,14 @@ def hf_config_from_sizes(
         rotary_base: Base of the rotary embedding's wavelengths.
         layernorm_epsilon: Epsilon of the RMS norms.
         share_embeddings_and_output_weights: Whether the output layer is the embedding.
+
+    Raises:
+        ConfigError: The heads do not divide the hidden size.
     """
+    if hidden_size % num_attention_heads:
+        raise ConfigError(
+            f"model.hidden_size={hidden_size} cannot be divided by model.num_attention_heads={num_attention_heads}."
+        )
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         num_hidden_layers=num_layers,
@@ -107,6 +114,8 @@ def hf_config_from_sizes(
         rope_theta=rotary_base,
         rms_norm_eps=layernorm_epsilon,
         tie_word_embeddings=share_embeddings_and_output_weights,
+        bos_token_id=None,  # the tokenizer knows; Llama's own numbers would be wrong ones
+        eos_token_id=None,
     )
 
 

@@ -1,8 +1,8 @@
 """Import and export of a Megatron model's weights from and to a Hugging Face folder, one tensor at a time.
 
-Importing involves no communication: every rank checks the whole folder by its file headers, so that all ranks fail alike,
-then reads from disk only the rows and columns it holds. Exporting is collective: the blocks of each tensor travel to
-rank 0, which writes them.
+Importing involves no communication: every rank checks the whole folder by its file headers, so that all ranks fail
+alike, then reads from disk only the rows and columns it holds. Exporting is collective: the blocks of each tensor
+travel to rank 0, which writes them.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class SafetensorsFolder:
         hint = ""
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.gguf")):
             hint = " Save the model with transformers' save_pretrained first: only safetensors are read."
-        raise CheckpointError(f"{self.folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there.{hint}")
+        raise CheckpointError(f"{self.folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}.{hint}")
 
 
 @torch.no_grad()
@@ -142,13 +142,13 @@ def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
     missing = sorted(expected.keys() - source.names)
     if missing:
         raise CheckpointError(
-            f"{source.folder} lacks {_listed(missing)}. The weights do not belong to its config.json or are incomplete."
+            f"{source.folder} lacks {_listed(missing)}. Its weights are incomplete or belong to another config.json."
         )
     surplus = sorted(name for name in source.names - expected.keys() if not _IGNORED.search(name))
     if model.share_embeddings_and_output_weights and "lm_head.weight" in surplus:
         surplus.remove("lm_head.weight")  # some folders store the tied matrix a second time
     if surplus:
-        raise CheckpointError(f"{source.folder} holds tensors that the model of its config.json lacks: {_listed(surplus)}.")
+        raise CheckpointError(f"{source.folder} holds tensors its config.json has no place for: {_listed(surplus)}.")
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise CheckpointError(
@@ -173,14 +173,14 @@ def export_hf(
 ) -> None:
     """Write `model` as a Hugging Face folder; collective over all ranks, rank 0 writes.
 
-    The folder appears under its name when it is complete. Rank 0 holds at most one file's tensors in CPU memory, plus one.
+    The folder appears under its name when it is complete. Rank 0 holds at most one file's tensors plus one in memory.
 
     Args:
         model: The model, not wrapped.
         hf_config: Its configuration.
         folder: Folder to create; it may exist only if it is empty.
-        tokenizer_folder: Folder whose tokenizer, chat template and generation config are copied; its `config.json` too,
-            letter by letter, when it describes this very model.
+        tokenizer_folder: Folder whose tokenizer, chat template and generation config are copied; its `config.json`
+            too, letter by letter, when it describes this very model.
         dtype: Dtype of the written weights; None for the one `hf_config` names, which is the imported folder's, or
             the model's own if it names none.
         max_shard_bytes: Size above which the weights are divided into several files.

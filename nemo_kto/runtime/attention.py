@@ -23,9 +23,9 @@ _SMALLEST_CHUNK = 256
 class DocumentAttention(MegatronModule):
     """Causal attention within each document of a packed row, by torch's scaled-dot-product kernels.
 
-    Takes the place of `DotProductAttention` in Megatron's layer specification and has its constructor. Documents are cut
-    at `cu_seqlens`, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the result
-    has the same bits with and without gradients.
+    Takes the place of `DotProductAttention` in Megatron's layer specification and has its constructor. Documents are
+    cut at `cu_seqlens`, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the
+    result has the same bits with and without gradients.
 
     Args:
         config: Megatron's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that

@@ -50,7 +50,9 @@ def newest_last(folder: Path) -> Path | None:
 class ShardedCheckpointIO(CheckpointIO):
     """Lightning's file access for sharded checkpoints; every call is collective over all ranks."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`.
 
         What is there already is replaced: a run that was killed and resumed takes the same steps again.

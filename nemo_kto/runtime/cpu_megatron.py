@@ -1,9 +1,9 @@
 """Named patches that let Megatron-Core run on CPU with gloo process groups.
 
-Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator states
-kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense models,
-tensor, pipeline and data parallelism, the plain optimizer and sharded checkpoints reach; nothing happens on import. The
-files named below are those of Megatron-Core 0.16.
+Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator
+states kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense
+models, tensor, pipeline and data parallelism, the plain optimizer and sharded checkpoints reach; nothing happens on
+import. The files named below are those of Megatron-Core 0.16.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def patch_current_device() -> None:
 
     Reason: every communication buffer is allocated on `torch.cuda.current_device()` (tensor_parallel/mappings.py,
     pipeline_parallel/p2p_communication.py, distributed/param_and_grad_buffer.py, dist_checkpointing/strategies);
-    `torch.cuda.synchronize()` follows each exchange between stages and precedes each save; a tied embedding is moved with
-    `.cuda()` before it is copied to the last stage (models/common/language_module/language_module.py).
+    `torch.cuda.synchronize()` follows each exchange between stages and precedes each save; a tied embedding is moved
+    with `.cuda()` before it is copied to the last stage (models/common/language_module/language_module.py).
     All three raise on a machine without CUDA.
     """
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
@@ -68,8 +68,8 @@ def patch_current_device() -> None:
 def patch_generators() -> None:
     """Make the CPU generator the one that Megatron's tracker forks and seeds.
 
-    Reason: tensor_parallel/random.py reads and sets the state of a CUDA generator; without CUDA reading raises and setting
-    is queued for an initialisation that never comes.
+    Reason: tensor_parallel/random.py reads and sets the state of a CUDA generator; without CUDA reading raises and
+    setting is queued for an initialisation that never comes.
     """
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = _get_generator_state
@@ -79,10 +79,10 @@ def patch_generators() -> None:
 
 
 def patch_cuda_literals() -> None:
-    """Send `torch.zeros(..., device="cuda")` and `torch.tensor(..., device="cuda")` to the CPU in the modules listed above.
+    """Send `torch.zeros(..., device="cuda")` and `torch.tensor(..., device="cuda")` of three modules to the CPU.
 
-    Reason: these allocate small counters on a literal device. Each listed module sees a namespace that stands in front of
-    `torch`; all other modules see `torch` itself.
+    Reason: the modules listed above allocate small counters on a literal device. Each sees a namespace that stands in
+    front of `torch`; all other modules see `torch` itself.
     """
     namespace = _TorchOnCpu("torch")
     for name in _MODULES_WITH_CUDA_LITERALS:

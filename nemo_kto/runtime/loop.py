@@ -11,7 +11,6 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loops import _TrainingEpochLoop
-
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
 

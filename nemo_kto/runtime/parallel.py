@@ -81,7 +81,9 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
         )
 
 
-def check_batch(layout: Layout, *, global_batch_size: int, micro_batch_size: int, forward_micro_batch_size: int) -> None:
+def check_batch(
+    layout: Layout, *, global_batch_size: int, micro_batch_size: int, forward_micro_batch_size: int
+) -> None:
     """Raise a ConfigError when the batch sizes do not fit the number of data-parallel ranks."""
     if global_batch_size % layout.data:
         raise ConfigError(

@@ -20,8 +20,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
-
 from nemo.utils import AppState
+
 from nemo_kto.config import OptimConfig
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel

@@ -56,7 +56,7 @@ def test_mismatch_of_a_large_batch_of_one_prompt_is_quick():
     assert mismatch_permutation([1] * 20_000) == [*range(1, 20_000), 0]
 
 
-def global_sampler(num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, shuffle=True, start=0):
+def global_sampler(num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, shuffle=True, start=0, steps=5, per_epoch=None):
     return GlobalBatchSampler(
         keys if keys is not None else list(range(num_samples)),
         global_batch_size=gbs,
@@ -64,6 +64,8 @@ def global_sampler(num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, 
         dp_size=size,
         seed=seed,
         shuffle=shuffle,
+        num_steps=steps,
+        steps_per_epoch=per_epoch,
         start_step=lambda: start,
     )
 
@@ -94,34 +96,25 @@ def test_order_without_shuffling():
         [PairIndex(0, 1), PairIndex(1, 2), PairIndex(2, 0)],
         [PairIndex(3, 4), PairIndex(4, 5), PairIndex(5, 3)],
     ]
-    assert list(global_sampler(7, gbs=3, shuffle=False)) == expected
-    assert list(global_sampler(7, gbs=3, shuffle=False, start=2)) == expected  # the next epoch
+    assert list(global_sampler(7, gbs=3, shuffle=False, steps=4)) == [*expected, *expected]  # two epochs
+    assert list(global_sampler(7, gbs=3, shuffle=False, steps=2, per_epoch=1)) == [expected[0], expected[0]]
 
 
 def test_order_depends_on_seed_and_epoch():
     first = list(global_sampler())
     assert first == list(global_sampler())
-    assert first != list(global_sampler(start=5))
+    second = list(global_sampler(start=5, steps=10))
+    assert first != second
     # A seed's next epoch is not the next seed's first.
-    assert list(global_sampler(start=5)) != list(global_sampler(seed=4))
+    assert second != list(global_sampler(seed=4))
 
 
-@pytest.mark.parametrize("start", [1, 4, 5, 7, 13])
+@pytest.mark.parametrize("start", [1, 4, 5, 7, 13, 20])
 def test_resume_continues_the_uninterrupted_series(start):
-    series = [batch for epoch in range(4) for batch in global_sampler(start=epoch * 5)]
-    resumed = list(global_sampler(start=start))
-    assert resumed == series[start : (start // 5 + 1) * 5]
-    assert len(global_sampler(start=start)) == 5
-
-
-def test_position_is_asked_for_at_each_epoch():
-    step = 0
-    sampler = GlobalBatchSampler(
-        range(8), global_batch_size=4, dp_rank=0, dp_size=1, seed=0, shuffle=True, start_step=lambda: step
-    )
-    first = list(sampler)
-    step = 2
-    assert list(sampler) != first
+    series = list(global_sampler(steps=20))
+    assert len(series) == 20
+    assert list(global_sampler(steps=20, start=start)) == series[start:]
+    assert len(global_sampler(steps=20, start=start)) == 20
 
 
 def test_too_little_training_data_names_both_numbers():

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
-from tests.models import tiny_hf
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models import hf_weights
@@ -18,6 +17,7 @@ from nemo_kto.models.gpt import KTOGPTModel, build_gpt, hf_config_from_sizes, in
 from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf, import_hf
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
+from tests.models import tiny_hf
 
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
 FOLDERS = [*tiny_hf.families(), "llama_files", "llama_bf16"]

@@ -27,7 +27,7 @@ from nemo_kto.runtime import parallel
 VOCAB_SIZE = 131
 DOCUMENT_LENGTHS = (9, 1, 23, 40)
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,24 +38,30 @@ _SIZES: dict[str, Any] = {
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # frequencies that matter within 40 tokens are scaled, with factors Megatron's own option cannot express
-_LLAMA3_OTHER = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 3.0, "low_freq_factor": 2.0, "high_freq_factor": 6.5}
+_LLAMA3_OTHER = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 3.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 6.5,
+}
 
 
 def families() -> dict[str, PretrainedConfig]:
     """Return a configuration for each family and each feature that changes what is computed."""
     return {
-        "llama": LlamaConfig(**_SIZES),
-        "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
-        "llama3_rope": LlamaConfig(**_SIZES, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 8192}),
+        "llama": LlamaConfig(**SIZES),
+        "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+        "llama3_rope": LlamaConfig(**SIZES, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 8192}),
         "llama3_rope_other": LlamaConfig(
-            **_SIZES, rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32}
+            **SIZES, rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32}
         ),
-        "linear_rope": LlamaConfig(**_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
-        "mistral": MistralConfig(**_SIZES, head_dim=16, sliding_window=None),
-        "mistral_window": MistralConfig(**_SIZES, sliding_window=7),
-        "qwen2_tied": Qwen2Config(**_SIZES, tie_word_embeddings=True),
-        "qwen2_window": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
-        "qwen3": Qwen3Config(**_SIZES, head_dim=16),
+        "linear_rope": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+        "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+        "mistral_window": MistralConfig(**SIZES, sliding_window=7),
+        "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+        "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+        "qwen3": Qwen3Config(**SIZES, head_dim=16),
     }
 
 

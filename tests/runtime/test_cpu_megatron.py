@@ -16,7 +16,6 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from tests.models import tiny_hf
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nemo_kto.errors import ConfigError
@@ -24,8 +23,10 @@ from nemo_kto.models.gpt import KTOGPTModel, build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import export_hf, import_hf
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
+from tests.models import tiny_hf
 
 LAYOUTS = {"one": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "PP2": (2, 1, 2)}  # processes, tensor, pipeline
+SEED = 11
 STEPS, LEARNING_RATE, CLIP = 3, 1e-3, 0.5
 
 
@@ -78,6 +79,7 @@ def train_layouts(folder: Path, results: Path, names: list[str]) -> None:
     for name in names:
         model = build(folder, name)
         import_hf(model, folder)
+        check_generators()
         series = train(model)
         if parallel.position().reports and parallel.position().dp_rank == 0:
             (results / f"{name}.json").write_text(json.dumps(series))
@@ -92,12 +94,25 @@ def train_layouts(folder: Path, results: Path, names: list[str]) -> None:
         export_hf(model, load_hf_config(folder), results / "loaded")
 
 
+def check_generators() -> None:
+    """Megatron's tracker draws from its own seeds and leaves the default generator alone."""
+    torch.manual_seed(4)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(4)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        forked = torch.rand(3)
+    assert torch.equal(torch.rand(3), undisturbed)
+    # tensor-parallel rank r is seeded with seed + 2718 + r (tensor_parallel/random.py)
+    torch.manual_seed(SEED + 2718 + parallel.position().tp_rank)
+    assert torch.equal(forked, torch.rand(3))
+
+
 def build(folder: Path, layout: str) -> KTOGPTModel:
     """Make the process groups and this rank's part of the model."""
     processes, tensor, pipeline = LAYOUTS[layout]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel.initialize(parallel.Layout(world_size=processes, tensor=tensor, pipeline=pipeline), seed=1)
+    parallel.initialize(parallel.Layout(world_size=processes, tensor=tensor, pipeline=pipeline), seed=SEED)
     place = parallel.position()
     return build_gpt(
         load_hf_config(folder),
@@ -183,25 +198,6 @@ def test_checkpoint_of_one_layout_loads_into_another(results: Path, folder: Path
     before = tiny_hf.stored_tensors(folder)
     assert all(torch.equal(trained[name], loaded[name]) for name in trained)
     assert not any(torch.equal(trained[name], before[name]) for name in trained)
-
-
-def check_generators() -> None:
-    """Megatron's tracker draws from its own seeds and leaves the default generator alone."""
-    enable_cpu()
-    parallel.initialize(parallel.Layout(world_size=2, tensor=2), seed=11)
-    torch.manual_seed(4)
-    undisturbed = torch.rand(3)
-    torch.manual_seed(4)
-    with tensor_parallel.get_cuda_rng_tracker().fork():
-        forked = torch.rand(3)
-    assert torch.equal(torch.rand(3), undisturbed)
-    # tensor-parallel rank r is seeded with seed + 2718 + r (tensor_parallel/random.py)
-    torch.manual_seed(11 + 2718 + dist.get_rank())
-    assert torch.equal(forked, torch.rand(3))
-
-
-def test_generators_are_megatrons(run_ranks: Callable[..., None]) -> None:
-    run_ranks(check_generators, 2)
 
 
 def test_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

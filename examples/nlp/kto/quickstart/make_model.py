@@ -4,7 +4,7 @@ A Llama of about a million parameters learns, by plain supervised training, to a
 ways: three polite, three curt. Since all six are equally frequent, it samples either style about half of the time. This is
 the starting point that KTO then moves towards one style.
 
-CPU, one thread, about three minutes. The same files come out again with the same versions of torch and tokenizers on the
+CPU, two threads, about two minutes. The same files come out again with the same versions of torch and tokenizers on the
 same kind of processor; elsewhere the last digits of the weights may differ.
 """
 
@@ -19,6 +19,7 @@ import torch
 from facts import all_questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODEL_FOLDER = Path(__file__).resolve().parent / "model"
@@ -27,12 +28,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-VOCABULARY_SIZE = 1024
+VOCABULARY_SIZE = 2048
+"""More than the texts have use for, so that every word in them becomes one token."""
 IGNORED = -100
 SEED = 20240201
-EPOCHS = 24
+EPOCHS = 12
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = 3e-3
+PEAK_LEARNING_RATE = 4e-3
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -40,7 +42,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     # A word with the space before it, or punctuation: merges never cross a word's end.
     words = pre_tokenizers.Split(Regex(r" ?\w+|[^\w]"), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
@@ -99,6 +103,17 @@ def make_examples(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     )
 
 
+def answer_loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean cross entropy over the labels [b, s] that are not `IGNORED`; tokens: [b, s].
+
+    Padding stands to the right of every label of a causal model, so no attention mask is needed.
+    """
+    hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    answered = targets != IGNORED
+    return cross_entropy(model.lm_head(hidden[answered]), targets[answered])
+
+
 def fit(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> None:
     """Trains `model` on `tokens` [n, s] and `labels` [n, s] for `EPOCHS` passes in a shuffled order."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -112,20 +127,21 @@ def fit(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> None:
         total = 0.0
         for rows in torch.randperm(len(tokens), generator=shuffler).split(BATCH_SIZE):
             width = int((tokens[rows] != model.config.pad_token_id).sum(dim=1).max())
-            # Padding stands to the right of everything a causal model is asked about, so no attention mask is needed.
-            loss = model(input_ids=tokens[rows, :width], labels=labels[rows, :width]).loss
+            loss = answer_loss(model, tokens[rows, :width], labels[rows, :width])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            total += float(loss) * len(rows)
-        print(f"epoch {epoch + 1}/{EPOCHS}  loss {total / len(tokens):.4f}  {time.monotonic() - start:.0f} s", flush=True)
+            total += loss.item() * len(rows)
+        print(
+            f"epoch {epoch + 1}/{EPOCHS}  loss {total / len(tokens):.4f}  {time.monotonic() - start:.0f} s", flush=True
+        )
 
 
 def main(folder: Path) -> None:
     """Trains tokenizer and model and writes them to `folder`."""
-    torch.set_num_threads(1)  # sums in another order on every number of threads would give other weights
+    torch.set_num_threads(2)  # fixed: another number of threads adds up in another order and gives other last digits
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEED)
     texts = [text for question in all_questions() for text in (question.text, *question.polite, *question.curt)]

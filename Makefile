@@ -1,0 +1,41 @@
+# make quickstart | test | test-slow | lint | format | bench      PYTHON=python3.11 to choose an interpreter
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# one thread a process: tests and examples run several ranks on few cores
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-slow lint format bench install
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.10 to 3.12 or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" \
+		|| { echo "error: $(PYTHON) is not Python 3.10 to 3.12; set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/nlp/kto/quickstart/run.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy nemo_kto/algorithms nemo_kto/data nemo_kto/config.py nemo_kto/config_legacy.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_time.py

@@ -1,0 +1,54 @@
+"""Package metadata; tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kto" / "__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
+
+TEST = ["hypothesis>=6.100", "pytest>=8"]
+
+setup(
+    name="nemo-kto",
+    version=VERSION.group(1),
+    description="KTO (Kahneman-Tversky Optimization) of language models on Megatron-Core, from binary feedback",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf"],
+    package_dir={"nemo_kto.conf": "conf"},
+    package_data={"nemo_kto.conf": ["*.yaml"]},
+    install_requires=[
+        "einops",  # imported by nemo_toolkit, which does not declare it
+        "hydra-core>=1.3.2,<1.4",
+        "jinja2>=3.1",
+        "lightning>=2.4,<2.5",
+        "megatron-core>=0.16.1,<0.20",
+        "nemo_toolkit[common-only,core]>=3.0.0,<4",
+        "numpy>=1.26",
+        "omegaconf>=2.3,<2.4",
+        "psutil",  # Megatron-Core's checkpoint writer waits for ever without it
+        "safetensors>=0.5",
+        "tensorboard>=2.15",
+        "torch>=2.6,<3",
+        "tqdm>=4.66",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={"test": TEST, "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"]},
+    entry_points={"console_scripts": ["nemo-kto = nemo_kto.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

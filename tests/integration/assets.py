@@ -1,0 +1,111 @@
+"""A tiny model, tokenizer and feedback files, and one training run on them, for tests across layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
+GLOBAL_BATCH_SIZE = 8
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a word."""
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def make_model_folder(folder: Path) -> Path:
+    """Save a tiny Llama with its tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # far from uniform predictions, so that numbers differ between samples
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_feedback(file: Path, *, number: int, seed: int, labels: list[bool] | None = None) -> Path:
+    """Write records of one to six prompt words and one to nine response words; the first has one of each."""
+    generator = random.Random(seed)
+    with file.open("w") as stream:
+        for index in range(number):
+            prompt = generator.choices(WORDS, k=1 if index == 0 else generator.randint(1, 6))
+            response = generator.choices(WORDS, k=1 if index == 0 else generator.randint(1, 9))
+            label = generator.random() < 0.5 if labels is None else labels[index % len(labels)]
+            record = {"prompt": " ".join(prompt), "completion": " " + " ".join(response), "label": label}
+            stream.write(json.dumps(record) + "\n")
+    return file
+
+
+def settings(root: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Return dotted overrides of a short run on the assets in `root`; `changes` use `__` for dots."""
+    values: dict[str, Any] = {
+        "pretrained_checkpoint.restore_from_path": str(root / "hf"),
+        "exp_manager.explicit_log_dir": str(log_dir),
+        "trainer.accelerator": "cpu",
+        "trainer.kto.max_steps": 10,
+        "trainer.kto.max_epochs": 100,
+        "trainer.kto.save_interval": 0,
+        "model.global_batch_size": GLOBAL_BATCH_SIZE,
+        "model.data.data_prefix.train": str(root / "train.jsonl"),
+        "model.data.seq_length": 64,
+        "model.optim.lr": 1e-3,
+        # with a tiny eps Adam turns the rounding noise of near-zero gradients into whole steps
+        "model.optim.eps": 1e-5,
+        "model.optim.sched.warmup_steps": 0,
+        "model.optim.sched.min_lr": 1e-4,
+        "model.kto.ref_policy_kl_penalty": 0.5,
+        "exp_manager.create_checkpoint_callback": False,
+        "export.enabled": False,
+    }
+    return values | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+def train_in_pool(port: int, overrides: dict[str, Any]) -> None:
+    """Run the training command's inside on one rank of a pool's processes."""
+    import torch.distributed as dist
+    from omegaconf import OmegaConf
+
+    from nemo_kto.config import parse_config
+    from nemo_kto.quiet import silence_loaded_packages
+    from nemo_kto.train import train
+
+    silence_loaded_packages()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    raw = OmegaConf.create({})
+    for key, value in {**overrides, "trainer.devices": world_size}.items():
+        OmegaConf.update(raw, key, value)
+    train(parse_config(raw))
+
+
+def read_series(log_dir: Path) -> dict[str, dict[int, float]]:
+    """Return metric -> step -> value of a run's TensorBoard logs; a repeated step keeps its latest value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    series: dict[str, dict[int, float]] = {}
+    for file in sorted(log_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            series.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    return series

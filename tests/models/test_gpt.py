@@ -1,0 +1,241 @@
+"""Configurations read, checked and made; the model's construction, its output weight and its random weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.models.gpt import (
+    KTOGPTModel,
+    build_gpt,
+    hf_config_from_sizes,
+    initialize_weights,
+    load_hf_config,
+    padded_vocabulary,
+)
+from nemo_kto.runtime import parallel
+from nemo_kto.runtime.cpu_megatron import enable_cpu
+from tests.models import tiny_hf
+
+# a Llama 3.1 configuration as transformers 4 wrote it
+OLD_STYLE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "torch_dtype": "bfloat16",
+    "vocab_size": 131,
+}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    """Write config.json and return its folder."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# reading and checking
+
+
+def test_configuration_of_transformers_4_is_understood(tmp_path: Path) -> None:
+    config = load_hf_config(write_config(tmp_path, OLD_STYLE))
+    assert config.rope_parameters == {**OLD_STYLE["rope_scaling"], "rope_theta": 500000.0}
+    assert config.dtype == torch.bfloat16
+
+
+def test_folder_without_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{tmp_path} has no config.json"):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=str(tmp_path / "config.json")):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
+def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, qwen2, qwen3"):
+        load_hf_config(write_config(tmp_path, {**OLD_STYLE, "model_type": model_type}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ("quantization_config", {"quant_method": "fp8"}),
+    ],
+)
+def test_unsupported_feature_is_named(tmp_path: Path, field: str, value: object) -> None:
+    config = {**OLD_STYLE, field: value}
+    if field == "rope_parameters":
+        del config["rope_scaling"], config["rope_theta"]
+    with pytest.raises(ConfigError, match="partial_rotary|rope_type" if "rope" in field else field[:5]):
+        load_hf_config(write_config(tmp_path, config))
+
+
+# making
+
+
+def test_sizes_become_a_llama_configuration() -> None:
+    config = hf_config_from_sizes(
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=80,
+        num_attention_heads=6,
+        num_query_groups=None,
+        vocab_size=99,
+        max_position_embeddings=256,
+        rotary_base=5e5,
+        layernorm_epsilon=1e-6,
+        share_embeddings_and_output_weights=True,
+    )
+    assert isinstance(config, LlamaConfig)
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (3, 48, 80)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 6, 8)
+    assert (config.vocab_size, config.max_position_embeddings) == (99, 256)
+    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (5e5, 1e-6)
+    assert config.tie_word_embeddings is True
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+
+
+def test_heads_must_divide_the_hidden_size() -> None:
+    with pytest.raises(ConfigError, match="hidden_size=50.*num_attention_heads=4"):
+        hf_config_from_sizes(
+            num_layers=1,
+            hidden_size=50,
+            ffn_hidden_size=8,
+            num_attention_heads=4,
+            num_query_groups=None,
+            vocab_size=9,
+            max_position_embeddings=8,
+        )
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "multiple", "tensor", "padded"),
+    [(1, 128, 1, 128), (128, 128, 2, 128), (129, 128, 2, 256), (49152, 128, 3, 49152), (10, 1, 1, 10)],
+)
+def test_vocabulary_is_padded_to_the_multiple(vocab_size: int, multiple: int, tensor: int, padded: int) -> None:
+    assert padded_vocabulary(vocab_size, multiple=multiple, tensor_model_parallel_size=tensor) == padded
+
+
+def test_vocabulary_must_be_divisible() -> None:
+    with pytest.raises(ConfigError, match="131 tokens, padded to 256 .*=128, .*tensor_model_parallel_size=3"):
+        padded_vocabulary(131, multiple=128, tensor_model_parallel_size=3)
+
+
+# the model
+
+
+def build(config: Any, **options: Any) -> KTOGPTModel:
+    """Build the whole model in this process."""
+    return build_gpt(
+        config,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        pre_process=True,
+        post_process=True,
+        **options,
+    )
+
+
+def check_construction() -> None:
+    """Everything about one rank's model, in one process."""
+    enable_cpu()
+    parallel.initialize(parallel.Layout(world_size=1), seed=1)
+    sizes = tiny_hf.families()
+
+    model = build(sizes["llama"])
+    assert (model.vocab_size, model.padded_vocab_size) == (131, 256)
+    assert model.output_weight() is model.output_layer.weight
+    tied = build(sizes["llama_tied"], vocab_pad_multiple=1)
+    assert tied.output_weight() is tied.embedding.word_embeddings.weight
+    assert tied.output_weight().shape == (131, 32)
+    assert build(sizes["llama"], params_dtype=torch.bfloat16).output_weight().dtype == torch.bfloat16
+
+    # Hugging Face's window counts the token itself, Megatron's the tokens before it
+    windows = [
+        (MistralConfig(**tiny_hf.SIZES, sliding_window=7), [6, 6, 6, 6]),
+        (MistralConfig(**tiny_hf.SIZES, sliding_window=None), [None] * 4),
+        (Qwen2Config(**tiny_hf.SIZES, sliding_window=7), [None] * 4),
+        (
+            Qwen2Config(**tiny_hf.SIZES, sliding_window=7, use_sliding_window=True, max_window_layers=3),
+            [None] * 3 + [6],
+        ),
+    ]
+    for config, expected in windows:
+        layers = build(config).decoder.layers
+        assert [layer.self_attention.core_attention.window for layer in layers] == expected
+
+    with pytest.raises(ConfigError, match="transformer_impl=fast is unknown. Use auto, local or transformer_engine"):
+        build(sizes["llama"], transformer_impl="fast")
+    with pytest.raises(ConfigError, match="transformer_impl=transformer_engine needs .*Use auto or local"):
+        build(sizes["llama"], transformer_impl="transformer_engine")
+    check_shard_marks(sizes["qwen2_tied"])
+    check_random_weights(sizes["qwen2_tied"])
+
+
+def check_shard_marks(config: Any) -> None:
+    """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
+    for name, parameter in build(config).named_parameters():
+        is_norm = "norm" in name
+        assert getattr(parameter, "tensor_model_parallel", False) is not is_norm, name
+        if not is_norm:
+            row_parallel = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            assert parameter.partition_dim == int(row_parallel), name
+
+
+def check_random_weights(config: Any) -> None:
+    """Normal matrices of the given deviation, norms one, biases and padding zero, all set by the seed."""
+    model = build(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    initialize_weights(model, seed=5, std=0.02)
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, value in first.items():
+        if name.endswith("bias"):
+            assert (value == 0).all(), name
+        elif value.dim() == 1:
+            assert (value == 1).all(), name
+        else:
+            real = value[: model.vocab_size] if "embedding" in name else value
+            assert abs(real.std().item() - 0.02) < 0.002, name
+            assert abs(real.mean().item()) < 0.002, name
+    assert (first["embedding.word_embeddings.weight"][131:] == 0).all()
+    matrices = [name for name, value in first.items() if value.dim() == 2]
+    assert not torch.equal(
+        first["decoder.layers.0.mlp.linear_fc2.weight"], first["decoder.layers.1.mlp.linear_fc2.weight"]
+    )
+
+    initialize_weights(model, seed=5, std=0.02)
+    assert all(torch.equal(first[name], parameter) for name, parameter in model.named_parameters())
+    initialize_weights(model, seed=6, std=0.02)
+    other = dict(model.named_parameters())
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+
+
+def test_construction(run_ranks: Callable[..., None]) -> None:
+    run_ranks(check_construction, 1)
