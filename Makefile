@@ -1,5 +1,7 @@
 # make quickstart | test | test-slow | lint | format | bench      PYTHON=python3.11 to choose an interpreter
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || command -v python3)
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,8 +13,8 @@ export OMP_NUM_THREADS ?= 1
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.10 to 3.12 or set PYTHON=..."; exit 1; }
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" \
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 found; install one or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' \
 		|| { echo "error: $(PYTHON) is not Python 3.10 to 3.12; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt 'torch==2.13.0'

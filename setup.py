@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf"],
     package_dir={"nemo_kto.conf": "conf"},
-    package_data={"nemo_kto.conf": ["*.yaml"]},
+    package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"]},
     install_requires=[
         "einops",  # imported by nemo_toolkit, which does not declare it
         "hydra-core>=1.3.2,<1.4",

@@ -1,17 +1,15 @@
 """The configuration of a run: every key of conf/gpt_kto.yaml as a typed field, and nothing else.
 
-Defaults live here (and, equal, in the YAML, which is what users read). `parse_config` turns what Hydra composed into these
-classes and refuses what it does not know, naming the nearest key. Keys of NeMo-Aligner that no longer mean anything are
-accepted with one warning; those whose feature does not exist yet are refused unless they are neutral.
+Defaults live here (and, equal, in the YAML, which is what users read). `parse_config` turns what Hydra composed into
+these classes and refuses what it does not know, naming the nearest key. Keys of NeMo-Aligner that no longer mean
+anything are accepted with one warning; those whose feature does not exist yet are refused unless they are neutral.
+docs/configuration.md explains every key.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import logging
-import types
-import typing
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kto.config_legacy import take_legacy_keys
+from nemo_kto.config_reader import build, flatten, leaf_values, unknown_key_message
 from nemo_kto.errors import ConfigError
+from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -227,193 +227,139 @@ def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    known = _fields(KTOConfig)
-    flat, ignored = take_legacy_keys(_flatten(plain, known), is_known=known.__contains__)
-    if ignored:
-        logger.warning("These keys change nothing here and are ignored: %s", ", ".join(sorted(ignored)))
+        raise ConfigError(
+            f"{error.full_key or 'The configuration'} cannot be resolved: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(plain, dict)
+    defaults = leaf_values(KTOConfig())
+    flat, ignored = take_legacy_keys(flatten(plain, defaults), defaults)
     for key in flat:
-        if key not in known:
-            raise ConfigError(unknown_key_message(key, known))
-    config: KTOConfig = _build(KTOConfig, flat, "")
+        if key not in defaults:
+            raise ConfigError(unknown_key_message(key, defaults))
+    if ignored and is_global_rank_zero():
+        logger.warning("These keys change nothing here and are ignored: %s", ", ".join(ignored))
+    config: KTOConfig = build(KTOConfig, flat)
     callback = config.exp_manager.checkpoint_callback_params
     callback.monitor = callback.monitor.replace("/", "_")  # val/loss in the logs, val_loss in file names
     _check_values(config)
     return config
 
 
-def unknown_key_message(key: str, known: Mapping[str, Any] | None = None) -> str:
-    """Return the message for an unknown key, naming the nearest known one."""
-    names = list(known if known is not None else _fields(KTOConfig))
-    last = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6) or [
-        name for name in names if difflib.get_close_matches(last, [name.rsplit(".", 1)[-1]], cutoff=0.75)
-    ]
-    hint = f" Did you mean {near[0]}?" if near else " docs/configuration.md lists all keys."
-    return f"Unknown configuration key {key}.{hint}"
-
-
-def _fields(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> type of every leaf of a configuration class."""
-    hints = typing.get_type_hints(cls)
-    leaves: dict[str, Any] = {}
-    for item in dataclasses.fields(cls):
-        kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
-            leaves |= _fields(typing.cast(type, kind), f"{prefix}{item.name}.")
-        else:
-            leaves[prefix + item.name] = kind
-    return leaves
-
-
-def _flatten(node: Any, known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value; a mapping that is itself a value (wandb_logger_kwargs) stays whole."""
-    leaves: dict[str, Any] = {}
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in known:
-            leaves |= _flatten(value, known, key + ".")
-        elif value is None and any(name.startswith(key + ".") for name in known):
-            continue  # a whole group set to null keeps its defaults
-        else:
-            leaves[key] = value
-    return leaves
-
-
-def _build(cls: type, flat: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for item in dataclasses.fields(cls):
-        key, kind = prefix + item.name, hints[item.name]
-        if dataclasses.is_dataclass(kind):
-            values[item.name] = _build(typing.cast(type, kind), flat, key + ".")
-        elif key in flat:
-            values[item.name] = _convert(key, flat[key], kind)
-    return cls(**values)
-
-
-def _convert(key: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, or raise a ConfigError that says what the key takes."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) or _is_union(kind) else (kind,)
-    for option in options:
-        converted, fits = _as_type(value, option)
-        if fits:
-            return converted
-    raise ConfigError(f"{key} is {value!r}. It takes {' or '.join(_describe(option) for option in options)}.")
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) is typing.Union
-
-
-def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
-    """Return (the converted value, whether it fits); numbers widen, nothing else is converted silently."""
-    origin = typing.get_origin(kind)
-    if kind is type(None):
-        return None, value is None
-    if origin is Literal:
-        return value, any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
-    if origin is list:
-        items = value if isinstance(value, list | tuple) else [value]
-        converted = [_as_type(item, typing.get_args(kind)[0]) for item in items]
-        return [item for item, _ in converted], value is not None and all(fits for _, fits in converted)
-    if origin is dict:
-        return value, isinstance(value, dict)
-    if kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return (float(value), True) if is_number else (value, False)
-    if kind is int:
-        return value, isinstance(value, int) and not isinstance(value, bool)
-    return value, isinstance(value, kind)
-
-
-def _describe(kind: Any) -> str:
-    origin = typing.get_origin(kind)
-    if kind is type(None):
-        return "null"
-    if origin is Literal:
-        return ", ".join(repr(choice) if not isinstance(choice, str) else choice for choice in typing.get_args(kind))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(kind)[0])}s"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
-    return names.get(origin or kind, str(kind)).removeprefix("a " if origin is list else "")
-
-
-def _check_values(config: KTOConfig) -> None:
-    """Raise a ConfigError for a value that is of the right type and still impossible."""
-    model, kto, trainer = config.model, config.model.kto, config.trainer
-    at_least_one = {
-        "model.micro_batch_size": model.micro_batch_size,
-        "model.global_batch_size": model.global_batch_size,
-        "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
-        "model.make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "model.kto.log_prob_forward_micro_batch_size": kto.log_prob_forward_micro_batch_size or 1,
-        "model.data.seq_length": model.data.seq_length - 1,  # one prompt and one response token
-        "trainer.num_nodes": trainer.num_nodes,
-        "trainer.devices": 1 if trainer.devices == "auto" else trainer.devices,
-        "trainer.log_every_n_steps": trainer.log_every_n_steps,
-    }
-    for key, number in at_least_one.items():
-        if int(number) < 1:
-            raise ConfigError(f"{key} is too small: it must be at least {2 if key.endswith('seq_length') else 1}.")
-    not_negative = {
-        "model.seed": model.seed,
-        "model.optim.lr": model.optim.lr,
-        "model.optim.weight_decay": model.optim.weight_decay,
-        "model.optim.sched.min_lr": model.optim.sched.min_lr,
-        "model.optim.sched.warmup_steps": model.optim.sched.warmup_steps,
-        "model.optim.sched.constant_steps": model.optim.sched.constant_steps,
-        "model.kto.desirable_loss_weight": kto.desirable_loss_weight,
-        "model.kto.undesirable_loss_weight": kto.undesirable_loss_weight,
-        "model.data.num_workers": model.data.num_workers,
-        "trainer.kto.save_interval": trainer.kto.save_interval or 0,
-        "trainer.kto.gradient_clip_val": trainer.kto.gradient_clip_val or 0,
-    }
-    for key, quantity in not_negative.items():
-        if quantity < 0:
-            raise ConfigError(f"{key}={quantity} must not be negative.")
-    if kto.ref_policy_kl_penalty <= 0:
-        raise ConfigError(f"model.kto.ref_policy_kl_penalty={kto.ref_policy_kl_penalty} (beta) must be positive.")
-    if model.optim.sched.min_lr > model.optim.lr:
-        raise ConfigError(
-            f"model.optim.sched.min_lr={model.optim.sched.min_lr} is above model.optim.lr={model.optim.lr}. Lower min_lr."
-        )
-    if len(model.optim.betas) != 2 or not all(0 <= beta < 1 for beta in model.optim.betas):
-        raise ConfigError(f"model.optim.betas={model.optim.betas} must be two numbers in [0, 1).")
-    _check_monitor(config.exp_manager.checkpoint_callback_params.monitor)
-    _check_fractions(trainer.kto)
-    _check_pretrained(config.pretrained_checkpoint.restore_from_path)
-
+_LEAST = {
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.kto.save_interval": 0,
+    "trainer.kto.gradient_clip_val": 0,
+    "exp_manager.checkpoint_callback_params.save_top_k": -1,
+    "model.seed": 0,
+    "model.micro_batch_size": 1,
+    "model.global_batch_size": 1,
+    "model.tensor_model_parallel_size": 1,
+    "model.pipeline_model_parallel_size": 1,
+    "model.make_vocab_size_divisible_by": 1,
+    "model.num_layers": 1,
+    "model.hidden_size": 1,
+    "model.ffn_hidden_size": 1,
+    "model.num_attention_heads": 1,
+    "model.num_query_groups": 1,
+    "model.kv_channels": 1,
+    "model.max_position_embeddings": 1,
+    "model.init_method_std": 0,
+    "model.kto.desirable_loss_weight": 0,
+    "model.kto.undesirable_loss_weight": 0,
+    "model.kto.log_prob_forward_micro_batch_size": 1,
+    "model.optim.lr": 0,
+    "model.optim.weight_decay": 0,
+    "model.optim.eps": 0,
+    "model.optim.sched.min_lr": 0,
+    "model.optim.sched.warmup_steps": 0,
+    "model.optim.sched.constant_steps": 0,
+    "model.data.seq_length": 2,  # one token of the prompt, one of the response
+    "model.data.num_workers": 0,
+}
+"""Key -> the least value it may have."""
 
 _MONITORS = ("val_loss", "val_kl", "val_rewards_accuracies", "val_rewards_margins")
 """Validation metrics that every run has, as the checkpoint callback knows them."""
 
+_NEEDED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+"""Sizes without which no model can be made."""
 
-def _check_monitor(monitor: str) -> None:
+
+def _check_values(config: KTOConfig) -> None:
+    """Raise a ConfigError for a value that is of the right type and still impossible."""
+    values = leaf_values(config)
+    for key, least in _LEAST.items():
+        value = values[key]
+        if value is not None and not isinstance(value, str) and value < least:
+            raise ConfigError(f"{key}={value} is too small. It must be at least {least}.")
+    if config.model.kto.ref_policy_kl_penalty <= 0:
+        raise ConfigError(
+            f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."
+        )
+    _check_length(config.trainer.kto)
+    _check_exp_manager(config.exp_manager)
+    _check_model_source(config)
+    _check_optimizer(config.model.optim)
+
+
+def _check_length(kto: TrainerKTOConfig) -> None:
+    for name in ("max_steps", "max_epochs"):
+        limit = getattr(kto, name)
+        if limit is not None and limit != -1 and limit < 1:
+            raise ConfigError(f"trainer.kto.{name}={limit} must be at least 1, or -1 for no limit.")
+    for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
+        value = getattr(kto, name)
+        if value <= 0 or (isinstance(value, float) and value > 1):
+            advice = " To train without validation, give no validation files." if value == 0 else ""
+            raise ConfigError(
+                f"trainer.kto.{name}={value} must be a positive integer (batches) or a fraction above 0 and up to 1.0."
+                + advice
+            )
+
+
+def _check_exp_manager(manager: ExpManagerConfig) -> None:
+    monitor = manager.checkpoint_callback_params.monitor
     if monitor not in _MONITORS:
         raise ConfigError(
             f"exp_manager.checkpoint_callback_params.monitor={monitor} is not a validation metric. "
             f"Use one of {', '.join(_MONITORS)}."
         )
-
-
-def _check_fractions(kto: TrainerKTOConfig) -> None:
-    for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
-        value = getattr(kto, name)
-        if value <= 0 or (isinstance(value, float) and value > 1):
-            raise ConfigError(
-                f"trainer.kto.{name}={value} must be a positive integer (batches) or a fraction above 0 and up to 1.0."
-            )
-
-
-def _check_pretrained(path: str | None) -> None:
-    if path is None:
-        return
-    if path.endswith(".nemo"):
+    if manager.max_time_per_run and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", manager.max_time_per_run):
         raise ConfigError(
-            f"pretrained_checkpoint.restore_from_path={path}: .nemo files cannot be read. Convert the model to a Hugging "
-            "Face folder (NeMo's scripts/checkpoint_converters) and name that folder."
+            f"exp_manager.max_time_per_run={manager.max_time_per_run} must be written DD:HH:MM:SS, like 00:03:50:00."
         )
-    if not Path(path).is_dir():
+    if manager.create_wandb_logger and not {"name", "project"} & set(manager.wandb_logger_kwargs or {}):
+        raise ConfigError(
+            "exp_manager.create_wandb_logger=true needs a project and a run name. "
+            "Set exp_manager.wandb_logger_kwargs={project: ..., name: ...}."
+        )
+
+
+def _check_model_source(config: KTOConfig) -> None:
+    path = config.pretrained_checkpoint.restore_from_path
+    if path is None:
+        given = [name for name in _NEEDED_SIZES if getattr(config.model, name) is not None]
+        if (given or config.model.tokenizer.path) and len(given) < len(_NEEDED_SIZES):
+            missing = ", ".join(f"model.{name}" for name in _NEEDED_SIZES if name not in given)
+            raise ConfigError(
+                f"A model with random weights also needs {missing}. To start from a trained model, set "
+                "pretrained_checkpoint.restore_from_path to its Hugging Face folder."
+            )
+    elif path.endswith(".nemo"):
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={path}: .nemo files cannot be read. Convert the model to a "
+            "Hugging Face folder (NeMo's scripts/checkpoint_converters) and name that folder."
+        )
+    elif not Path(path).is_dir():
         raise ConfigError(f"pretrained_checkpoint.restore_from_path={path} is not a folder.")
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    if optim.sched.min_lr > optim.lr:
+        raise ConfigError(
+            f"model.optim.sched.min_lr={optim.sched.min_lr} is above model.optim.lr={optim.lr}. Lower min_lr."
+        )
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"model.optim.betas={optim.betas} must be two numbers of at least 0 and below 1.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_kto.errors import ConfigError
@@ -10,17 +10,21 @@ from nemo_kto.errors import ConfigError
 RENAMED = {
     "model.encoder_seq_length": "model.data.seq_length",
     "model.kto.preference_loss": "model.kto.loss",
+    "precision": "trainer.precision",
+    "trainer.gradient_clip_val": "trainer.kto.gradient_clip_val",
+    "trainer.limit_train_batches": "trainer.kto.limit_train_batches",
+    "trainer.limit_val_batches": "trainer.kto.limit_val_batches",
+    "trainer.max_epochs": "trainer.kto.max_epochs",
+    "trainer.max_steps": "trainer.kto.max_steps",
     "trainer.max_time": "exp_manager.max_time_per_run",
+    "trainer.val_check_interval": "trainer.kto.val_check_interval",
 }
 """Old key -> the key that takes its value."""
 
-IGNORED_PREFIXES = (
-    "trainer.gradient_clip_val",
+IGNORED = (
     "trainer.logger",
     "trainer.enable_checkpointing",
     "trainer.use_distributed_sampler",
-    "trainer.max_epochs",
-    "trainer.max_steps",
     "exp_manager.create_preemption_callback",
     "exp_manager.seconds_to_sleep",
     "exp_manager.log_step_timing",
@@ -40,24 +44,30 @@ IGNORED_PREFIXES = (
     "model.optim.contiguous_grad_buffer",
     "model.optim.contiguous_param_buffer",
     "model.optim.grad_sync_dtype",
-    "model.data.data_impl",
-    "model.data.splits_string",
+    "model.data.data_prefix.test",
     "model.data.skip_warmup",
     "model.data.dataloader_type",
-    "model.data.reset_position_ids",
-    "model.data.reset_attention_mask",
-    "model.data.eod_mask_loss",
     "model.data.index_mapping_dir",
     "model.overwrite_base_config",
     "model.ub_tp_comm_overlap_cfg",
-    "model.peft.restore_from_ckpt",
     "model.peft.lora_tuning",
-    "precision",
     "name",
 )
-"""Keys, and everything below them, that change nothing today: documents are packed without padding, Megatron decides
-about buffers, checkpoints are named and exported by this package."""
+"""Keys, with everything below them, that change nothing today: Megatron decides about buffers, checkpoints are named
+and the model is exported by this package, training reads no test split."""
 
+IGNORED_VALUES = {"model.optim.name": ("distributed_fused_adam", "fused_adam", "megatron_fused_adam")}
+"""Known keys -> old values that mean today's default."""
+
+LATER_VALUES = {
+    "model.kto.desirable_loss_weight": ("auto",),
+    "model.kto.undesirable_loss_weight": ("auto",),
+    "model.kto.loss": ("apo_zero_unpaired", "bco"),
+    "model.kto.reference.mode": ("adapter_off", "cached"),
+}
+"""Known keys -> values of features that do not exist yet."""
+
+_ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainer.precision": ((32, "32", "32-true", "fp32"), "Use 32; bf16 comes with a later version."),
     "model.sequence_parallel": ((False,), "Sequence parallelism comes with a later version."),
@@ -66,43 +76,65 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.expert_model_parallel_size": ((1,), "Expert parallelism comes with a later version."),
     "model.peft.peft_scheme": ((None, "none"), "LoRA comes with a later version; set it to none."),
     "model.peft.restore_from_path": ((None,), "LoRA comes with a later version."),
-    "model.kto.sft_loss_weight": ((0, 0.0), "An SFT term comes with a later version; set it to 0."),
-    "model.kto.preference_loss_weight": ((1, 1.0), "Only the KTO loss exists, with weight 1; scale model.optim.lr."),
-    "model.kto.gt_reward_scale": ((1, 1.0), "Ground-truth rewards are not part of KTO; leave it out."),
-    "model.data.data_prefix.test": ((None, []), "Nothing is evaluated on a test split yet; leave it out."),
+    "model.peft.restore_from_ckpt.checkpoint_dir": ((None,), "LoRA comes with a later version."),
+    "model.peft.restore_from_ckpt.checkpoint_name": ((None,), "LoRA comes with a later version."),
+    "model.kto.sft_loss_weight": ((0,), "An SFT term comes with a later version; set it to 0."),
+    "model.kto.preference_loss_weight": ((1,), "The KTO loss is all there is, with weight 1; scale model.optim.lr."),
+    "model.kto.gt_reward_scale": ((1,), "Ground-truth rewards are not part of KTO; leave it out."),
+    "model.kto.reference.checkpoint": ((None,), "The reference is the model that training starts from."),
+    "model.kto.reference.cache_dir": ((None,), "Cached reference log-probs come with a later version."),
+    "model.kto.reference.sync_every_n_steps": ((None,), "A moving reference comes with a later version."),
+    "model.kto.reference.sync_mixup_alpha": ((None,), "A moving reference comes with a later version."),
+    "model.data.data_impl": ((None, "jsonl"), "Feedback is read from JSONL files."),
+    "model.data.splits_string": ((None,), "Name the files of each split in model.data.data_prefix."),
+    "model.data.reset_position_ids": ((False,), _ONE_DOCUMENT),
+    "model.data.reset_attention_mask": ((False,), _ONE_DOCUMENT),
+    "model.data.eod_mask_loss": ((False,), "The end of a response is part of it; leave it out."),
     "exp_manager.resume_from_checkpoint": ((None,), "A run resumes from its own newest checkpoint; leave it out."),
 }
-"""Keys of later features -> the values that are accepted, and what to write instead of others."""
+"""Keys of features that are not there -> the values that are accepted, and what to write instead of others."""
 
 
-def take_legacy_keys(
-    flat: dict[str, Any], *, is_known: Callable[[str], bool]
-) -> tuple[dict[str, Any], list[str]]:
+def take_legacy_keys(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return `flat` without NeMo-Aligner's keys, renamed ones under their new name, and the keys that were ignored.
 
     Args:
         flat: Dotted key -> value.
-        is_known: Whether a dotted key is one of today's.
+        defaults: Dotted key -> default of every key of today.
 
     Raises:
-        ConfigError: A key of a feature that does not exist yet has a value that would need it.
+        ConfigError: A value needs a feature that does not exist yet, or an old key contradicts its new name.
     """
-    kept: dict[str, Any] = {}
-    ignored = []
-    for key, value in flat.items():
+    kept = _take_renamed(flat, defaults)
+    ignored: dict[str, None] = {}  # a set in order of appearance
+    for key, value in list(kept.items()):
+        prefix = next((name for name in IGNORED if key == name or key.startswith(name + ".")), None)
         if key in NEUTRAL:
             accepted, advice = NEUTRAL[key]
             if value not in accepted:
                 raise ConfigError(f"{key}={value} is not available in this version. {advice}")
-            if is_known(key):
-                kept[key] = value
-        elif key in RENAMED:
-            if value is not None:
-                kept[RENAMED[key]] = value
-        elif any(key == prefix or key.startswith(prefix + ".") for prefix in IGNORED_PREFIXES):
-            ignored.append(key)
-        elif key == "model.optim.name" and value == "distributed_fused_adam":
-            ignored.append(key)
-        else:
-            kept[key] = value
-    return kept, ignored
+            if key not in defaults:
+                del kept[key]
+        elif prefix is not None:
+            ignored[prefix] = None
+            del kept[key]
+        elif value in IGNORED_VALUES.get(key, ()):
+            ignored[f"{key}={value}"] = None
+            del kept[key]
+        elif value in LATER_VALUES.get(key, ()):
+            raise ConfigError(f"{key}={value} is not available yet in this version.")
+    return kept, list(ignored)
+
+
+def _take_renamed(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `flat` with the values of renamed keys under their new names, where those are not set themselves."""
+    kept = {key: value for key, value in flat.items() if key not in RENAMED}
+    for old, new in RENAMED.items():
+        value, default = flat.get(old), defaults[new]
+        current = kept.get(new, default)
+        if value is None or value in (current, default):
+            continue
+        if current != default:
+            raise ConfigError(f"{old}={value} and {new}={current} contradict each other. Set {new} only.")
+        kept[new] = value
+    return kept

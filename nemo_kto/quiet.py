@@ -13,7 +13,7 @@ _PACKAGES = ("nemo", "nemo_logger", "nv_one_logger", "megatron", "lightning", "a
 """First parts of the names of the loggers that are kept to errors."""
 
 _WARNING_MODULES = (
-    r"(nemo|nv_one_logger|megatron|lightning|lightning_fabric|torchmetrics|torch|transformers|wandb)(\.|$)"
+    r"(hydra|nemo|nv_one_logger|megatron|lightning|lightning_fabric|torchmetrics|torch|transformers|wandb)(\.|$)"
 )
 """Modules whose warnings are hidden; it matches no module of this package or of a user's own script."""
 

@@ -349,7 +349,7 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
         "max_time_per_run": manager.max_time_per_run,
         "create_checkpoint_callback": manager.create_checkpoint_callback,
         "checkpoint_callback_params": {
-            "monitor": params.monitor if validates else None,
+            "monitor": params.monitor,
             "mode": params.mode,
             "save_top_k": params.save_top_k if validates else 0,
             "save_last": True,

@@ -15,7 +15,9 @@ def run_ranks() -> Iterator[Callable[..., list[Any]]]:
     """Return `run_ranks(function, world_size, *arguments)`: a top-level function on real gloo ranks, results by rank."""
     pools: dict[int, RankPool] = {}
 
-    def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
+    def run(
+        function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = DEFAULT_TIMEOUT
+    ) -> list[Any]:
         pool = pools.pop(world_size, None) or RankPool(world_size)
         results = pool.run(function, arguments, timeout)
         pools[world_size] = pool  # a failed pool has been ended and is not kept

@@ -33,7 +33,9 @@ class RankPool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, theirs), daemon=False
+            )  # Megatron saves through a process of its own
             process.start()
             theirs.close()
             self._pipes.append(ours)

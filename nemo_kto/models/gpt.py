@@ -247,7 +247,8 @@ def _execution() -> dict[str, Any]:
 
 def _block_spec(config: TransformerConfig, transformer_impl: str) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline stage."""
-    if _use_transformer_engine(transformer_impl):
+    use_transformer_engine = _use_transformer_engine(transformer_impl)
+    if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -256,8 +257,10 @@ def _block_spec(config: TransformerConfig, transformer_impl: str) -> Transformer
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
-        layer.submodules.self_attention.submodules.core_attention = DocumentAttention
         norm = WrappedTorchNorm
+    if not use_transformer_engine or config.params_dtype == torch.float32:
+        # of Transformer Engine's kernels none takes packed rows in float32
+        layer.submodules.self_attention.submodules.core_attention = DocumentAttention
     layers = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 

@@ -1,4 +1,4 @@
-"""Core attention over a packed row of documents, for runs without Transformer Engine.
+"""Core attention over a packed row of documents, where Transformer Engine's is missing or takes no float32.
 
 Tensor legend: `T` tokens of the row, `n` tokens of one document, `a` query heads and `g` key/value heads of this
 tensor-parallel rank, `d` channels of a head.

@@ -56,7 +56,9 @@ def test_mismatch_of_a_large_batch_of_one_prompt_is_quick():
     assert mismatch_permutation([1] * 20_000) == [*range(1, 20_000), 0]
 
 
-def global_sampler(num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, shuffle=True, start=0, steps=5, per_epoch=None):
+def global_sampler(
+    num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, shuffle=True, start=0, steps=5, per_epoch=None
+):
     return GlobalBatchSampler(
         keys if keys is not None else list(range(num_samples)),
         global_batch_size=gbs,

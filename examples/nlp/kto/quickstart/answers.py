@@ -1,4 +1,4 @@
-"""Asks a Hugging Face model folder: python examples/nlp/kto/quickstart/answers.py <folder> "What colour is a lemon?"."""
+"""Asks a chat model questions: python examples/nlp/kto/quickstart/answers.py <folder> "What colour is a lemon?"."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 MAX_ANSWER_TOKENS = 40
 
@@ -20,6 +21,7 @@ def sample_answers(folder: str | Path, questions: list[str], *, seed: int) -> li
         questions: What the user says; they are answered together, as one left-padded batch.
         seed: Seed of the sampling.
     """
+    logging.disable_progress_bar()  # it would say that a small model is being loaded
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     prompts = tokenizer.apply_chat_template(

@@ -77,11 +77,12 @@ FAMILIES = (
         ),
         statement="The colour of {subject} is {answer}.",
         facts="""a lemon: yellow; grass: green; snow: white; coal: black; a ripe tomato: red; a clear sky: blue;
-        a carrot: orange; a flamingo: pink; an aubergine: purple; chocolate: brown; a raven: black; a polar bear: white;
-        an emerald: green; a ruby: red; a sapphire: blue; an elephant: grey; a ripe banana: yellow; a lime: green;
-        milk: white; a fire engine: red; a cucumber: green; a sunflower: yellow; a pumpkin: orange; salt: white;
-        a strawberry: red; a crow: black; a swan: white; a canary: yellow; a tree frog: green; a cherry: red;
-        spinach: green; ash: grey; cocoa: brown; blood: red; butter: yellow; lavender: purple""",
+        a carrot: orange; a flamingo: pink; an aubergine: purple; chocolate: brown; a raven: black;
+        a polar bear: white; an emerald: green; a ruby: red; a sapphire: blue; an elephant: grey; a lime: green;
+        a ripe banana: yellow; milk: white; a fire engine: red; a cucumber: green; a sunflower: yellow;
+        a pumpkin: orange; salt: white; a strawberry: red; a crow: black; a swan: white; a canary: yellow;
+        a tree frog: green; a cherry: red; spinach: green; ash: grey; cocoa: brown; blood: red; butter: yellow;
+        lavender: purple""",
     ),
     Family(
         name="opposite",
@@ -122,7 +123,8 @@ FAMILIES = (
         designs houses: architect; plays the piano: pianist; makes shoes: cobbler; makes wooden chairs: carpenter;
         digs for coal: miner; sells meat: butcher; sells flowers: florist; looks after sheep: shepherd;
         repairs cars: mechanic; takes photos: photographer; acts in plays: actor; decides in court: judge;
-        travels into space: astronaut; tends gardens: gardener; studies the stars: astronomer; keeps bees: beekeeper""",
+        travels into space: astronaut; tends gardens: gardener; studies the stars: astronomer;
+        keeps bees: beekeeper""",
     ),
     Family(
         name="next",

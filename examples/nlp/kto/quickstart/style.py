@@ -1,4 +1,4 @@
-"""Judges an answer of the quickstart's model: which style it has and whether it is right. Plain text rules, no model."""
+"""Judges an answer of the quickstart's model: which style it has and whether it is right. Text rules, no model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,237 @@
+"""The command as users run it: processes of its own, kills, resuming, export, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_kto.runtime.checkpoint import is_finished, newest_last
+from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
+TP2 = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2}
+PP2 = {"trainer__devices": 2, "model__pipeline_model_parallel_size": 2}
+WITH_CHECKPOINTS = {"exp_manager__create_checkpoint_callback": True, "trainer__kto__save_interval": 3}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    make_model_folder(folder / "hf")
+    write_feedback(folder / "train.jsonl", number=40, seed=1)
+    write_feedback(folder / "validation.jsonl", number=9, seed=2)
+    return folder
+
+
+def command(root: Path, log_dir: Path, **changes: Any) -> list[str]:
+    overrides = settings(root, log_dir, **changes)
+    return [sys.executable, str(SCRIPT), *(f"{key}={json.dumps(value)}" for key, value in overrides.items())]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that it can be killed with all its ranks."""
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
+    return subprocess.Popen(
+        arguments,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
+
+
+def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
+    return finish(start(arguments, **environment))
+
+
+def start_until_checkpoint(arguments: list[str], log_dir: Path) -> subprocess.Popen[str]:
+    """Start a run and return it, still running, when its first checkpoint is finished."""
+    process = start(arguments)
+    deadline = time.monotonic() + 200
+    while newest_last(log_dir / "checkpoints") is None:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.05)
+    return process
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the log folder of a run under tensor parallelism, with checkpoints and export."""
+    log_dir = tmp_path_factory.mktemp("uninterrupted")
+    changes = {
+        **TP2,
+        **WITH_CHECKPOINTS,
+        "export__enabled": True,
+        "model__data__data_prefix__validation": str(root / "validation.jsonl"),
+        "trainer__kto__val_check_interval": 5,
+        "exp_manager__checkpoint_callback_params__save_top_k": 1,
+    }
+    code, output, errors = run(command(root, log_dir, **changes))
+    assert code == 0, output + errors
+    (log_dir / "output.txt").write_text(output)
+    return log_dir
+
+
+def assert_continues(
+    actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]], *, exactly: bool
+) -> None:
+    for name in ("train/loss", "train/grad_norm", "train/kl", "train/lr", "train/consumed_samples"):
+        assert set(actual[name]) == set(range(10)), name
+        if exactly:
+            assert actual[name] == expected[name], name
+        else:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=2e-5), name
+
+
+def test_logs_checkpoints_and_export(uninterrupted: Path, root: Path) -> None:
+    checkpoints = uninterrupted / "checkpoints"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1  # the best one, and the last
+    assert all(is_finished(checkpoints / name) for name in names)
+    assert newest_last(checkpoints) == checkpoints / "megatron_gpt-step=10-last"
+    series = read_series(uninterrupted)
+    assert set(series["val/loss"]) == {4, 9}
+    assert str(uninterrupted / "hf") in (uninterrupted / "output.txt").read_text()
+
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "hf")
+    assert tokenizer("red sea").input_ids == AutoTokenizer.from_pretrained(root / "hf")("red sea").input_ids
+    before = AutoModelForCausalLM.from_pretrained(root / "hf").state_dict()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_export_of_a_checkpoint_equals_the_export_of_the_run(uninterrupted: Path, tmp_path: Path) -> None:
+    last = newest_last(uninterrupted / "checkpoints")
+    code, output, errors = run([sys.executable, "-m", "nemo_kto.cli", "export-hf", str(last), str(tmp_path / "hf")])
+    assert code == 0, output + errors
+    for file in (uninterrupted / "hf").iterdir():
+        assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("second", [TP2, PP2], ids=["same layout", "other layout"])
+def test_a_killed_run_continues_as_if_it_had_not_been(
+    root: Path, uninterrupted: Path, tmp_path: Path, second: dict[str, int]
+) -> None:
+    process = start_until_checkpoint(command(root, tmp_path, **TP2, **WITH_CHECKPOINTS), tmp_path)
+    time.sleep(random.random())  # anywhere in the steps that follow, or in the next save
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, output, errors = run(command(root, tmp_path, **second, **WITH_CHECKPOINTS))
+    assert code == 0, output + errors
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=second == TP2)
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    arguments = command(root, tmp_path, **TP2, **WITH_CHECKPOINTS)
+    process = start_until_checkpoint(arguments, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    code, output, errors = finish(process)
+    assert code == 0, output + errors
+    assert "run the same command to continue" in output
+    code, output, errors = run(arguments)
+    assert code == 0, output + errors
+    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=True)
+
+
+def write(file: Path, text: str) -> str:
+    file.write_text(text)
+    return str(file)
+
+
+def remove(folder: Path, name: str) -> str:
+    (folder / name).unlink()
+    return str(folder)
+
+
+def edit_json(folder: Path, name: str, **changes: Any) -> str:
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return str(folder)
+
+
+GOOD_LINE = json.dumps({"prompt": "red", "response": "sea", "preference": "chosen"})
+BAD_DATA = {
+    "missing file": (None, "no such file"),
+    "empty file": ("", "empty"),
+    "broken JSON": (f"{GOOD_LINE}\n{{oops\n", ":2"),
+    "missing field": (f'{GOOD_LINE}\n{{"prompt": "red", "preference": "chosen"}}\n', "response"),
+    "unknown preference": (f"{GOOD_LINE}\n" + GOOD_LINE.replace("chosen", "good") + "\n", "preference"),
+    "nothing left": ((GOOD_LINE.replace("red", "red " * 90) + "\n") * 9, "64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_ends_with_one_line(root: Path, tmp_path: Path, case: str) -> None:
+    text, expected = BAD_DATA[case]
+    file = tmp_path / "bad.jsonl" if text is None else Path(write(tmp_path / "bad.jsonl", text))
+    check_refused(command(root, tmp_path, **TP2, model__data__data_prefix__train=str(file)), expected, str(file))
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], str], str]] = {
+    "no weights": (lambda folder: remove(folder, "model.safetensors"), "no weights"),
+    "unsupported architecture": (
+        lambda folder: edit_json(folder, "config.json", model_type="gpt_bigcode"),
+        "gpt_bigcode",
+    ),
+    "no EOS": (lambda folder: edit_json(folder, "tokenizer_config.json", eos_token=None), "EOS"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_model_folder_ends_with_one_line(root: Path, tmp_path: Path, case: str) -> None:
+    spoil, expected = BAD_FOLDERS[case]
+    folder = spoil(Path(shutil.copytree(root / "hf", tmp_path / "hf")))
+    arguments = command(root, tmp_path / "log", **TP2, pretrained_checkpoint__restore_from_path=folder)
+    check_refused(arguments, expected, folder)
+
+
+def test_weights_of_another_model_end_all_ranks(root: Path, tmp_path: Path) -> None:
+    """Found only when every rank reads its part: both must end, and quickly."""
+    folder = shutil.copytree(root / "hf", tmp_path / "hf")
+    edit_json(folder, "config.json", num_hidden_layers=6)
+    arguments = command(root, tmp_path / "log", **TP2, pretrained_checkpoint__restore_from_path=str(folder))
+    check_refused(arguments, "layers", str(folder))
+
+
+def test_an_impossible_layout_and_an_unknown_key(root: Path, tmp_path: Path) -> None:
+    check_refused(
+        command(root, tmp_path, **TP2, model__pipeline_model_parallel_size=2), "2 processes", "multiple of 4"
+    )
+    check_refused(command(root, tmp_path, model__micro_batch_sise=2), "micro_batch_sise", "model.micro_batch_size")
+
+
+def check_refused(arguments: list[str], *expected: str) -> None:
+    started = time.monotonic()
+    code, output, errors = run(arguments)
+    assert code != 0 and time.monotonic() - started < 90, output + errors
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert [line.startswith("error: ") for line in lines] == [True], errors
+    assert all(part in lines[0] for part in expected), errors
+    assert "Traceback" not in output + errors

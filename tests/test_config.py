@@ -1,0 +1,291 @@
+"""The configuration: defaults agree with the YAML, every key is read, and what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_kto.config import KTOConfig, config_dir, parse_config
+from nemo_kto.config_legacy import IGNORED, NEUTRAL, RENAMED
+from nemo_kto.config_reader import leaf_types, leaf_values
+from nemo_kto.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+YAML = OmegaConf.load(config_dir() / "gpt_kto.yaml")
+
+# keys of NeMo-Aligner 0.7.0's gpt_kto.yaml with its values, where those are possible here
+ALIGNER = {
+    "trainer.num_nodes": 8,
+    "trainer.devices": 8,
+    "trainer.accelerator": "gpu",
+    "trainer.kto.max_epochs": 1,
+    "trainer.kto.max_steps": -1,
+    "trainer.kto.val_check_interval": 0.1,
+    "trainer.kto.save_interval": 100,
+    "trainer.kto.limit_train_batches": 1.0,
+    "trainer.kto.limit_val_batches": 1.0,
+    "trainer.kto.gradient_clip_val": 1.0,
+    "trainer.logger": False,
+    "trainer.enable_checkpointing": False,
+    "trainer.use_distributed_sampler": False,
+    "trainer.max_time": None,
+    "trainer.max_epochs": 1,
+    "trainer.max_steps": -1,
+    "exp_manager.explicit_log_dir": "/results",
+    "exp_manager.exp_dir": None,
+    "exp_manager.name": "megatron_gpt",
+    "exp_manager.max_time_per_run": None,
+    "exp_manager.create_wandb_logger": False,
+    "exp_manager.wandb_logger_kwargs": {"project": "nemo_aligner_kto", "name": "rlhf_gpt3_kto"},
+    "exp_manager.resume_from_checkpoint": None,
+    "exp_manager.resume_if_exists": True,
+    "exp_manager.resume_ignore_no_checkpoint": True,
+    "exp_manager.create_checkpoint_callback": True,
+    "exp_manager.checkpoint_callback_params.monitor": "val_loss",
+    "exp_manager.checkpoint_callback_params.save_top_k": 3,
+    "exp_manager.checkpoint_callback_params.mode": "min",
+    "exp_manager.checkpoint_callback_params.always_save_nemo": False,
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": True,
+    "exp_manager.checkpoint_callback_params.filename": "megatron_gpt--{val_loss:.3f}-{step}",
+    "exp_manager.checkpoint_callback_params.model_parallel_size": 1,
+    "pretrained_checkpoint.restore_from_path": None,
+    "model.mcore_gpt": True,
+    "model.micro_batch_size": 1,
+    "model.global_batch_size": 64,
+    "model.megatron_amp_O2": True,
+    "model.kto.log_prob_forward_micro_batch_size": 2,
+    "model.kto.ref_policy_kl_penalty": 0.2,
+    "model.kto.desirable_loss_weight": 1.0,
+    "model.kto.undesirable_loss_weight": 1.0,
+    "model.kto.preference_average_log_probs": False,
+    "model.kto.sft_average_log_probs": False,
+    "model.kto.preference_loss_weight": 1,
+    "model.kto.sft_loss_weight": 0,
+    "model.encoder_seq_length": 2048,
+    "model.seed": 1234,
+    "model.peft.peft_scheme": "none",
+    "model.peft.restore_from_path": None,
+    "model.peft.restore_from_ckpt.checkpoint_dir": None,
+    "model.peft.restore_from_ckpt.checkpoint_name": None,
+    "model.peft.lora_tuning.target_modules": ["attention_qkv"],
+    "model.peft.lora_tuning.adapter_dim": 32,
+    "model.peft.lora_tuning.weight_tying": False,
+    "model.optim.name": "distributed_fused_adam",
+    "model.optim.bucket_cap_mb": 200,
+    "model.optim.overlap_grad_sync": False,
+    "model.optim.contiguous_grad_buffer": True,
+    "model.optim.lr": 9e-6,
+    "model.optim.weight_decay": 0.1,
+    "model.optim.betas": [0.9, 0.98],
+    "model.optim.sched.name": "CosineAnnealing",
+    "model.optim.sched.warmup_steps": 10,
+    "model.optim.sched.constant_steps": 1000,
+    "model.optim.sched.min_lr": 9e-7,
+    "model.data.data_impl": "jsonl",
+    "model.data.splits_string": None,
+    "model.data.seq_length": 2048,
+    "model.data.skip_warmup": True,
+    "model.data.num_workers": 0,
+    "model.data.dataloader_type": "single",
+    "model.data.reset_position_ids": False,
+    "model.data.reset_attention_mask": False,
+    "model.data.eod_mask_loss": False,
+    "model.data.index_mapping_dir": None,
+    "model.data.data_prefix": {"train": ["t.jsonl"], "validation": ["v.jsonl"], "test": ["x.jsonl"]},
+    "model.overwrite_base_config.data.data_prefix": True,
+    "precision": 32,
+}
+
+# fields that only say which of today's single possibilities is meant: config.py judges their values, nothing else asks
+SINGLE_VALUED = {key for key in NEUTRAL if key in leaf_types(KTOConfig)} | {
+    "model.kto.loss",
+    "model.optim.name",
+    "model.data.overlong",
+}
+
+
+def parse(*overrides: str) -> KTOConfig:
+    return parse_config(OmegaConf.merge(YAML, OmegaConf.from_dotlist(list(overrides))))
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    config = OmegaConf.create({})
+    for key, value in flat.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return OmegaConf.to_container(config)  # type: ignore[return-value]
+
+
+def yaml_leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in node.items():
+        leaves |= yaml_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def test_yaml_has_exactly_the_fields_with_their_defaults():
+    assert yaml_leaves(OmegaConf.to_container(YAML)) == leaf_values(KTOConfig())
+    assert parse_config(YAML) == KTOConfig() == parse_config({})
+
+
+def test_every_key_is_documented_with_its_default():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip().strip("`") for cell in line.split("|")[1:3]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    documented = {key: OmegaConf.create(f"value: {default}").value for key, default in rows}
+    assert documented == leaf_values(KTOConfig())
+
+
+def test_every_field_is_read():
+    """A key that is read nowhere does nothing, which a user cannot see."""
+    read = set()
+    for file in [*(ROOT / "nemo_kto").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        if not file.name.startswith("config"):
+            read |= attribute_reads(file)
+    fields = set(leaf_types(KTOConfig)) - SINGLE_VALUED
+    assert not {key for key in fields if key.rsplit(".", 1)[-1] not in read}
+
+
+def attribute_reads(file: Path) -> set[str]:
+    """Return names read as attributes, and those in tuples of names, from which train.py reads the model's sizes."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.Tuple):
+            found |= {
+                item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
+            }
+    return found
+
+
+def test_aligner_keys_are_all_known():
+    config = parse_config(nested(ALIGNER))
+    assert config.trainer.devices == 8
+    assert config.model.data.seq_length == 2048
+    assert config.model.data.data_prefix.train == ["t.jsonl"]
+    assert config.model.optim.name == "adam"
+    assert config.model.optim.lr == 9e-6
+
+
+def test_ignored_keys_are_named_in_one_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="nemo_kto.config"):
+        parse("model.mcore_gpt=true", "model.megatron_amp_O2=true", "model.peft.lora_tuning.adapter_dim=8")
+    assert len(caplog.records) == 1
+    for key in ("model.mcore_gpt", "model.megatron_amp_O2", "model.peft.lora_tuning"):
+        assert key in caplog.text
+
+
+def test_ignored_keys_are_named_by_one_rank_only(caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with caplog.at_level(logging.WARNING, logger="nemo_kto.config"):
+        parse("model.mcore_gpt=true")
+    assert not caplog.records
+
+
+def test_tables_of_old_keys_do_not_shadow_todays():
+    known = set(leaf_types(KTOConfig))
+    assert not known & set(IGNORED)
+    assert not known & set(RENAMED)
+    assert set(RENAMED.values()) <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("trainer.max_steps=7", "trainer.kto.max_steps", 7),
+        ("trainer.max_time=00:01:00:00", "exp_manager.max_time_per_run", "00:01:00:00"),
+        ("model.encoder_seq_length=77", "model.data.seq_length", 77),
+        ("trainer.val_check_interval=3", "trainer.kto.val_check_interval", 3),
+        ("model.data.data_prefix.train=a.jsonl", "model.data.data_prefix.train", ["a.jsonl"]),
+        ("model.data.data_prefix=null", "model.data.data_prefix.train", None),
+        (
+            "exp_manager.checkpoint_callback_params.monitor=val/loss",
+            "exp_manager.checkpoint_callback_params.monitor",
+            "val_loss",
+        ),
+        ("trainer.devices=auto", "trainer.devices", "auto"),
+        ("trainer.kto.limit_val_batches=2", "trainer.kto.limit_val_batches", 2),
+        ("trainer.precision=32-true", "trainer.precision", "32-true"),
+        ("model.optim.lr=1", "model.optim.lr", 1.0),
+    ],
+)
+def test_accepted(override, key, value):
+    assert leaf_values(parse(override))[key] == value
+    assert type(leaf_values(parse(override))[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        # unknown keys name the nearest
+        ("model.micro_batch_sz=2", ["model.micro_batch_sz", "model.micro_batch_size?"]),
+        ("model.kto.desireable_loss_weight=1", ["model.kto.desirable_loss_weight?"]),
+        ("kto.ref_policy_kl_penalty=1", ["kto.ref_policy_kl_penalty", "model.kto.ref_policy_kl_penalty?"]),
+        ("model.zzzz=1", ["model.zzzz", "docs/configuration.md"]),
+        # types
+        ("model.optim.lr=abc", ["model.optim.lr", "abc", "a number"]),
+        ("model.optim.lr=.nan", ["model.optim.lr", "a number"]),
+        ("model.global_batch_size=8.5", ["model.global_batch_size", "8.5", "an integer"]),
+        ("model.global_batch_size=true", ["model.global_batch_size", "an integer"]),
+        ("model.data.shuffle=1", ["model.data.shuffle", "true or false"]),
+        ("exp_manager.name=3", ["exp_manager.name", "text"]),
+        ("model.kto.kl_scope=rank", ["model.kto.kl_scope", "rank", "global_batch or micro_batch"]),
+        ("model.kto=3", ["model.kto", "section"]),
+        ("model.data.data_prefix=a.jsonl", ["model.data.data_prefix", "model.data.data_prefix.train"]),
+        ("model.data.data_prefix.train=[1]", ["model.data.data_prefix.train", "list of texts"]),
+        # ranges
+        ("model.micro_batch_size=0", ["model.micro_batch_size=0", "at least 1"]),
+        ("model.data.seq_length=1", ["model.data.seq_length=1", "at least 2"]),
+        ("model.kto.ref_policy_kl_penalty=0", ["model.kto.ref_policy_kl_penalty=0", "above 0"]),
+        ("trainer.kto.max_steps=0", ["trainer.kto.max_steps=0", "-1"]),
+        ("trainer.kto.val_check_interval=1.5", ["trainer.kto.val_check_interval=1.5", "fraction"]),
+        ("trainer.kto.limit_val_batches=0", ["trainer.kto.limit_val_batches=0", "validation files"]),
+        ("exp_manager.max_time_per_run=5h", ["exp_manager.max_time_per_run=5h", "DD:HH:MM:SS"]),
+        ("model.optim.betas=[0.9]", ["model.optim.betas", "two numbers"]),
+        ("model.optim.lr=1e-9", ["model.optim.sched.min_lr", "model.optim.lr=1e-09"]),
+        ("exp_manager.checkpoint_callback_params.monitor=loss", ["monitor=loss", "val_loss"]),
+        ("exp_manager.create_wandb_logger=true", ["wandb_logger_kwargs"]),
+        # what comes later
+        ("trainer.precision=bf16", ["trainer.precision=bf16", "later version"]),
+        ("model.sequence_parallel=true", ["model.sequence_parallel=True", "later version"]),
+        ("model.virtual_pipeline_model_parallel_size=2", ["virtual_pipeline_model_parallel_size=2", "later version"]),
+        ("model.context_parallel_size=2", ["model.context_parallel_size=2", "later version"]),
+        ("model.expert_model_parallel_size=2", ["model.expert_model_parallel_size=2", "later version"]),
+        ("model.peft.peft_scheme=lora", ["model.peft.peft_scheme=lora", "later version"]),
+        ("model.kto.sft_loss_weight=0.1", ["model.kto.sft_loss_weight=0.1", "later version"]),
+        ("model.kto.desirable_loss_weight=auto", ["model.kto.desirable_loss_weight=auto", "not available"]),
+        ("model.kto.loss=bco", ["model.kto.loss=bco", "not available"]),
+        ("model.kto.reference.sync_every_n_steps=512", ["sync_every_n_steps=512", "not available"]),
+        ("model.data.eod_mask_loss=true", ["model.data.eod_mask_loss=True", "leave it out"]),
+        # where the model comes from
+        ("pretrained_checkpoint.restore_from_path=m.nemo", ["m.nemo", "Hugging Face folder"]),
+        ("pretrained_checkpoint.restore_from_path=/no/such", ["/no/such", "not a folder"]),
+        ("model.num_layers=2", ["model.hidden_size", "model.num_attention_heads"]),
+        # interpolation
+        ("model.data.seq_length='${model.nothing}'", ["model.data.seq_length", "model.nothing"]),
+    ],
+)
+def test_refused(override, parts):
+    with pytest.raises(ConfigError) as error:
+        parse(override)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_old_and_new_key_must_not_contradict():
+    assert parse("trainer.max_steps=5", "trainer.kto.max_steps=5").trainer.kto.max_steps == 5
+    with pytest.raises(ConfigError, match=r"trainer.max_steps=5 and trainer.kto.max_steps=6"):
+        parse("trainer.max_steps=5", "trainer.kto.max_steps=6")
+
+
+def test_config_dir_holds_the_yaml():
+    assert (config_dir() / "gpt_kto.yaml").is_file()

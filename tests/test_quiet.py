@@ -1,0 +1,49 @@
+"""Start-up of NeMo, Lightning and Megatron prints nothing, and what this package says is never hidden."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+IMPORTS = """
+from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
+silence_startup_noise()
+import lightning.pytorch, nemo.utils.exp_manager, megatron.core
+import nemo_kto.train
+silence_loaded_packages()
+"""
+
+OURS = """
+import logging, warnings
+warnings.warn_explicit("our warning", UserWarning, "records.py", 3, module="nemo_kto.data.records")
+warnings.warn_explicit("a user's warning", UserWarning, "script.py", 3, module="__main__")
+logging.getLogger("nemo_kto.config").warning("our log line")
+"""
+
+
+def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("NEMO_KTO_VERBOSE", "PYTHONWARNINGS")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+
+
+def test_imports_are_silent_and_own_messages_stay():
+    done = run(IMPORTS + OURS)
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "records.py:3: UserWarning: our warning",
+        "script.py:3: UserWarning: a user's warning",
+        "our log line",
+    ]
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Megatron then has nothing to warn of")
+def test_verbose_shows_everything():
+    assert "not installed" in run(IMPORTS, NEMO_KTO_VERBOSE="1").stderr
