@@ -17,6 +17,9 @@ _PEER_DELAY = 3.0
 """Seconds another rank waits before it repeats an error: the launcher usually ends it first, as rank 0 reported it."""
 
 
+_PARENT = os.getppid()
+
+
 def run_guarded(action: Callable[[], None]) -> None:
     """Run `action`; an error that is the user's to mend becomes one line on stderr and exit code 1.
 
@@ -30,6 +33,8 @@ def run_guarded(action: Callable[[], None]) -> None:
             traceback.print_exc()
         if rank != "0":
             time.sleep(_PEER_DELAY)
+            if os.getppid() != _PARENT:
+                os._exit(1)  # started by rank 0, which has reported the same and ended
         sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
         sys.stdout.flush()
         sys.stderr.flush()

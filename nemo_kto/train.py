@@ -125,10 +125,6 @@ class ExportAtEnd(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, collectively, while the process groups still exist."""
         if trainer.global_step < trainer.max_steps:
-            if trainer.is_global_zero:
-                print(
-                    f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue."
-                )
             return
         assert isinstance(pl_module, MegatronGPTKTOModel)
         if trainer.is_global_zero:

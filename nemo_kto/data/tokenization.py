@@ -126,7 +126,10 @@ def tokenize_records(
         ConfigError: `append_eod` with a tokenizer that has no EOS token.
     """
     if append_eod and tokenizer.eos_token_id is None:
-        raise ConfigError("The tokenizer has no EOS token: set one in its tokenizer_config.json, or append_eod=False.")
+        raise ConfigError(
+            f"The tokenizer in {tokenizer.name_or_path} has no EOS token: set eos_token in its tokenizer_config.json, "
+            "or model.data.append_eod=false."
+        )
     prefix = _special_prefix(tokenizer, _render(records[0], tokenizer).response) if records else []
     samples: list[TokenizedSample] = []
     lengths: list[int] = []
@@ -138,8 +141,9 @@ def tokenize_records(
     if not samples:
         shortest = f"the shortest has {min(lengths)} tokens" if lengths else "there are none"
         raise DataError(
-            f"No trainable record is left: of {len(records)} records none fits into {max_length} tokens ({shortest}); "
-            "raise the maximum sequence length or shorten the data."
+            f"No trainable record is left in {', '.join(dict.fromkeys(record.source for record in records))}: of "
+            f"{len(records)} records none fits into {max_length} tokens ({shortest}). Raise model.data.seq_length or "
+            "shorten the data."
         )
     return TokenizationResult(samples, num_overlong=len(lengths) - len(samples))
 

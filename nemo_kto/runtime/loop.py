@@ -94,8 +94,10 @@ class StopOnSignal(Callback):
         self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give SIGTERM back."""
+        """Give SIGTERM back, and say so when there is more to do."""
         signal.signal(signal.SIGTERM, self._previous)
+        if trainer.is_global_zero and trainer.global_step < trainer.max_steps:
+            print(f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue.")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._received = True

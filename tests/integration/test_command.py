@@ -179,7 +179,7 @@ def edit_json(folder: Path, name: str, **changes: Any) -> str:
 GOOD_LINE = json.dumps({"prompt": "red", "response": "sea", "preference": "chosen"})
 BAD_DATA = {
     "missing file": (None, "no such file"),
-    "empty file": ("", "empty"),
+    "empty file": ("", "holds no record"),
     "broken JSON": (f"{GOOD_LINE}\n{{oops\n", ":2"),
     "missing field": (f'{GOOD_LINE}\n{{"prompt": "red", "preference": "chosen"}}\n', "response"),
     "unknown preference": (f"{GOOD_LINE}\n" + GOOD_LINE.replace("chosen", "good") + "\n", "preference"),
