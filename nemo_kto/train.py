@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _forced(argument: str) -> str:
-    """Return an override that Hydra accepts for any key, so that `parse_config` judges keys, NeMo-Aligner's included."""
+    """Return an override that Hydra accepts for any key: `parse_config` judges keys, NeMo-Aligner's included."""
     key = argument.split("=")[0]
     return "++" + argument if _PLAIN_OVERRIDE.match(argument) and not key.startswith("hydra") else argument
 
@@ -246,8 +246,8 @@ def _tokenizer_folder(config: KTOConfig) -> str:
     folder = config.model.tokenizer.path or config.pretrained_checkpoint.restore_from_path
     if folder is None:
         raise ConfigError(
-            "There is no tokenizer. Set pretrained_checkpoint.restore_from_path to a Hugging Face folder, or, for a model "
-            "with random weights, model.tokenizer.path."
+            "There is no tokenizer. Set pretrained_checkpoint.restore_from_path to a Hugging Face folder, or, for a "
+            "model with random weights, model.tokenizer.path."
         )
     return folder
 

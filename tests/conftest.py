@@ -12,7 +12,7 @@ from tests.distributed_harness import DEFAULT_TIMEOUT, RankFailure, RankPool
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Return `run_ranks(function, world_size, *arguments)`: a top-level function on real gloo ranks, results by rank."""
+    """Return `run_ranks(function, world_size, *arguments)`: a top-level function on gloo ranks, results by rank."""
     pools: dict[int, RankPool] = {}
 
     def run(

@@ -1,7 +1,7 @@
-"""Runs a function on several real ranks: processes that stay up between tests, each job with process groups of its own.
+"""Runs a function on several real ranks: processes that stay up between tests, with process groups for each job.
 
-Importing torch and Megatron takes a process several seconds, so workers are kept; a pool whose job failed or ran out of
-time is ended (only its own processes, by handle) and replaced by a fresh one.
+Importing torch and Megatron takes a process several seconds, so workers are kept; a pool whose job failed or ran out
+of time is ended (only its own processes, by handle) and replaced by a fresh one.
 """
 
 from __future__ import annotations

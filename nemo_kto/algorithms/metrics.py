@@ -72,7 +72,7 @@ def add_kto_metrics(
     desirable: Tensor,
     weights: Tensor,
 ) -> None:
-    """Add one batch's samples to `sums`, with the names of DESIGN and of TRL's KTOTrainer.
+    """Add one batch's samples to `sums`, with the names of TRL's KTOTrainer where it has one.
 
     `rewards/accuracies` is the share of samples whose reward has the sign of their label: positive for desirable,
     negative for undesirable. A reward of exactly zero counts as wrong.

@@ -85,10 +85,10 @@ def epoch_length(num_samples: int, global_batch_size: int) -> int:
 class GlobalBatchSampler(Sampler[list[PairIndex]]):
     """Deals one rank's share of every global batch of a run, epoch after epoch; a `batch_sampler` for DataLoader.
 
-    What a step trains on is a function of (data, seed, step), so it is the same for every number of ranks and for a run that
-    was resumed. Rank `d` of `D` takes the `d`-th of `D` equal consecutive parts: the ranks' parts joined in order are the
-    global batch. What remains after the last whole batch of an epoch is left out of that epoch (with shuffling, other
-    samples each time).
+    What a step trains on is a function of (data, seed, step), so it is the same for every number of ranks and for a
+    run that was resumed. Rank `d` of `D` takes the `d`-th of `D` equal consecutive parts: the ranks' parts joined in
+    order are the global batch. What remains after the last whole batch of an epoch is left out of that epoch (with
+    shuffling, other samples each time).
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
             shuffle: False keeps the order of the data in every epoch.
             num_steps: Steps of the whole run.
             steps_per_epoch: Steps after which the next epoch begins; None for all whole batches of the data.
-            start_step: Returns the number of steps taken before; asked when iteration starts. A resumed run goes on there.
+            start_step: Returns the number of steps taken before, where a resumed run goes on; asked when iteration
+                starts.
 
         Raises:
             DataError: Fewer samples than a global batch.

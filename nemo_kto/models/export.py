@@ -28,8 +28,8 @@ def write_source_folder(
         folder: Where to write; replaced if it is there.
         hf_config: The model's configuration.
         tokenizer: The tokenizer the run uses.
-        original: The Hugging Face folder training starts from, whose small files are kept byte by byte; None for a model
-            with random weights.
+        original: The Hugging Face folder training starts from, whose small files are kept byte by byte; None for a
+            model with random weights.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Scoring packed rows on Megatron's pipeline schedule: forward-only passes, and the pass that makes gradients.
 
-Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch, `T` tokens of a packed row,
-`R` response tokens in it, `h` hidden size.
+Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch, `T` tokens of a packed
+row, `R` response tokens in it, `h` hidden size.
 """
 
 from __future__ import annotations

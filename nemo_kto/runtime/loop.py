@@ -17,9 +17,9 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 class StepLoop(_TrainingEpochLoop):
     """Training loop whose validations, checkpoints and resume position are functions of the global step alone.
 
-    Lightning's own loop validates again, or skips a due validation, right after a resume, and its logging step drifts by
-    one per resume. Here validation runs every `val_interval` steps and after the last one, a checkpoint is written every
-    `save_interval` steps (validation writes one anyway), and a resumed run logs at the step it is at.
+    Lightning's own loop validates again, or skips a due validation, right after a resume, and its logging step drifts
+    by one per resume. Here validation runs every `val_interval` steps and after the last one, a checkpoint is written
+    every `save_interval` steps (validation writes one anyway), and a resumed run logs at the step it is at.
 
     Args:
         trainer: The trainer whose `fit_loop.epoch_loop` this replaces; its `max_steps` is the length of the run.
@@ -33,7 +33,7 @@ class StepLoop(_TrainingEpochLoop):
         self.save_interval = save_interval
 
     def reset(self) -> None:
-        """Restore the progress counters after a resume; the sampler resumes by itself, so there is nothing to warn of."""
+        """Restore the progress counters after a resume; without a warning, as the sampler resumes by itself."""
         if self.restarting:
             self.batch_progress.reset_on_restart()
             self.scheduler_progress.reset_on_restart()

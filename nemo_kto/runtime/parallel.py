@@ -1,6 +1,6 @@
 """The parallel layout: checked once in plain integers, then set up once as Megatron process groups.
 
-Everything outside `runtime/` receives groups, ranks and sizes from here and never reads Megatron's global state itself.
+Everything outside `runtime/` receives groups, ranks and sizes from here and never reads Megatron's global state.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def check_batch(
     """Raise a ConfigError when the batch sizes do not fit the number of data-parallel ranks."""
     if global_batch_size % layout.data:
         raise ConfigError(
-            f"model.global_batch_size={global_batch_size} cannot be divided by {layout.data} data-parallel ranks ({layout})."
+            f"model.global_batch_size={global_batch_size} cannot be divided by {layout.data} data-parallel ranks "
+            f"({layout}). Use a multiple of {layout.data}."
         )
     share = global_batch_size // layout.data
     for key, size in (

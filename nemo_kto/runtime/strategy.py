@@ -203,8 +203,8 @@ def _folder(filepath: str | Path) -> Path:
 def _cluster_environment() -> Any:
     """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher.
 
-    Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and the
-    batch script requeues.
+    Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and
+    the batch script requeues.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()

@@ -147,6 +147,7 @@ def test_kl_pairs_keep_to_the_limit(make, write_jsonl):
         {"prompt": "say", "response": " yes" * 20, "preference": "rejected"},
     ]
     module = make(train_files=[write_jsonl(*data)], global_batch_size=2)
+    module.set_position(dp_rank=0, dp_size=1, num_steps=1, steps_per_epoch=1, start_step=lambda: 0)
     (batch,) = module.train_dataloader()
     lengths = sorted(len(prompt) + len(response) for prompt, response in batch.kl_samples)
     assert lengths[-1] == 32

@@ -1,4 +1,4 @@
-"""One result for every layout: real training runs on real gloo ranks against one process, and the first step's numbers."""
+"""One result for every layout: real training runs on real gloo ranks against one process; the first step."""
 
 from __future__ import annotations
 
