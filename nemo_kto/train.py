@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
@@ -23,13 +22,13 @@ from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.sampling import epoch_length
 from nemo_kto.data.tokenization import load_tokenizer
 from nemo_kto.errors import ConfigError
-from nemo_kto.models.export import write_source_folder
+from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.gpt import hf_config_from_sizes, load_hf_config
-from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf
+from nemo_kto.models.hf_weights import SafetensorsFolder
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.runtime import cpu_megatron, parallel
-from nemo_kto.runtime.checkpoint import newest_last
+from nemo_kto.runtime.checkpoint import newest_last, step_of
 from nemo_kto.runtime.loop import ProgressBar, StepLoop, StopOnSignal
 from nemo_kto.runtime.strategy import MegatronStrategy
 
@@ -100,41 +99,38 @@ def train(config: KTOConfig) -> None:
     tokenizer = load_tokenizer(_tokenizer_folder(config))
     hf_config = resolve_model(config, tokenizer)
     layout = resolve_layout(config, hf_config, accelerator)
-    data = _read_data(config, tokenizer)
+    data = _read_data(
+        config, tokenizer, max_length=min(config.model.data.seq_length, hf_config.max_position_embeddings)
+    )
     schedule = plan_schedule(config, data)
 
     log_dir = log_directory(config)
+    last = resumable_checkpoint(config)
+    export_folder = resolve_export_folder(config, resumes=last is not None)
+    if last is not None and step_of(last) >= schedule.total:
+        _finish(last, export_folder, schedule)
+        return
+
     source_folder = log_dir / "hf_source"
     if _is_global_rank_zero():
         write_source_folder(source_folder, hf_config, tokenizer, original=_original_folder(config))
         print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
     trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
-    if config.export.enabled:
-        trainer.callbacks.append(ExportAtEnd(Path(config.export.folder or log_dir / "hf"), source_folder))  # type: ignore[attr-defined]
+    if export_folder is not None:
+        trainer.callbacks.append(ExportAtEnd(export_folder, source_folder))  # type: ignore[attr-defined]
     model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)
-    trainer.fit(model, datamodule=data, ckpt_path=trainer.ckpt_path)
+    trainer.fit(model, datamodule=data, ckpt_path=last)
 
 
-class ExportAtEnd(Callback):
-    """Writes the Hugging Face folder when the last step has been taken; not when the run was stopped earlier."""
-
-    def __init__(self, folder: Path, source_folder: Path) -> None:
-        self.folder = folder
-        self.source_folder = source_folder
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, collectively, while the process groups still exist."""
-        if trainer.global_step < trainer.max_steps:
-            return
-        assert isinstance(pl_module, MegatronGPTKTOModel)
-        if trainer.is_global_zero:
-            shutil.rmtree(
-                self.folder, ignore_errors=True
-            )  # of this run's earlier end: others were refused at the start
-        trainer.strategy.barrier()
-        export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
-        if trainer.is_global_zero:
-            print(f"Aligned model: {self.folder}\nLogs and checkpoints: {self.source_folder.parent}", flush=True)
+def _finish(last: Path, export_folder: Path | None, schedule: Schedule) -> None:
+    """Say that there is nothing left to train; export if the run was killed before it had."""
+    if not _is_global_rank_zero():
+        return
+    print(f"The run has taken its {schedule.total} steps already: {last}", flush=True)
+    if export_folder is not None and not export_folder.exists():
+        export_checkpoint(last, export_folder)
+    if export_folder is not None:
+        print(f"Aligned model: {export_folder}", flush=True)
 
 
 def resolve_accelerator(config: KTOConfig) -> str:
@@ -158,7 +154,12 @@ def resolve_model(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
     given = {name: value for name, value in sizes.items() if value is not None}
     folder = config.pretrained_checkpoint.restore_from_path
     if folder is None:
-        return hf_config_from_sizes(vocab_size=len(tokenizer), **given)
+        return hf_config_from_sizes(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **given,
+        )
     if given:
         raise ConfigError(
             f"{', '.join('model.' + name for name in given)}: the sizes come from "
@@ -236,6 +237,45 @@ def log_directory(config: KTOConfig) -> Path:
     return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
 
 
+def resumable_checkpoint(config: KTOConfig) -> Path | None:
+    """Return the checkpoint the run goes on from, if there is one.
+
+    It is found here rather than by NeMo's exp_manager, which refuses to choose when a kill left two.
+
+    Raises:
+        ConfigError: There has to be one, by `exp_manager.resume_ignore_no_checkpoint`, and there is none.
+    """
+    manager, folder = config.exp_manager, log_directory(config) / "checkpoints"
+    last = newest_last(folder) if manager.resume_if_exists else None
+    if manager.resume_if_exists and last is None and not manager.resume_ignore_no_checkpoint:
+        raise ConfigError(
+            f"exp_manager.resume_if_exists is set, but {folder} holds no finished checkpoint. Set "
+            "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
+        )
+    return last
+
+
+def resolve_export_folder(config: KTOConfig, *, resumes: bool) -> Path | None:
+    """Return the folder the aligned model will be written to; None if the run writes none.
+
+    Only a resumed run may replace a folder, and only the one in its own log folder.
+
+    Raises:
+        ConfigError: The folder holds something else.
+    """
+    if not config.export.enabled:
+        return None
+    folder = Path(config.export.folder or log_directory(config) / "hf").absolute()
+    start = config.pretrained_checkpoint.restore_from_path
+    ours = resumes and config.export.folder is None and folder != (Path(start).absolute() if start else None)
+    if not ours and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(
+            f"The aligned model would be written to {folder}, which is not empty. Name another folder with "
+            "export.folder or exp_manager.explicit_log_dir, or remove it."
+        )
+    return folder
+
+
 def _count(limit: int | float, whole: int) -> int:
     """Return the batches meant by a count (int) or by a fraction (float) of `whole`: at least 1, at most `whole`."""
     number = int(limit * whole) if isinstance(limit, float) else limit
@@ -257,7 +297,7 @@ def _original_folder(config: KTOConfig) -> Path | None:
     return Path(folder) if folder else None
 
 
-def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> KTODataModule:
+def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> KTODataModule:
     model, data = config.model, config.model.data
     if not data.data_prefix.train:
         raise ConfigError("There is no training data. Set model.data.data_prefix.train to one or more JSONL files.")
@@ -266,7 +306,7 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> KTOData
         validation_files=data.data_prefix.validation or (),
         format=data.format,
         tokenizer=tokenizer,
-        max_length=data.seq_length,
+        max_length=max_length,
         append_eod=data.append_eod,
         global_batch_size=model.global_batch_size,
         shuffle=data.shuffle,
@@ -317,23 +357,13 @@ def _make_trainer(
 
 
 def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, Any]:
-    """Return NeMo's exp_manager configuration.
-
-    The checkpoint to resume from is found here rather than by NeMo, which refuses to choose when a kill left two.
-    """
+    """Return NeMo's exp_manager configuration."""
     manager, log_dir = config.exp_manager, log_directory(config)
-    last = newest_last(log_dir / "checkpoints") if manager.resume_if_exists else None
-    if manager.resume_if_exists and last is None and not manager.resume_ignore_no_checkpoint:
-        raise ConfigError(
-            f"exp_manager.resume_if_exists is set, but {log_dir / 'checkpoints'} holds no finished checkpoint. Set "
-            "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
-        )
     params = manager.checkpoint_callback_params
     return {
         "explicit_log_dir": str(log_dir),
         "name": manager.name,
-        "resume_if_exists": False,
-        "resume_from_checkpoint": str(last) if last else None,
+        "resume_if_exists": False,  # see resumable_checkpoint
         "seconds_to_sleep": 0,
         "log_step_timing": False,
         "log_tflops_per_sec_per_gpu": False,

@@ -36,7 +36,13 @@ class MetricSums:
         self._slots = torch.zeros(len(_NAMES), 2, dtype=torch.float64, device=device)
 
     def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Add `values` `[b]` to a metric; `weights` `[b]` (bool or number) says how much each counts."""
+        """Add `values` `[b]` to a metric; `weights` `[b]` (bool or number) says how much each counts.
+
+        Raises:
+            ValueError: There is no metric of this name.
+        """
+        if name not in _NAMES:
+            raise ValueError(f"unknown metric {name!r}; there are {', '.join(_NAMES)}")
         values, weights = values.detach().double(), weights.double()
         slot = self._slots[_NAMES.index(name)]
         # a weight of zero must remove a value for good, an infinite one included

@@ -8,15 +8,42 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models.gpt import build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import export_hf
+from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".msgpack", ".h5")
+
+
+class ExportAtEnd(Callback):
+    """Writes the Hugging Face folder when the last step has been taken; not when the run was stopped earlier.
+
+    Args:
+        folder: Folder to write; what is there is replaced.
+        source_folder: What `write_source_folder` wrote.
+    """
+
+    def __init__(self, folder: Path, source_folder: Path) -> None:
+        self.folder = folder
+        self.source_folder = source_folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, collectively, while the process groups still exist."""
+        if trainer.global_step < trainer.max_steps:
+            return
+        assert isinstance(pl_module, MegatronGPTKTOModel)
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        trainer.strategy.barrier()
+        export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
+        if trainer.is_global_zero:
+            print(f"Aligned model: {self.folder}\nLogs and checkpoints: {self.source_folder.parent}", flush=True)
 
 
 def write_source_folder(

@@ -71,13 +71,15 @@ def hf_config_from_sizes(
     hidden_size: int,
     ffn_hidden_size: int,
     num_attention_heads: int,
-    num_query_groups: int | None,
     vocab_size: int,
     max_position_embeddings: int,
+    num_query_groups: int | None = None,
     kv_channels: int | None = None,
     rotary_base: float = 10000.0,
     layernorm_epsilon: float = 1e-5,
     share_embeddings_and_output_weights: bool = False,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
 ) -> PretrainedConfig:
     """Return the Llama configuration of a model given by sizes, so that it takes every later step of a loaded one.
 
@@ -86,20 +88,23 @@ def hf_config_from_sizes(
         hidden_size: Channels of the hidden states.
         ffn_hidden_size: Channels inside the feed-forward layers.
         num_attention_heads: Query heads.
-        num_query_groups: Key/value heads; None for one per query head.
         vocab_size: Number of tokens, unpadded.
         max_position_embeddings: Longest document, in tokens.
+        num_query_groups: Key/value heads; None for one per query head.
         kv_channels: Channels of a head; None for hidden_size / num_attention_heads.
         rotary_base: Base of the rotary embedding's wavelengths.
         layernorm_epsilon: Epsilon of the RMS norms.
         share_embeddings_and_output_weights: Whether the output layer is the embedding.
+        bos_token_id: The tokenizer's first token of a text, if it has one.
+        eos_token_id: The tokenizer's last token of a text, where generation stops.
 
     Raises:
         ConfigError: The heads do not divide the hidden size.
     """
-    if hidden_size % num_attention_heads:
+    if kv_channels is None and hidden_size % num_attention_heads:
         raise ConfigError(
-            f"model.hidden_size={hidden_size} cannot be divided by model.num_attention_heads={num_attention_heads}."
+            f"model.hidden_size={hidden_size} cannot be divided by model.num_attention_heads={num_attention_heads}. "
+            "Choose a multiple, or give the channels of a head in model.kv_channels."
         )
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -114,8 +119,8 @@ def hf_config_from_sizes(
         rope_theta=rotary_base,
         rms_norm_eps=layernorm_epsilon,
         tie_word_embeddings=share_embeddings_and_output_weights,
-        bos_token_id=None,  # the tokenizer knows; Llama's own numbers would be wrong ones
-        eos_token_id=None,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
 
 

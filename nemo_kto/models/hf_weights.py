@@ -8,7 +8,6 @@ travel to rank 0, which writes them.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -27,8 +26,6 @@ from transformers import AutoConfig, PretrainedConfig
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models.gpt import KTOGPTModel
 from nemo_kto.models.hf_rules import Leaf, Region, expected_shapes, match, rules_for, sharded_leaves
-
-_log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -209,7 +206,6 @@ def export_hf(
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-        _log.info("Wrote the model to %s", folder)
     dist.barrier()
 
 

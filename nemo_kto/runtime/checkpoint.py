@@ -26,7 +26,7 @@ SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
 
 _UNFINISHED_SUFFIX = "-unfinished"
-_LAST = re.compile(r"step=(\d+).*-last$")
+_STEP = re.compile(r"step=(\d+)")
 
 
 def is_finished(folder: Path) -> bool:
@@ -39,12 +39,20 @@ def newest_last(folder: Path) -> Path | None:
 
     Two may be there when a run was killed after it wrote the new one and before it removed the old one.
     """
-    found = []
-    for path in folder.glob("*-last") if folder.is_dir() else ():
-        match = _LAST.search(path.name)
-        if match and is_finished(path):
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
+    found = [path for path in folder.glob("*step=*-last") if is_finished(path)] if folder.is_dir() else []
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that were taken before `checkpoint` was written, from its name.
+
+    Raises:
+        CheckpointError: The name holds no step.
+    """
+    match = _STEP.search(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of a run: its name holds no step=<number>.")
+    return int(match[1])
 
 
 class ShardedCheckpointIO(CheckpointIO):

@@ -98,6 +98,17 @@ def train_in_pool(port: int, overrides: dict[str, Any]) -> None:
     train(parse_config(raw))
 
 
+def refusal_in_pool(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
+    """Return (kind, message) of the error that training is refused with on one rank of a pool."""
+    from nemo_kto.errors import KTOError
+
+    try:
+        train_in_pool(port, overrides)
+    except KTOError as error:
+        return type(error).__name__, str(error)
+    return "nothing", "the run was not refused"
+
+
 def read_series(log_dir: Path) -> dict[str, dict[int, float]]:
     """Return metric -> step -> value of a run's TensorBoard logs; a repeated step keeps its latest value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

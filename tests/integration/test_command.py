@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kto.runtime.checkpoint import is_finished, newest_last
-from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
+from tests.distributed_harness import free_port
+from tests.integration.assets import make_model_folder, read_series, refusal_in_pool, settings, write_feedback
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
@@ -38,8 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(root: Path, log_dir: Path, **changes: Any) -> list[str]:
-    overrides = settings(root, log_dir, **changes)
-    return [sys.executable, str(SCRIPT), *(f"{key}={json.dumps(value)}" for key, value in overrides.items())]
+    return [sys.executable, str(SCRIPT), *as_overrides(settings(root, log_dir, **changes))]
+
+
+def as_overrides(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -80,10 +84,7 @@ def start_until_checkpoint(arguments: list[str], log_dir: Path) -> subprocess.Po
     return process
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the log folder of a run under tensor parallelism, with checkpoints and export."""
-    log_dir = tmp_path_factory.mktemp("uninterrupted")
+def complete_command(root: Path, log_dir: Path) -> list[str]:
     changes = {
         **TP2,
         **WITH_CHECKPOINTS,
@@ -92,7 +93,14 @@ def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer__kto__val_check_interval": 5,
         "exp_manager__checkpoint_callback_params__save_top_k": 1,
     }
-    code, output, errors = run(command(root, log_dir, **changes))
+    return command(root, log_dir, **changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the log folder of a run under tensor parallelism, with checkpoints and export."""
+    log_dir = tmp_path_factory.mktemp("uninterrupted")
+    code, output, errors = run(complete_command(root, log_dir))
     assert code == 0, output + errors
     (log_dir / "output.txt").write_text(output)
     return log_dir
@@ -134,30 +142,55 @@ def test_export_of_a_checkpoint_equals_the_export_of_the_run(uninterrupted: Path
         assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize("second", [TP2, PP2], ids=["same layout", "other layout"])
-def test_a_killed_run_continues_as_if_it_had_not_been(
-    root: Path, uninterrupted: Path, tmp_path: Path, second: dict[str, int]
-) -> None:
+def test_a_finished_run_only_writes_what_is_missing(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """As after a kill between the last checkpoint and the export."""
+    log_dir = Path(shutil.copytree(uninterrupted, tmp_path / "log"))
+    shutil.rmtree(log_dir / "hf")
+    code, output, errors = run(complete_command(root, log_dir))
+    assert code == 0, output + errors
+    assert "has taken its 10 steps already" in output
+    assert read_series(log_dir) == read_series(uninterrupted)
+    for file in (uninterrupted / "hf").iterdir():
+        assert (log_dir / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_random_weights_under_torchrun(root: Path, tmp_path: Path) -> None:
+    values = settings(root, tmp_path / "log", **{**TP2, "trainer__devices": "auto"}, trainer__kto__max_steps=2)
+    del values["pretrained_checkpoint.restore_from_path"]
+    sizes = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
+    values |= {f"model.{name}": size for name, size in sizes.items()}
+    values |= {"model.max_position_embeddings": 64, "model.tokenizer.path": str(root / "hf"), "export.enabled": True}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    code, output, errors = run([*launcher, str(SCRIPT), *as_overrides(values)])
+    assert code == 0, output + errors
+    assert read_series(tmp_path / "log")["train/loss"][0] == 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "log" / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "log" / "hf")
+    assert model.config.eos_token_id == tokenizer.eos_token_id is not None
+    assert model.config.num_hidden_layers == 2 and model.config.vocab_size == len(tokenizer)
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
     process = start_until_checkpoint(command(root, tmp_path, **TP2, **WITH_CHECKPOINTS), tmp_path)
     time.sleep(random.random())  # anywhere in the steps that follow, or in the next save
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    code, output, errors = run(command(root, tmp_path, **second, **WITH_CHECKPOINTS))
+    code, output, errors = run(command(root, tmp_path, **TP2, **WITH_CHECKPOINTS))
     assert code == 0, output + errors
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
-    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=second == TP2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["megatron_gpt-step=10-last"]
+    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=True)
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    arguments = command(root, tmp_path, **TP2, **WITH_CHECKPOINTS)
-    process = start_until_checkpoint(arguments, tmp_path)
+def test_sigterm_saves_and_another_layout_goes_on(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    process = start_until_checkpoint(command(root, tmp_path, **TP2, **WITH_CHECKPOINTS), tmp_path)
     os.kill(process.pid, signal.SIGTERM)
     code, output, errors = finish(process)
     assert code == 0, output + errors
     assert "run the same command to continue" in output
-    code, output, errors = run(arguments)
+    code, output, errors = run(command(root, tmp_path, **PP2, **WITH_CHECKPOINTS))
     assert code == 0, output + errors
-    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=True)
+    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=False)
 
 
 def write(file: Path, text: str) -> str:
@@ -188,10 +221,12 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_ends_with_one_line(root: Path, tmp_path: Path, case: str) -> None:
+def test_bad_data_names_the_place(run_ranks: Any, root: Path, tmp_path: Path, case: str) -> None:
     text, expected = BAD_DATA[case]
     file = tmp_path / "bad.jsonl" if text is None else Path(write(tmp_path / "bad.jsonl", text))
-    check_refused(command(root, tmp_path, **TP2, model__data__data_prefix__train=str(file)), expected, str(file))
+    values = settings(root, tmp_path, model__data__data_prefix__train=str(file))
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind == "DataError" and expected in message and str(file) in message, message
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], str], str]] = {
@@ -205,11 +240,29 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_a_bad_model_folder_ends_with_one_line(root: Path, tmp_path: Path, case: str) -> None:
+def test_a_bad_model_folder_is_named(run_ranks: Any, root: Path, tmp_path: Path, case: str) -> None:
     spoil, expected = BAD_FOLDERS[case]
     folder = spoil(Path(shutil.copytree(root / "hf", tmp_path / "hf")))
-    arguments = command(root, tmp_path / "log", **TP2, pretrained_checkpoint__restore_from_path=folder)
-    check_refused(arguments, expected, folder)
+    values = settings(root, tmp_path / "log", pretrained_checkpoint__restore_from_path=folder)
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind != "nothing" and expected in message and folder in message, message
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_folders_of_others_are_not_overwritten(run_ranks: Any, root: Path, tmp_path: Path, named: bool) -> None:
+    foreign = tmp_path / "log" / "hf"
+    foreign.mkdir(parents=True)
+    (foreign / "model.safetensors").write_text("precious")
+    changes = {"export__folder": str(foreign)} if named else {}
+    values = settings(root, tmp_path / ("other" if named else "log"), export__enabled=True, **changes)
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind == "ConfigError" and str(foreign) in message and "not empty" in message, message
+    assert (foreign / "model.safetensors").read_text() == "precious"
+
+
+def test_bad_data_ends_a_run_of_two_ranks_with_one_line(root: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "bad.jsonl", f"{GOOD_LINE}\n{{oops\n")
+    check_refused(command(root, tmp_path, **TP2, model__data__data_prefix__train=file), f"{file}:2")
 
 
 def test_weights_of_another_model_end_all_ranks(root: Path, tmp_path: Path) -> None:
@@ -220,11 +273,14 @@ def test_weights_of_another_model_end_all_ranks(root: Path, tmp_path: Path) -> N
     check_refused(arguments, "layers", str(folder))
 
 
-def test_an_impossible_layout_and_an_unknown_key(root: Path, tmp_path: Path) -> None:
-    check_refused(
-        command(root, tmp_path, **TP2, model__pipeline_model_parallel_size=2), "2 processes", "multiple of 4"
-    )
+def test_an_unknown_key_ends_with_one_line(root: Path, tmp_path: Path) -> None:
     check_refused(command(root, tmp_path, model__micro_batch_sise=2), "micro_batch_sise", "model.micro_batch_size")
+
+
+def test_an_impossible_layout_is_refused(run_ranks: Any, root: Path, tmp_path: Path) -> None:
+    values = settings(root, tmp_path, model__pipeline_model_parallel_size=3)
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind == "ConfigError" and "1 processes" in message and "multiple of 3" in message, message
 
 
 def check_refused(arguments: list[str], *expected: str) -> None:

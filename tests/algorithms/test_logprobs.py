@@ -1,0 +1,161 @@
+"""Vocabulary-parallel log-probs against torch's log_softmax over all logits: values, gradients, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
+
+VOCAB, HIDDEN, TOKENS = 50, 16, 11
+LAST_SHARD_EMPTY = 72  # of 4 ranks with 18 rows each, the last has ids 54 to 71: padding only
+
+
+def make_inputs(dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
+    """Return hidden `[R, h]`, weight of the real vocabulary `[v, h]`, targets `[R]`, gradient of log-probs `[R]`."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
+    targets = torch.randint(VOCAB, (tokens,), generator=generator)
+    if tokens:
+        targets[0], targets[-1] = 0, VOCAB - 1
+    return hidden, weight, targets, torch.randn(tokens, generator=generator)
+
+
+def reference(dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
+    """Return log-probs and the gradients of hidden and weight by torch alone."""
+    hidden, weight, targets, upstream = make_inputs(dtype, tokens)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits = (hidden @ weight.T).float()
+    logps = F.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+    logps.backward(upstream)
+    assert hidden.grad is not None and weight.grad is not None
+    return logps.detach(), hidden.grad, weight.grad
+
+
+def padded_shard(weight: torch.Tensor, padded: int, *, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """Return a rank's rows of `weight` with padding rows so large that any use of them would show."""
+    whole = torch.cat([weight, torch.full((padded - len(weight), HIDDEN), 100.0, dtype=weight.dtype)])
+    return whole.chunk(tp_size)[tp_rank].clone()
+
+
+def score_shard(padded: int, chunk_size: int, tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
+    """Return log-probs, with and without gradients, and the gradients, on a rank that holds a shard."""
+    hidden, weight, targets, upstream = make_inputs(tokens=tokens)
+    group = dist.group.WORLD
+    shard = padded_shard(weight, padded, tp_rank=dist.get_rank(), tp_size=dist.get_world_size())
+    arguments = {"vocab_size": VOCAB, "tp_group": group, "chunk_size": chunk_size}
+    with torch.no_grad():
+        plain = response_token_logps(hidden, shard, targets, **arguments)
+    hidden.requires_grad_()
+    shard.requires_grad_()
+    logps = response_token_logps(hidden, shard, targets, **arguments)
+    logps.backward(upstream)
+    assert hidden.grad is not None and shard.grad is not None
+    return plain, logps.detach(), hidden.grad, shard.grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, TOKENS, 1000])
+@pytest.mark.parametrize(("tp_size", "padded"), [(2, 52), (4, 52), (4, LAST_SHARD_EMPTY)])
+def test_shards_equal_the_whole_vocabulary(
+    run_ranks: Callable[..., Any], tp_size: int, padded: int, chunk_size: int
+) -> None:
+    logps, grad_hidden, grad_weight = reference()
+    results = run_ranks(score_shard, tp_size, padded, chunk_size)
+    for plain, actual, actual_grad_hidden, _ in results:
+        assert torch.equal(plain, actual)
+        torch.testing.assert_close(actual, logps)
+        torch.testing.assert_close(actual_grad_hidden, grad_hidden)
+    shards = torch.cat([result[3] for result in results])
+    torch.testing.assert_close(shards[:VOCAB], grad_weight)
+    assert not shards[VOCAB:].any()
+
+
+def test_no_response_tokens(run_ranks: Callable[..., Any]) -> None:
+    """A rank's micro-batch may, by padding, be empty; it must take part in no collective that others lack."""
+    for plain, logps, grad_hidden, grad_shard in run_ranks(score_shard, 2, 52, 4, 0):
+        assert plain.shape == logps.shape == (0,) and grad_hidden.shape == (0, HIDDEN)
+        assert not grad_shard.any()
+
+
+def test_one_process_needs_no_group() -> None:
+    hidden, weight, targets, upstream = make_inputs()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, chunk_size=3)
+    logps.backward(upstream)
+    for actual, expected in zip((logps.detach(), hidden.grad, weight.grad), reference(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_bfloat16_inputs_are_summed_in_float32() -> None:
+    """The products are rounded to bfloat16, as in transformers; the softmax over them is not."""
+    hidden, weight, targets, upstream = make_inputs(torch.bfloat16)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, chunk_size=4)
+    logps.backward(upstream)
+    expected, grad_hidden, grad_weight = reference(torch.bfloat16)
+    assert logps.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logps.detach(), expected)
+    torch.testing.assert_close(hidden.grad, grad_hidden, rtol=2e-2, atol=2e-2)  # bfloat16 has 8 bits
+    torch.testing.assert_close(weight.grad, grad_weight, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_numerically() -> None:
+    """In float64 finite differences are exact enough; the log-probs themselves are float32 by contract."""
+    hidden, weight, targets, upstream = make_inputs(tokens=3)
+    hidden.requires_grad_()
+    response_token_logps(hidden, weight, targets, vocab_size=VOCAB).backward(upstream[:3])
+    step = torch.zeros_like(hidden)
+    step[1, 2] = 1e-4
+
+    def exact(shifted: torch.Tensor) -> float:
+        logps = F.log_softmax(shifted.double() @ weight.double().T, dim=-1).gather(1, targets[:, None])[:, 0]
+        return float(logps @ upstream[:3].double())
+
+    with torch.no_grad():
+        slope = (exact(hidden.double() + step) - exact(hidden.double() - step)) / 2e-4
+    assert hidden.grad[1, 2].item() == pytest.approx(slope, rel=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_all_logits_never_exist(chunk_size: int) -> None:
+    """Neither the forward nor the backward pass makes a tensor larger than a chunk's logits, or the inputs."""
+    tokens, vocab, hidden_size = 256, 400, 4
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
+    with LargestTensor() as largest:
+        response_token_logps(hidden, weight, targets, vocab_size=vocab, chunk_size=chunk_size).sum().backward()
+    assert largest.elements == chunk_size * vocab < tokens * vocab
+
+
+def test_documents_are_summed_or_averaged() -> None:
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
+    documents = torch.tensor([0, 0, 0, 2])  # document 1 has no response token here
+    assert sum_per_document(logps, documents, 3).tolist() == [-7.0, 0.0, -8.0]
+    means = sum_per_document(logps, documents, 3, average=True)
+    torch.testing.assert_close(means, torch.tensor([-7 / 3, 0.0, -8.0]))

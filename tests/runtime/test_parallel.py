@@ -1,0 +1,76 @@
+"""Impossible layouts are one clear sentence, before any process group exists."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_kto.errors import ConfigError
+from nemo_kto.runtime.parallel import Layout, ModelSizes, check_batch, check_launched, check_layout, device_count
+
+SIZES = ModelSizes(num_layers=6, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=24)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "pipeline", "data"), [(1, 1, 1, 1), (8, 2, 2, 2), (12, 4, 3, 1), (64, 4, 2, 8)]
+)
+def test_what_tensor_and_pipeline_leave_over_is_data_parallel(
+    world_size: int, tensor: int, pipeline: int, data: int
+) -> None:
+    layout = Layout(world_size=world_size, tensor=tensor, pipeline=pipeline)
+    check_layout(layout, SIZES)
+    assert layout.data == data
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "sentence"),
+    [
+        (Layout(world_size=6, tensor=4), SIZES, "6 processes .* cannot be divided .* multiple of 4"),
+        (Layout(world_size=2, tensor=2, pipeline=2), SIZES, "2 processes .* = 4. Use a multiple of 4"),
+        (Layout(world_size=8, tensor=8), SIZES, "4 key/value heads .*tensor_model_parallel_size=8"),
+        (Layout(world_size=3, tensor=3), SIZES, "8 attention heads .*tensor_model_parallel_size=3"),
+        (Layout(world_size=4, pipeline=4), SIZES, "6 layers .*pipeline_model_parallel_size=4"),
+        (
+            Layout(world_size=4, tensor=4),
+            ModelSizes(num_layers=6, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=26),
+            "26 feed-forward units .*tensor_model_parallel_size=4",
+        ),
+    ],
+)
+def test_what_a_layout_must_divide(layout: Layout, sizes: ModelSizes, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_layout(layout, sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ((10, 1, 1), "global_batch_size=10 cannot be divided by 4 data-parallel ranks .* multiple of 4"),
+        ((16, 3, 1), "model.micro_batch_size=3 does not divide .* share of the batch, 4 "),
+        ((16, 2, 3), "log_prob_forward_micro_batch_size=3 does not divide .* divisor of 4"),
+    ],
+)
+def test_what_a_batch_must_divide(sizes: tuple[int, int, int], sentence: str) -> None:
+    total, micro, forward = sizes
+    with pytest.raises(ConfigError, match=sentence):
+        check_batch(
+            Layout(world_size=8, tensor=2),
+            global_batch_size=total,
+            micro_batch_size=micro,
+            forward_micro_batch_size=forward,
+        )
+
+
+def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert device_count(4, "cpu") == 4
+    assert device_count("auto", "cpu") == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert device_count("auto", "cpu") == 3
+
+
+def test_torchrun_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_launched(Layout(world_size=4))
+    with pytest.raises(ConfigError, match="torchrun started 4 processes, but .* is 2"):
+        check_launched(Layout(world_size=2))
