@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
@@ -82,11 +83,15 @@ def _train_from_hydra(raw: DictConfig) -> None:
     run_guarded(lambda: train(parse_config(raw)))
 
 
-def train(config: KTOConfig) -> None:
+def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     """Run KTO as configured, from the Hugging Face folder to the exported one.
 
     Everything that can be wrong with configuration, layout, model folder and data is found here, before Lightning
     starts the other processes of this node.
+
+    Args:
+        config: The configuration.
+        callbacks: Lightning callbacks to run besides those of this package.
 
     Raises:
         ConfigError: The configuration or layout cannot work.
@@ -116,6 +121,7 @@ def train(config: KTOConfig) -> None:
         write_source_folder(source_folder, hf_config, tokenizer, original=_original_folder(config))
         print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
     trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
+    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     if export_folder is not None:
         trainer.callbacks.append(ExportAtEnd(export_folder, source_folder))  # type: ignore[attr-defined]
     model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)

@@ -125,6 +125,11 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.global_step
         self.train_progress_bar.set_description("KTO")
 
+    def on_validation_batch_start(self, *arguments: Any, **keywords: Any) -> None:
+        """Label the validation's bar; Lightning would add the number of the one data loader there is."""
+        super().on_validation_batch_start(*arguments, **keywords)
+        self.val_progress_bar.set_description("Validation", refresh=False)
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the metrics logged for the bar, without Lightning's version number."""
         metrics = super().get_metrics(trainer, pl_module)
