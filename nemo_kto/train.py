@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import newest_last, step_of
-from nemo_kto.runtime.loop import ProgressBar, StepLoop, StopOnSignal
+from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
 from nemo_kto.runtime.strategy import MegatronStrategy
 
 _PLAIN_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -288,6 +289,14 @@ def _count(limit: int | float, whole: int) -> int:
     return min(max(number, 1), whole)
 
 
+def _time_limit(text: str | None) -> timedelta | None:
+    """Return the time meant by DD:HH:MM:SS; `parse_config` has checked the form."""
+    if text is None:
+        return None
+    days, hours, minutes, seconds = (int(part) for part in text.split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
 def _tokenizer_folder(config: KTOConfig) -> str:
     folder = config.model.tokenizer.path or config.pretrained_checkpoint.restore_from_path
     if folder is None:
@@ -345,7 +354,7 @@ def _make_trainer(
         check_val_every_n_epoch=None,
         log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
-        callbacks=[ProgressBar(), StopOnSignal()],
+        callbacks=[ProgressBar(), GracefulStop(_time_limit(config.exp_manager.max_time_per_run))],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -378,7 +387,6 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
         "create_tensorboard_logger": manager.create_tensorboard_logger,
         "create_wandb_logger": manager.create_wandb_logger,
         "wandb_logger_kwargs": manager.wandb_logger_kwargs,
-        "max_time_per_run": manager.max_time_per_run,
         "create_checkpoint_callback": manager.create_checkpoint_callback,
         "checkpoint_callback_params": {
             "monitor": params.monitor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from nemo_kto.config import KTOConfig, TrainerKTOConfig
 from nemo_kto.errors import ConfigError
-from nemo_kto.train import Schedule, _forced, log_directory, plan_schedule, resolve_export_folder
+from nemo_kto.train import Schedule, _forced, _time_limit, log_directory, plan_schedule, resolve_export_folder
 
 
 def plan(*, samples: int = 100, validation: bool = True, **changes: Any) -> Schedule:
@@ -106,3 +107,8 @@ def test_the_model_training_starts_from_is_never_replaced(tmp_path: Path) -> Non
 )
 def test_overrides_are_forced_past_hydra(argument: str, forced: str) -> None:
     assert _forced(argument) == forced
+
+
+def test_a_time_limit_in_days_hours_minutes_and_seconds() -> None:
+    assert _time_limit("01:02:03:04") == timedelta(days=1, hours=2, minutes=3, seconds=4)
+    assert _time_limit(None) is None

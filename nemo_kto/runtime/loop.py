@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -68,8 +70,8 @@ class StepLoop(_TrainingEpochLoop):
             self.trainer.should_stop = True
 
     def _stop_requested(self) -> bool:
-        graceful = [c for c in self.trainer.callbacks if isinstance(c, StopOnSignal)]  # type: ignore[attr-defined]
-        return any(callback.agreed() for callback in graceful)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(callback.agreed() for callback in callbacks if isinstance(callback, GracefulStop))
 
 
 def save_last(trainer: Trainer) -> None:
@@ -82,10 +84,15 @@ def save_last(trainer: Trainer) -> None:
         callback._save_last_checkpoint(trainer, candidates)
 
 
-class StopOnSignal(Callback):
-    """Ends the run after the current step, with a checkpoint, when any rank receives SIGTERM (as Slurm sends)."""
+class GracefulStop(Callback):
+    """Ends the run after the current step, with a checkpoint, on SIGTERM (as Slurm sends) or when its time is over.
 
-    def __init__(self) -> None:
+    Args:
+        max_time: Time from now on, starting included; None for no limit.
+    """
+
+    def __init__(self, max_time: timedelta | None = None) -> None:
+        self._deadline = time.monotonic() + max_time.total_seconds() if max_time else float("inf")
         self._received = False
         self._previous: Any = None
 
@@ -103,9 +110,9 @@ class StopOnSignal(Callback):
         self._received = True
 
     def agreed(self) -> bool:
-        """Return whether any rank was signalled: one all-reduce of one integer over the world."""
+        """Return whether any rank was signalled or is late: one all-reduce of one integer over the world."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        flag = torch.tensor(int(self._received), device=device)
+        flag = torch.tensor(int(self._received or time.monotonic() > self._deadline), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -1,0 +1,41 @@
+"""When a run stops by itself. Validation, checkpoints and resuming at the right steps: tests/integration."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_kto.runtime.loop import GracefulStop
+
+
+def ask_with_one_late_rank(late_rank: int | None) -> bool:
+    late = dist.get_rank() == late_rank
+    return GracefulStop(timedelta(microseconds=1) if late else timedelta(days=1)).agreed()
+
+
+def ask_with_one_signalled_rank() -> tuple[bool, bool]:
+    """Return what the ranks agree on before and after rank 1 receives SIGTERM."""
+    stop, trainer = GracefulStop(), SimpleNamespace(is_global_zero=False)
+    stop.on_train_start(trainer, None)  # type: ignore[arg-type]
+    try:
+        before = stop.agreed()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before, stop.agreed()
+    finally:
+        stop.on_train_end(trainer, None)  # type: ignore[arg-type]
+
+
+def test_one_late_rank_stops_all(run_ranks: Callable[..., Any]) -> None:
+    assert run_ranks(ask_with_one_late_rank, 2, 1) == [True, True]
+    assert run_ranks(ask_with_one_late_rank, 2, None) == [False, False]
+
+
+def test_one_signalled_rank_stops_all(run_ranks: Callable[..., Any]) -> None:
+    assert run_ranks(ask_with_one_signalled_rank, 2) == [(False, True)] * 2
