@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf"],
     package_dir={"nemo_kto.conf": "conf"},
     package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"]},

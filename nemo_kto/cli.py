@@ -28,7 +28,7 @@ def run_guarded(action: Callable[[], None]) -> None:
     try:
         action()
     except KTOError as error:
-        rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+        rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         if rank != "0":

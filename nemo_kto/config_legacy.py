@@ -126,15 +126,20 @@ def take_legacy_keys(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
     return kept, list(ignored)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values mean the same; of a limit, 1 is one batch and 1.0 all of them."""
+    return bool(type(one) is type(other) and one == other)
+
+
 def _take_renamed(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return `flat` with the values of renamed keys under their new names, where those are not set themselves."""
     kept = {key: value for key, value in flat.items() if key not in RENAMED}
     for old, new in RENAMED.items():
         value, default = flat.get(old), defaults[new]
         current = kept.get(new, default)
-        if value is None or value in (current, default):
+        if value is None or _same(value, current):
             continue
-        if current != default:
+        if new in kept and not _same(current, default):
             raise ConfigError(f"{old}={value} and {new}={current} contradict each other. Set {new} only.")
         kept[new] = value
     return kept

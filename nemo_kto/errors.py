@@ -13,5 +13,9 @@ class DataError(KTOError):
     """A data file or record that cannot be read; names file, line and field."""
 
 
+class DivergenceError(KTOError):
+    """Training has left the finite numbers; names the step."""
+
+
 class CheckpointError(KTOError):
     """A checkpoint or a Hugging Face folder that is missing, incomplete or of another model."""

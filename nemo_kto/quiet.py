@@ -49,5 +49,13 @@ def silence_loaded_packages() -> None:
 
 
 def is_global_rank_zero() -> bool:
-    """Return whether this is the process that speaks for the run, also before any process group exists."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
+    """Return whether this is the process that speaks for the run, also before any process group exists.
+
+    torchrun sets RANK; Lightning's launcher LOCAL_RANK, and over several nodes the user NODE_RANK; Slurm's srun only
+    SLURM_PROCID, which the processes of the other two may have inherited from the shell they were started in.
+    """
+    for names in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):
+        found = [os.environ[name] for name in names if name in os.environ]
+        if found:
+            return all(rank == "0" for rank in found)
+    return True

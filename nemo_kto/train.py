@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,16 +25,17 @@ from nemo_kto.data.sampling import epoch_length
 from nemo_kto.data.tokenization import load_tokenizer
 from nemo_kto.errors import ConfigError
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
-from nemo_kto.models.gpt import hf_config_from_sizes, load_hf_config
+from nemo_kto.models.gpt import check_transformer_impl, hf_config_from_sizes, load_hf_config, padded_vocabulary
 from nemo_kto.models.hf_weights import SafetensorsFolder
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
-from nemo_kto.quiet import silence_loaded_packages
+from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
+from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
 from nemo_kto.runtime import cpu_megatron, parallel
-from nemo_kto.runtime.checkpoint import newest_last, step_of
+from nemo_kto.runtime.checkpoint import step_of
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
 from nemo_kto.runtime.strategy import MegatronStrategy
 
-_PLAIN_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+_PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 _SIZES = (
     "num_layers",
@@ -59,11 +60,13 @@ class Schedule:
         total: Steps of the whole run.
         per_epoch: Steps of one pass over the training data.
         val_interval: Steps between validations; 0 without validation data.
+        val_batches: Batches of one validation.
     """
 
     total: int
     per_epoch: int
     val_interval: int
+    val_batches: int
 
 
 def main() -> None:
@@ -75,8 +78,8 @@ def main() -> None:
 
 def _forced(argument: str) -> str:
     """Return an override that Hydra accepts for any key: `parse_config` judges keys, NeMo-Aligner's included."""
-    key = argument.split("=")[0]
-    return "++" + argument if _PLAIN_OVERRIDE.match(argument) and not key.startswith("hydra") else argument
+    plain = argument.lstrip("+")
+    return "++" + plain if _PLAIN_OVERRIDE.match(argument) and not plain.startswith("hydra.") else argument
 
 
 def _train_from_hydra(raw: DictConfig) -> None:
@@ -87,8 +90,8 @@ def _train_from_hydra(raw: DictConfig) -> None:
 def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     """Run KTO as configured, from the Hugging Face folder to the exported one.
 
-    Everything that can be wrong with configuration, layout, model folder and data is found here, before Lightning
-    starts the other processes of this node.
+    What can be wrong with configuration, layout and data is found before Lightning starts the other processes of this
+    node; weights are compared with the model when each process reads its part.
 
     Args:
         config: The configuration.
@@ -99,45 +102,58 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         DataError: A data file cannot be used.
         CheckpointError: The model folder or a checkpoint cannot be used.
     """
+    stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))  # its time begins here
     accelerator = resolve_accelerator(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
     tokenizer = load_tokenizer(_tokenizer_folder(config))
     hf_config = resolve_model(config, tokenizer)
     layout = resolve_layout(config, hf_config, accelerator)
-    data = _read_data(
-        config, tokenizer, max_length=min(config.model.data.seq_length, hf_config.max_position_embeddings)
-    )
+    data = _read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
     schedule = plan_schedule(config, data)
 
     log_dir = log_directory(config)
-    last = resumable_checkpoint(config)
+    identity = run_identity(config, hf_config, data)
+    last = resumable_checkpoint(config, log_dir)
+    if last is not None:
+        check_same_run(last, identity)
+        if step_of(last) >= schedule.total:
+            _finish(config, last, schedule)
+            return
     export_folder = resolve_export_folder(config, resumes=last is not None)
-    if last is not None and step_of(last) >= schedule.total:
-        _finish(last, export_folder, schedule)
-        return
 
-    source_folder = log_dir / "hf_source"
-    if _is_global_rank_zero():
-        write_source_folder(source_folder, hf_config, tokenizer, original=_original_folder(config))
-        print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
-    trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
-    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
-    if export_folder is not None:
-        trainer.callbacks.append(ExportAtEnd(export_folder, source_folder))  # type: ignore[attr-defined]
-    model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)
-    trainer.fit(model, datamodule=data, ckpt_path=last)
+    with tempfile.TemporaryDirectory(prefix="nemo_kto-") as temporary:
+        source_folder = Path(temporary)
+        if is_global_rank_zero():
+            write_source_folder(
+                source_folder,
+                hf_config,
+                model_folder=_model_folder(config),
+                tokenizer_folder=Path(_tokenizer_folder(config)),
+            )
+            write_identity(source_folder, identity)
+            print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
+        trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
+        trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
+        if export_folder is not None:
+            replace = last is not None and config.export.folder is None
+            trainer.callbacks.append(ExportAtEnd(export_folder, source_folder, replace=replace))  # type: ignore[attr-defined]
+        model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)
+        trainer.fit(model, datamodule=data, ckpt_path=last)
+    if is_global_rank_zero():
+        print(f"Logs and checkpoints: {log_dir}", flush=True)
 
 
-def _finish(last: Path, export_folder: Path | None, schedule: Schedule) -> None:
+def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
     """Say that there is nothing left to train; export if the run was killed before it had."""
-    if not _is_global_rank_zero():
+    if not is_global_rank_zero():
         return
     print(f"The run has taken its {schedule.total} steps already: {last}", flush=True)
-    if export_folder is not None and not export_folder.exists():
-        export_checkpoint(last, export_folder)
-    if export_folder is not None:
-        print(f"Aligned model: {export_folder}", flush=True)
+    if config.export.enabled:
+        folder = export_directory(config)
+        if not folder.exists():
+            export_checkpoint(last, folder)
+        print(f"Aligned model: {folder}", flush=True)
 
 
 def resolve_accelerator(config: KTOConfig) -> str:
@@ -205,6 +221,10 @@ def resolve_layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: 
             ffn_hidden_size=hf_config.intermediate_size,
         ),
     )
+    check_transformer_impl(model.transformer_impl)
+    padded_vocabulary(
+        hf_config.vocab_size, multiple=model.make_vocab_size_divisible_by, tensor_model_parallel_size=layout.tensor
+    )
     parallel.check_batch(
         layout,
         global_batch_size=model.global_batch_size,
@@ -233,8 +253,15 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
     interval = kto.val_check_interval
     if isinstance(interval, float):
         interval = _count(interval, per_epoch)
+    val_batches = 0
+    if "validation" in data.splits:
+        available = -(-len(data.splits["validation"].samples) // config.model.global_batch_size)
+        val_batches = _count(kto.limit_val_batches, available)
     return Schedule(
-        total=min(limits), per_epoch=per_epoch, val_interval=interval if "validation" in data.splits else 0
+        total=min(limits),
+        per_epoch=per_epoch,
+        val_interval=interval if val_batches else 0,
+        val_batches=val_batches,
     )
 
 
@@ -244,22 +271,9 @@ def log_directory(config: KTOConfig) -> Path:
     return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
 
 
-def resumable_checkpoint(config: KTOConfig) -> Path | None:
-    """Return the checkpoint the run goes on from, if there is one.
-
-    It is found here rather than by NeMo's exp_manager, which refuses to choose when a kill left two.
-
-    Raises:
-        ConfigError: There has to be one, by `exp_manager.resume_ignore_no_checkpoint`, and there is none.
-    """
-    manager, folder = config.exp_manager, log_directory(config) / "checkpoints"
-    last = newest_last(folder) if manager.resume_if_exists else None
-    if manager.resume_if_exists and last is None and not manager.resume_ignore_no_checkpoint:
-        raise ConfigError(
-            f"exp_manager.resume_if_exists is set, but {folder} holds no finished checkpoint. Set "
-            "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
-        )
-    return last
+def export_directory(config: KTOConfig) -> Path:
+    """Return the folder the aligned model is written to."""
+    return Path(config.export.folder or log_directory(config) / "hf").absolute()
 
 
 def resolve_export_folder(config: KTOConfig, *, resumes: bool) -> Path | None:
@@ -272,9 +286,9 @@ def resolve_export_folder(config: KTOConfig, *, resumes: bool) -> Path | None:
     """
     if not config.export.enabled:
         return None
-    folder = Path(config.export.folder or log_directory(config) / "hf").absolute()
-    start = config.pretrained_checkpoint.restore_from_path
-    ours = resumes and config.export.folder is None and folder != (Path(start).absolute() if start else None)
+    folder = export_directory(config)
+    sources = {Path(path).resolve() for path in (_tokenizer_folder(config), _model_folder(config)) if path is not None}
+    ours = resumes and config.export.folder is None and folder.resolve() not in sources
     if not ours and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(
             f"The aligned model would be written to {folder}, which is not empty. Name another folder with "
@@ -307,12 +321,12 @@ def _tokenizer_folder(config: KTOConfig) -> str:
     return folder
 
 
-def _original_folder(config: KTOConfig) -> Path | None:
+def _model_folder(config: KTOConfig) -> Path | None:
     folder = config.pretrained_checkpoint.restore_from_path
     return Path(folder) if folder else None
 
 
-def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> KTODataModule:
+def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> KTODataModule:
     model, data = config.model, config.model.data
     if not data.data_prefix.train:
         raise ConfigError("There is no training data. Set model.data.data_prefix.train to one or more JSONL files.")
@@ -321,7 +335,8 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_len
         validation_files=data.data_prefix.validation or (),
         format=data.format,
         tokenizer=tokenizer,
-        max_length=max_length,
+        max_length=min(data.seq_length, max_positions),
+        max_positions=max_positions,
         append_eod=data.append_eod,
         global_batch_size=model.global_batch_size,
         shuffle=data.shuffle,
@@ -350,11 +365,11 @@ def _make_trainer(
         precision="32-true",
         max_steps=schedule.total,
         max_epochs=-1,
-        limit_val_batches=config.trainer.kto.limit_val_batches if schedule.val_interval else 0,
+        limit_val_batches=schedule.val_batches,
         check_val_every_n_epoch=None,
         log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
-        callbacks=[ProgressBar(), GracefulStop(_time_limit(config.exp_manager.max_time_per_run))],
+        callbacks=[ProgressBar()],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -401,8 +416,3 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
             else f"{manager.name}-{{step}}",
         },
     }
-
-
-def _is_global_rank_zero() -> bool:
-    """Whether this is the process that speaks for the run, before any process group exists."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import ast
+import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kto import config as config_module
 from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.config_legacy import IGNORED, NEUTRAL, RENAMED
 from nemo_kto.config_reader import leaf_types, leaf_values
 from nemo_kto.errors import ConfigError
+from tests.distributed_harness import free_port
+from tests.integration.assets import make_model_folder, settings, train_in_pool, write_feedback
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = OmegaConf.load(config_dir() / "gpt_kto.yaml")
@@ -103,7 +108,6 @@ ALIGNER = {
 
 # fields that only say which of today's single possibilities is meant: config.py judges their values, nothing else asks
 SINGLE_VALUED = {key for key in NEUTRAL if key in leaf_types(KTOConfig)} | {
-    "model.kto.loss",
     "model.optim.name",
     "model.data.overlong",
 }
@@ -143,27 +147,61 @@ def test_every_key_is_documented_with_its_default():
     assert documented == leaf_values(KTOConfig())
 
 
-def test_every_field_is_read():
-    """A key that is read nowhere does nothing, which a user cannot see."""
-    read = set()
-    for file in [*(ROOT / "nemo_kto").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
-        if not file.name.startswith("config"):
-            read |= attribute_reads(file)
-    fields = set(leaf_types(KTOConfig)) - SINGLE_VALUED
-    assert not {key for key in fields if key.rsplit(".", 1)[-1] not in read}
+def train_and_record(port: int, overrides: dict[str, Any]) -> set[str]:
+    """Return the fields, as Class.field, that a run reads after its configuration has been parsed."""
+    read: set[str] = set()
+    classes = {type(part) for part in parts_of(KTOConfig())}
+
+    def record(self: Any, name: str) -> Any:
+        if name in type(self).__dataclass_fields__:
+            read.add(f"{type(self).__name__}.{name}")
+        return object.__getattribute__(self, name)
+
+    original = parse_config
+
+    def parse_then_record(raw: Any) -> KTOConfig:
+        for cls in classes:
+            cls.__getattribute__ = object.__getattribute__
+        config = original(raw)
+        for cls in classes:
+            cls.__getattribute__ = record
+        return config
+
+    config_module.parse_config = parse_then_record
+    try:
+        train_in_pool(port, overrides)
+    finally:
+        config_module.parse_config = original
+        for cls in classes:
+            cls.__getattribute__ = object.__getattribute__
+    return read
 
 
-def attribute_reads(file: Path) -> set[str]:
-    """Return names read as attributes, and those in tuples of names, from which train.py reads the model's sizes."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            found.add(node.attr)
-        if isinstance(node, ast.Tuple):
-            found |= {
-                item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
-            }
-    return found
+def parts_of(part: Any) -> list[Any]:
+    """Return a configuration's part and those below it."""
+    fields = vars(part).values()
+    return [part, *(below for field in fields if dataclasses.is_dataclass(field) for below in parts_of(field))]
+
+
+def test_every_field_is_read(tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    """A key that no run reads does nothing, which a user cannot see."""
+    make_model_folder(tmp_path / "hf")
+    write_feedback(tmp_path / "train.jsonl", number=8, seed=1)
+    start = settings(tmp_path, tmp_path / "a", trainer__kto__max_steps=1, export__enabled=True)
+    start["model.data.data_prefix.validation"] = start["model.data.data_prefix.train"]
+    scratch = {**start, "exp_manager.explicit_log_dir": None, "exp_manager.exp_dir": str(tmp_path / "b")}
+    sizes = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+    scratch |= {f"model.{name}": size for name, size in sizes.items()} | {"model.max_position_embeddings": 64}
+    scratch |= {"pretrained_checkpoint.restore_from_path": None, "model.tokenizer.path": str(tmp_path / "hf")}
+    read = set().union(*(run_ranks(train_and_record, 1, free_port(), run)[0] for run in (start, scratch)))
+    parts = {key.rpartition(".")[0] for key in leaf_types(KTOConfig)}
+    names = {path: type(functools.reduce(getattr, path.split("."), KTOConfig())).__name__ for path in parts}
+    unread = {
+        key
+        for key in set(leaf_types(KTOConfig)) - SINGLE_VALUED
+        if f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" not in read
+    }
+    assert not unread
 
 
 def test_aligner_keys_are_all_known():

@@ -21,6 +21,7 @@ LAYERS = {
     "runtime": 3,
     "models": 4,
     "cli": 5,
+    "resume": 5,
     "train": 5,
 }
 """Part of nemo_kto (a folder or a file) -> its layer; examples are above all of them."""

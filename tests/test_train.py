@@ -25,23 +25,27 @@ def plan(*, samples: int = 100, validation: bool = True, **changes: Any) -> Sche
 
 
 @pytest.mark.parametrize(
-    ("changes", "total", "per_epoch", "interval"),
+    ("changes", "total", "per_epoch", "val_interval", "val_batches"),
     [
-        ({}, 10, 10, 1),  # one epoch, validation every tenth of it
-        ({"samples": 109}, 10, 10, 1),  # what is left over belongs to no batch
-        ({"max_epochs": 3}, 30, 10, 1),
-        ({"max_epochs": 3, "max_steps": 7}, 7, 10, 1),
-        ({"max_epochs": -1, "max_steps": 25}, 25, 10, 1),
-        ({"limit_train_batches": 0.5}, 5, 5, 1),  # the interval is at least one step
-        ({"limit_train_batches": 4, "max_epochs": 2}, 8, 4, 1),
-        ({"val_check_interval": 0.5}, 10, 10, 5),
-        ({"val_check_interval": 3}, 10, 10, 3),
-        ({"val_check_interval": 25, "max_epochs": 3}, 30, 10, 25),
-        ({"validation": False}, 10, 10, 0),
+        ({}, 10, 10, 1, 10),  # one epoch, validation every tenth of it
+        ({"samples": 109}, 10, 10, 1, 11),  # what is left over belongs to no training batch, but is validated
+        ({"max_epochs": 3}, 30, 10, 1, 10),
+        ({"max_epochs": 3, "max_steps": 7}, 7, 10, 1, 10),
+        ({"max_epochs": -1, "max_steps": 25}, 25, 10, 1, 10),
+        ({"limit_train_batches": 0.5}, 5, 5, 1, 10),  # the interval is at least one step
+        ({"limit_train_batches": 4, "max_epochs": 2}, 8, 4, 1, 10),
+        ({"val_check_interval": 0.5}, 10, 10, 5, 10),
+        ({"val_check_interval": 3}, 10, 10, 3, 10),
+        ({"val_check_interval": 25, "max_epochs": 3}, 30, 10, 25, 10),
+        ({"limit_val_batches": 1}, 10, 10, 1, 1),
+        ({"limit_val_batches": 0.01}, 10, 10, 1, 1),
+        ({"validation": False}, 10, 10, 0, 0),
     ],
 )
-def test_schedule(changes: dict[str, Any], total: int, per_epoch: int, interval: int) -> None:
-    assert plan(**changes) == Schedule(total=total, per_epoch=per_epoch, val_interval=interval)
+def test_schedule(changes: dict[str, Any], total: int, per_epoch: int, val_interval: int, val_batches: int) -> None:
+    assert plan(**changes) == Schedule(
+        total=total, per_epoch=per_epoch, val_interval=val_interval, val_batches=val_batches
+    )
 
 
 def test_something_must_end_the_run() -> None:
@@ -53,6 +57,7 @@ def make_config(tmp_path: Path, folder: Path | None = None) -> KTOConfig:
     config = KTOConfig()
     config.exp_manager.explicit_log_dir = str(tmp_path / "log")
     config.export.folder = str(folder) if folder else None
+    config.pretrained_checkpoint.restore_from_path = str(tmp_path / "start")
     return config
 
 
@@ -99,7 +104,8 @@ def test_the_model_training_starts_from_is_never_replaced(tmp_path: Path) -> Non
     ("argument", "forced"),
     [
         ("model.seed=1", "++model.seed=1"),
-        ("+model.seed=1", "+model.seed=1"),
+        ("+model.seed=1", "++model.seed=1"),
+        ("++model.micro_batch_size=2", "++model.micro_batch_size=2"),
         ("~model.optim", "~model.optim"),
         ("hydra.job.name=x", "hydra.job.name=x"),
         ("--help", "--help"),

@@ -5,6 +5,7 @@ Tensor legend: `b` samples; log-probs are natural logarithms, summed (or average
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,10 @@ def kto_loss(
     weights = torch.where(desirable, desirable_weight, undesirable_weight)
     losses = weights * (1.0 - torch.sigmoid(beta * advantage))
     return KTOLossOutput(losses=losses, rewards=beta * log_ratios.detach())
+
+
+LOSSES: dict[str, Callable[..., KTOLossOutput]] = {"kto": kto_loss}
+"""Values of `model.kto.loss` -> functions with the signature of `kto_loss`."""
 
 
 def kl_baseline(log_ratio_sum: Tensor, count: Tensor) -> Tensor:

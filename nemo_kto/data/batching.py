@@ -116,15 +116,14 @@ class KTOItem:
 class KTODataset(Dataset[KTOItem]):
     """Tokenised samples, looked up by the pairs that the samplers deal.
 
-    A prompt and the response of another sample can together exceed the length that each sample keeps to on its own.
-    Such a KL response is cut at the end to `max_length`, because the model is not defined beyond; samples are never
-    cut.
+    A prompt and the response of another sample can together be longer than any sample is. Only where that is more than
+    the model has positions is such a KL response cut at the end; samples are never cut.
     """
 
-    def __init__(self, samples: Sequence[TokenizedSample], *, max_length: int | None = None) -> None:
-        """Keeps the samples; `max_length` is the limit they were tokenised with (None: KL responses are not cut)."""
+    def __init__(self, samples: Sequence[TokenizedSample], *, max_positions: int | None = None) -> None:
+        """Keeps the samples; `max_positions` is the longest document the model is defined for (None: no limit)."""
         self._samples = samples
-        self._max_length = max_length
+        self._max_positions = max_positions
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -134,8 +133,8 @@ class KTODataset(Dataset[KTOItem]):
         """The sample and its KL response."""
         sample = self._samples[index.sample]
         kl_response = self._samples[index.kl].response
-        if self._max_length is not None:
-            kl_response = kl_response[: self._max_length - sample.prompt.numel()]
+        if self._max_positions is not None:
+            kl_response = kl_response[: self._max_positions - sample.prompt.numel()]
         return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index.weight)
 
 
@@ -154,6 +153,12 @@ class KTOBatch:
     kl_samples: list[Document]
     desirable: Tensor
     weights: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as four tensors: each tensor sent costs a file descriptor on both sides."""
+        parts = [part for document in self.samples + self.kl_samples for part in document]
+        lengths = torch.tensor([part.numel() for part in parts])
+        return _batch_from_flat, (torch.cat(parts), lengths, self.desirable, self.weights)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -176,6 +181,12 @@ def collate_pairs(items: Sequence[KTOItem]) -> KTOBatch:
         desirable=torch.tensor([item.desirable for item in items], dtype=torch.bool),
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
     )
+
+
+def _batch_from_flat(tokens: Tensor, lengths: Tensor, desirable: Tensor, weights: Tensor) -> KTOBatch:
+    parts = torch.split(tokens, lengths.tolist())
+    documents = list(zip(parts[::2], parts[1::2], strict=True))
+    return KTOBatch(documents[: len(documents) // 2], documents[len(documents) // 2 :], desirable, weights)
 
 
 def _rows(documents: list[Document], micro_batch_size: int) -> list[PackedRow]:

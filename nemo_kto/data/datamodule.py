@@ -1,5 +1,6 @@
 """Feedback files -> DataLoaders of `KTOBatch`, one global batch (this rank's share of it) at a time."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class KTODataModule(LightningDataModule):
     (`use_distributed_sampler=False`).
 
     Attributes:
-        splits: "train", "validation" and "test" -> tokenised samples; only those for which files were given. Filled by
+        splits: "train" and "validation" -> tokenised samples; only those for which files were given. Filled by
             `prepare()`.
     """
 
@@ -49,10 +50,10 @@ class KTODataModule(LightningDataModule):
         *,
         train_files: Files,
         validation_files: Files = (),
-        test_files: Files = (),
         format: str,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        max_positions: int | None = None,
         append_eod: bool,
         global_batch_size: int,
         shuffle: bool,
@@ -64,10 +65,10 @@ class KTODataModule(LightningDataModule):
         Args:
             train_files: JSONL files to train on; may be empty where no train loader is asked for.
             validation_files: JSONL files that `val_dataloader` scores; may be empty.
-            test_files: JSONL files that `test_dataloader` scores; may be empty.
             format: See `read_feedback`.
             tokenizer: See `tokenize_records`.
-            max_length: See `tokenize_records`; also limits the pairs of the KL set, see `KTODataset`.
+            max_length: See `tokenize_records`.
+            max_positions: See `KTODataset`.
             append_eod: See `tokenize_records`.
             global_batch_size: Samples per step over all ranks, in training and in validation.
             shuffle: Shuffle the training data anew in every epoch.
@@ -75,10 +76,11 @@ class KTODataModule(LightningDataModule):
             num_workers: Processes that build batches; 0 builds them in the training process.
         """
         super().__init__()
-        self._files = {"train": train_files, "validation": validation_files, "test": test_files}
+        self._files = {"train": train_files, "validation": validation_files}
         self._format = format
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._max_positions = max_positions
         self._append_eod = append_eod
         self._global_batch_size = global_batch_size
         self._shuffle = shuffle
@@ -144,11 +146,16 @@ class KTODataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
         """Batches that hold every validation sample once; an empty list when no validation files were given."""
-        return self._scoring_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
-        """Batches that hold every test sample once; an empty list when no test files were given."""
-        return self._scoring_loader("test")
+        if "validation" not in self.splits:
+            return []
+        position = self._known_position()
+        sampler = ValidationBatchSampler(
+            self._prompt_keys("validation"),
+            global_batch_size=self._global_batch_size,
+            dp_rank=position.dp_rank,
+            dp_size=position.dp_size,
+        )
+        return self._loader("validation", sampler)
 
     def _prepare_split(self, split: str, files: Files) -> TokenizationResult:
         try:
@@ -159,7 +166,17 @@ class KTODataModule(LightningDataModule):
         except DataError as error:
             raise DataError(f"{split} data: {error}") from error
         _log_split(split, result, num_records=len(records), max_length=self._max_length)
+        if isinstance(records[0].prompt, str) and self._tokenizer.chat_template:
+            _warn_about_plain_strings(split)
         return result
+
+    def digest(self, split: str) -> str:
+        """A digest of a split's tokens and labels in their order; equal on every machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in self.splits[split].samples:
+            digest.update(f"{sample.prompt_key}:{int(sample.desirable)}:".encode())
+            digest.update(sample.response.numpy().tobytes())
+        return digest.hexdigest()
 
     def _prompt_keys(self, split: str) -> list[int]:
         return [sample.prompt_key for sample in self.splits[split].samples]
@@ -168,21 +185,9 @@ class KTODataModule(LightningDataModule):
         assert self._position is not None, "set_position(...) must be called before a loader is asked for"
         return self._position
 
-    def _scoring_loader(self, split: str) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
-        if split not in self.splits:
-            return []
-        position = self._known_position()
-        sampler = ValidationBatchSampler(
-            self._prompt_keys(split),
-            global_batch_size=self._global_batch_size,
-            dp_rank=position.dp_rank,
-            dp_size=position.dp_size,
-        )
-        return self._loader(split, sampler)
-
     def _loader(self, split: str, sampler: GlobalBatchSampler | ValidationBatchSampler) -> DataLoader[KTOItem]:
         return DataLoader(
-            KTODataset(self.splits[split].samples, max_length=self._max_length),
+            KTODataset(self.splits[split].samples, max_positions=self._max_positions),
             batch_sampler=sampler,
             collate_fn=collate_pairs,
             num_workers=self._num_workers,
@@ -200,6 +205,15 @@ def _log_split(split: str, result: TokenizationResult, *, num_records: int, max_
         result.num_undesirable,
         result.num_overlong,
         max_length,
+    )
+
+
+@rank_zero_only
+def _warn_about_plain_strings(split: str) -> None:
+    logger.warning(
+        "%s data: prompts and responses are strings, which are joined as they are, although the tokenizer has a chat "
+        "template. For a chat model write them as messages, unless the strings are in its format already.",
+        split,
     )
 
 

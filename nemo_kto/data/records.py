@@ -112,6 +112,8 @@ def _parse_line(raw: bytes, place: str) -> dict[str, Any]:
             f"{place}: the line is not valid JSON ({error.msg}, column {error.colno}); "
             "the file must be JSON Lines, one whole object per line."
         ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{place}: the line's JSON cannot be read ({error}).") from error
     except RecursionError as error:
         raise DataError(f"{place}: the line's JSON is nested too deeply.") from error
     if not isinstance(row, dict):

@@ -10,6 +10,9 @@ Beginning of sequence. For strings, whatever the tokenizer puts in front of a te
 front of the prompt once, and not again when the text already begins with it. For messages the chat template alone
 decides, as it does at inference. Tokens that a tokenizer appends to a text are never taken over.
 
+Dates. A chat template that names today's date is given a fixed one: a run that is resumed tomorrow, or a rank that
+starts after midnight, must see the same tokens.
+
 Shapes: `p` tokens of the prompt, `r` tokens of the response.
 """
 
@@ -28,9 +31,11 @@ from nemo_kto.errors import ConfigError, DataError
 
 # One of these is present wherever transformers can build a tokenizer from files.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-# Records tokenised per call: enough to keep every core busy, few enough that the tokenizer's bulky intermediate
-# results (offsets, masks, words) of a large file never exist together.
+# Records tokenised per call: few enough that the tokenizer's bulky intermediate results (offsets, masks, words) of a
+# large file never exist together.
 _CHUNK = 2048
+# Stands in for the function by which templates ask for today's date; Llama 3's own template falls back to this day.
+_FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # A text that stays a token of its own in front of a response, see _encode_after_boundary.
 _ANCHOR = "\n"
 
@@ -220,6 +225,11 @@ def _encode_after_boundary(tokenizer: PreTrainedTokenizerBase, responses: list[s
     ]
 
 
+def _undated_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.get_chat_template()
+    return _FIXED_DATE_MACRO + template if "strftime_now" in template else template
+
+
 def _render(record: FeedbackRecord, tokenizer: PreTrainedTokenizerBase) -> _Text:
     """Prompt and response as text; messages go through the chat template.
 
@@ -236,9 +246,12 @@ def _render(record: FeedbackRecord, tokenizer: PreTrainedTokenizerBase) -> _Text
             "use the tokenizer of a chat model, or write prompt and response as strings."
         )
     try:
-        prompt = tokenizer.apply_chat_template(record.prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(record.prompt + record.response, tokenize=False)
-    except TemplateError as error:
+        template = _undated_template(tokenizer)
+        prompt = tokenizer.apply_chat_template(
+            record.prompt, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        whole = tokenizer.apply_chat_template(record.prompt + record.response, chat_template=template, tokenize=False)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # a template is a program
         raise DataError(f"{record.place}: the chat template refuses the messages ({error}).") from error
     assert isinstance(prompt, str) and isinstance(whole, str)
     if not whole.startswith(prompt):

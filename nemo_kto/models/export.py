@@ -4,70 +4,68 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models.gpt import build_gpt, load_hf_config
-from nemo_kto.models.hf_weights import export_hf
+from nemo_kto.models.hf_weights import copy_companions, export_hf
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".msgpack", ".h5")
+
+def write_source_folder(
+    folder: Path, hf_config: PretrainedConfig, *, model_folder: Path | None, tokenizer_folder: Path
+) -> None:
+    """Keep in `folder` what an exported model needs besides weights: configuration, tokenizer, chat template.
+
+    Args:
+        folder: An empty folder.
+        hf_config: The model's configuration.
+        model_folder: The Hugging Face folder training starts from, whose configuration is kept byte by byte; None for
+            a model with random weights.
+        tokenizer_folder: The folder the run's tokenizer comes from.
+    """
+    copy_companions(tokenizer_folder, folder)
+    if model_folder is None:
+        hf_config.save_pretrained(folder)
+        return
+    for name in ("config.json", "generation_config.json"):
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, folder / name)
 
 
 class ExportAtEnd(Callback):
     """Writes the Hugging Face folder when the last step has been taken; not when the run was stopped earlier.
 
     Args:
-        folder: Folder to write; what is there is replaced.
-        source_folder: What `write_source_folder` wrote.
+        folder: Folder to write.
+        source_folder: What `write_source_folder` wrote, on global rank 0.
+        replace: Whether `folder` may be replaced, as what the run exported when it was shorter.
     """
 
-    def __init__(self, folder: Path, source_folder: Path) -> None:
+    def __init__(self, folder: Path, source_folder: Path, *, replace: bool) -> None:
         self.folder = folder
         self.source_folder = source_folder
+        self.replace = replace
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, collectively, while the process groups still exist."""
         if trainer.global_step < trainer.max_steps:
             return
         assert isinstance(pl_module, MegatronGPTKTOModel)
-        if trainer.is_global_zero:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        trainer.strategy.barrier()
+        if self.replace:
+            remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
+            parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")
         export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
         if trainer.is_global_zero:
-            print(f"Aligned model: {self.folder}\nLogs and checkpoints: {self.source_folder.parent}", flush=True)
-
-
-def write_source_folder(
-    folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, original: Path | None
-) -> None:
-    """Keep in `folder` what an exported model needs besides weights: configuration, tokenizer, chat template.
-
-    Args:
-        folder: Where to write; replaced if it is there.
-        hf_config: The model's configuration.
-        tokenizer: The tokenizer the run uses.
-        original: The Hugging Face folder training starts from, whose small files are kept byte by byte; None for a
-            model with random weights.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if original is not None:
-        for file in original.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copy(file, folder / file.name)
-    else:
-        hf_config.save_pretrained(folder)
-    if original is None or str(original) != tokenizer.name_or_path:
-        tokenizer.save_pretrained(folder)
+            print(f"Aligned model: {self.folder}", flush=True)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:

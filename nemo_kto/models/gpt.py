@@ -31,6 +31,7 @@ from nemo_kto.runtime.attention import DocumentAttention
 __all__ = [
     "KTOGPTModel",
     "build_gpt",
+    "check_transformer_impl",
     "hf_config_from_sizes",
     "initialize_weights",
     "load_hf_config",
@@ -161,8 +162,8 @@ def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
             leaf.data.fill_(0.0 if leaf.key.endswith("bias") else 1.0)
             continue
         digest = hashlib.blake2b(f"{seed}:{leaf.key}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32).mul_(std)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
         if isinstance(layout, PaddedVocab):
             full[layout.vocab_size :] = 0.0
         leaf.data.copy_(full[leaf.region])
@@ -247,7 +248,7 @@ def _execution() -> dict[str, Any]:
 
 def _block_spec(config: TransformerConfig, transformer_impl: str) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline stage."""
-    use_transformer_engine = _use_transformer_engine(transformer_impl)
+    use_transformer_engine = check_transformer_impl(transformer_impl)
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -265,8 +266,13 @@ def _block_spec(config: TransformerConfig, transformer_impl: str) -> Transformer
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def _use_transformer_engine(transformer_impl: str) -> bool:
-    available = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+def check_transformer_impl(transformer_impl: str) -> bool:
+    """Return whether `transformer_impl` (see `build_gpt`) means Transformer Engine here.
+
+    Raises:
+        ConfigError: It needs what this machine does not have, or is unknown.
+    """
+    available: bool = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
     if transformer_impl == "transformer_engine" and not available:
         missing = "a CUDA device" if gpt_layer_specs.HAVE_TE else "the package transformer_engine"
         raise ConfigError(f"model.transformer_impl=transformer_engine needs {missing}. Use auto or local.")

@@ -26,6 +26,7 @@ from transformers import AutoConfig, PretrainedConfig
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models.gpt import KTOGPTModel
 from nemo_kto.models.hf_rules import Leaf, Region, expected_shapes, match, rules_for, sharded_leaves
+from nemo_kto.runtime import parallel
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,7 +38,9 @@ _COMPANIONS = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tekken.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -183,44 +186,41 @@ def export_hf(
         max_shard_bytes: Size above which the weights are divided into several files.
 
     Raises:
-        CheckpointError: `folder` exists and is not empty; raised on all ranks.
+        CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
     folder = Path(folder)
-    _refuse_existing(folder)
     dtype = dtype or configured_dtype(hf_config) or next(model.parameters()).dtype
     partial = folder.with_name(folder.name + ".partial")
-    writer = None
-    if dist.get_rank() == 0:
+    writer = _ShardWriter(partial, max_shard_bytes)
+    failure = f"The model cannot be written to {folder}"
+
+    def start() -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError("it exists already and is not empty. Name another folder or remove it.")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writer = _ShardWriter(partial, max_shard_bytes)
-    rules = rules_for(model)
-    for key, full in _gathered_tensors(model):
-        if writer is not None and full is not None:
-            rule = match(rules, key)
-            for name, tensor in zip(rule.names, rule.layout.split(full), strict=True):
-                writer.add(name, tensor.to(device="cpu", dtype=dtype))
-    if writer is not None:
+
+    def finish() -> None:
         writer.finish()
         _write_companions(partial, hf_config, dtype, Path(tokenizer_folder) if tokenizer_folder else None)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    dist.barrier()
+
+    parallel.run_on_rank_zero(start, failure)
+    rules = rules_for(model)
+    for key, full in _gathered_tensors(model):
+        if full is not None:
+            rule = match(rules, key)
+            for name, tensor in zip(rule.names, rule.layout.split(full), strict=True):
+                writer.add(name, tensor.to(device="cpu", dtype=dtype))
+    parallel.run_on_rank_zero(finish, failure)
 
 
 def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
     """Return the dtype named by a configuration, if any; transformers 4 calls it `torch_dtype`."""
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
-
-
-def _refuse_existing(folder: Path) -> None:
-    """Raise on all ranks when rank 0 finds something in `folder`: one broadcast of one object."""
-    answer = [folder.exists() and (not folder.is_dir() or any(folder.iterdir()))] if dist.get_rank() == 0 else [False]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0]:
-        raise CheckpointError(f"{folder} exists already and is not empty. Name another folder or remove it.")
 
 
 def _gathered_tensors(model: KTOGPTModel) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -267,7 +267,10 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 @dataclass
 class _ShardWriter:
-    """Collects tensors and writes a file whenever the next one would make it larger than `max_bytes`."""
+    """Collects tensors and writes a file whenever the next one would make it larger than `max_bytes`.
+
+    A file that cannot be written is an error of `finish` only: until then the other ranks go on sending.
+    """
 
     folder: Path
     max_bytes: int
@@ -275,6 +278,7 @@ class _ShardWriter:
     _pending_bytes: int = 0
     _total_bytes: int = 0
     _files: list[list[str]] = field(default_factory=list)
+    _error: OSError | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
@@ -285,6 +289,8 @@ class _ShardWriter:
     def finish(self) -> None:
         """Write what is left, give the files their final names and write the index if there are several."""
         self._flush()
+        if self._error is not None:
+            raise self._error
         count = len(self._files)
         if count == 1:
             self._unnamed(0).rename(self.folder / WEIGHTS_FILE)
@@ -298,7 +304,10 @@ class _ShardWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._unnamed(len(self._files)), metadata={"format": "pt"})
+        try:
+            save_file(self._pending, self._unnamed(len(self._files)), metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            self._error = self._error or OSError(str(error))
         self._files.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -307,14 +316,20 @@ class _ShardWriter:
         return self.folder / f"shard-{number:05d}.safetensors"
 
 
-def _write_companions(folder: Path, config: PretrainedConfig, dtype: torch.dtype, source: Path | None) -> None:
-    """Write config.json and copy what else makes a folder loadable."""
-    for name in _COMPANIONS if source is not None else ():
-        found = source / name  # type: ignore[operator]
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation config, byte by byte, as far as `source` has them."""
+    for name in _COMPANIONS:
+        found = source / name
         if found.is_dir():
             shutil.copytree(found, folder / name)
         elif found.is_file():
             shutil.copyfile(found, folder / name)
+
+
+def _write_companions(folder: Path, config: PretrainedConfig, dtype: torch.dtype, source: Path | None) -> None:
+    """Write config.json and copy what else makes a folder loadable."""
+    if source is not None:
+        copy_companions(source, folder)
     if source is not None and configured_dtype(config) == dtype and _describes(source, config):
         shutil.copyfile(source / "config.json", folder / "config.json")
         return

@@ -12,6 +12,7 @@ Tensor legend: `n` samples of this rank in the global batch, `b` samples of one 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,11 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from transformers import PretrainedConfig
 
-from nemo_kto.algorithms.losses import KTOLossOutput, kl_baseline, kto_loss, sample_coefficients
+from nemo_kto.algorithms.losses import LOSSES, KTOLossOutput, kl_baseline, sample_coefficients
 from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.batching import KTOBatch, PackedRow
+from nemo_kto.errors import DivergenceError
 from nemo_kto.models.gpt import build_gpt, initialize_weights
 from nemo_kto.models.hf_weights import import_hf
 from nemo_kto.models.kto_step import RowScorer
@@ -130,6 +132,11 @@ class MegatronGPTKTOModel(LightningModule):
         logps = scorer.train(rows, partial(self._micro_batch_loss, batch, baseline))
         learning_rate = optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = optimizer.step()
+        if not math.isfinite(grad_norm):  # the same on all ranks; saving now would replace the last good checkpoint
+            raise DivergenceError(
+                f"The gradient of step {self.trainer.global_step} is not finite. The last checkpoint is kept. Lower "
+                "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
+            )
         scheduler.step(increment=1)
 
         sums = MetricSums(self.device)
@@ -158,7 +165,7 @@ class MegatronGPTKTOModel(LightningModule):
         return (output.losses * baseline.coefficients[part]).sum()
 
     def _kto_loss(self, log_ratios: torch.Tensor, desirable: torch.Tensor, kl_estimate: torch.Tensor) -> KTOLossOutput:
-        return kto_loss(
+        return LOSSES[self.kto.loss](
             log_ratios,
             desirable,
             kl_estimate,

@@ -98,5 +98,5 @@ def make_reference(mode: str, model: torch.nn.Module) -> ReferencePolicy:
 
 
 def _cpu_copy(parameter: torch.nn.Parameter) -> torch.Tensor:
-    copy = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+    copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda)
     return copy.copy_(parameter.detach())

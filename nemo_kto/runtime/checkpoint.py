@@ -26,7 +26,7 @@ SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
 
 _UNFINISHED_SUFFIX = "-unfinished"
-_STEP = re.compile(r"step=(\d+)")
+_STEP = re.compile(r".*step=(\d+)")  # the last one, should the run's name hold another
 
 
 def is_finished(folder: Path) -> bool:
@@ -49,7 +49,7 @@ def step_of(checkpoint: Path) -> int:
     Raises:
         CheckpointError: The name holds no step.
     """
-    match = _STEP.search(checkpoint.name)
+    match = _STEP.match(checkpoint.name)
     if match is None:
         raise CheckpointError(f"{checkpoint} is no checkpoint of a run: its name holds no step=<number>.")
     return int(match[1])
@@ -64,13 +64,16 @@ class ShardedCheckpointIO(CheckpointIO):
         """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`.
 
         What is there already is replaced: a run that was killed and resumed takes the same steps again.
+
+        Raises:
+            CheckpointError: The folder cannot be made.
         """
 
         def make_room() -> None:
             self.remove_checkpoint(path)
             Path(path).mkdir(parents=True)
 
-        parallel.run_on_rank_zero_first(make_room)
+        parallel.run_on_rank_zero(make_room, f"{path} cannot be written")
         dist_checkpointing.save(checkpoint, str(path))
 
     def load_checkpoint(

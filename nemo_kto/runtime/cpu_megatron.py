@@ -79,7 +79,7 @@ def patch_generators() -> None:
 
 
 def patch_cuda_literals() -> None:
-    """Send `torch.zeros(..., device="cuda")` and `torch.tensor(..., device="cuda")` of three modules to the CPU.
+    """Send `torch.zeros(..., device="cuda")` and `torch.tensor(..., device="cuda")` of a few modules to the CPU.
 
     Reason: the modules listed above allocate small counters on a literal device. Each sees a namespace that stands in
     front of `torch`; all other modules see `torch` itself.

@@ -88,7 +88,7 @@ class GracefulStop(Callback):
     """Ends the run after the current step, with a checkpoint, on SIGTERM (as Slurm sends) or when its time is over.
 
     Args:
-        max_time: Time from now on, starting included; None for no limit.
+        max_time: Time from now on; None for no limit.
     """
 
     def __init__(self, max_time: timedelta | None = None) -> None:
@@ -101,10 +101,14 @@ class GracefulStop(Callback):
         self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give SIGTERM back, and say so when there is more to do."""
-        signal.signal(signal.SIGTERM, self._previous)
+        """Say so when there is more to do."""
         if trainer.is_global_zero and trainer.global_step < trainer.max_steps:
             print(f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue.")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give SIGTERM back: only now, as the export of a finished run must not be cut off either."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._received = True

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,22 @@ def position() -> RankPosition:
     )
 
 
-def run_on_rank_zero_first(action: Callable[[], None]) -> None:
-    """Run `action` on global rank 0 and let the other ranks wait until it is done."""
+def run_on_rank_zero(action: Callable[[], None], failure: str) -> None:
+    """Run `action` on global rank 0 while the others wait: one broadcast of one object.
+
+    Args:
+        action: What touches files.
+        failure: What it means when that fails.
+
+    Raises:
+        CheckpointError: `action` raised an OSError; on all ranks, so that none waits for the others in vain.
+    """
+    outcome: list[str | None] = [None]
     if dist.get_rank() == 0:
-        action()
-    dist.barrier()
+        try:
+            action()
+        except OSError as error:
+            outcome = [f"{failure}: {error}"]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(outcome[0])

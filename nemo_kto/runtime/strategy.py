@@ -6,7 +6,10 @@ Megatron's data-parallel wrapper, its optimizer and learning-rate schedule, and 
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ class MegatronStrategy(DDPStrategy):
         optim: Optimizer and schedule.
         seed: Seed of every rank's generators.
         gradient_clip: Global gradient norm above which gradients are scaled down; 0 switches it off.
-        source_folder: Folder with Hugging Face config and tokenizer files, copied into each checkpoint.
+        source_folder: What `write_source_folder` wrote, on global rank 0; copied into each checkpoint.
     """
 
     restore_checkpoint_after_setup = True  # a sharded load needs the optimizer to exist
@@ -73,18 +76,19 @@ class MegatronStrategy(DDPStrategy):
         state.pipeline_model_parallel_size, state.pipeline_model_parallel_rank = self.layout.pipeline, place.pp_rank
         state.data_parallel_rank = place.dp_rank
 
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Return the data-parallel size and rank, should anything ask for a torch DistributedSampler."""
-        place = parallel.position()
-        return {"num_replicas": place.dp_size, "rank": place.dp_rank}
-
     def teardown(self) -> None:
         """Release Lightning's resources and all process groups."""
         super().teardown()
         parallel.destroy()
 
     # model and optimizer
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """Return a context that changes nothing: Megatron puts its tensors where they belong.
+
+        Lightning would make the GPU the default device while the model is built, also for what is read from files.
+        """
+        return nullcontext()
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap the model for data parallelism and make its optimizer; called after `configure_model`."""
@@ -118,7 +122,8 @@ class MegatronStrategy(DDPStrategy):
         )
         scheduler = OptimizerParamScheduler(
             optimizer,
-            init_lr=0.0,
+            # NeMo's warm-up: the first step is one already, and step `warmup_steps` has the full rate
+            init_lr=optim.lr / (sched.warmup_steps + 1),
             max_lr=optim.lr,
             min_lr=sched.min_lr,
             lr_warmup_steps=sched.warmup_steps,
@@ -137,6 +142,16 @@ class MegatronStrategy(DDPStrategy):
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = model.no_sync
+
+    def _group_settings(self) -> dict[str, Any]:
+        """Return what Megatron keeps in every parameter group and prefers to its optimizer's and schedule's own."""
+        optim = self.optim
+        return {
+            "max_lr": optim.lr,
+            "min_lr": optim.sched.min_lr,
+            "betas": tuple(optim.betas),
+            "eps": optim.eps,
+        }
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Step Megatron's optimizer, which takes no closure; returns (updated, gradient norm, zeros in gradient)."""
@@ -169,7 +184,10 @@ class MegatronStrategy(DDPStrategy):
         for key in ("hparams_name", "hparams_type", "hyper_parameters"):
             checkpoint.pop(key, None)  # Megatron reads the common part with weights_only: plain types only
         self.checkpoint_io.save_checkpoint(checkpoint, folder)
-        if self.is_global_zero and self.source_folder is not None:
+        parallel.run_on_rank_zero(partial(self._copy_source_folder, folder), f"{folder} cannot be written")
+
+    def _copy_source_folder(self, folder: Path) -> None:
+        if self.source_folder is not None:
             shutil.copytree(self.source_folder, folder / ckpt.SOURCE_FOLDER, dirs_exist_ok=True)
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
@@ -188,6 +206,8 @@ class MegatronStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
             ckpt.separate_step_counters(getattr(optimizer, "_optimizer", optimizer))
+            for group in optimizer.param_groups:  # the checkpoint's; a resumed run follows its own configuration
+                group.update(self._group_settings())
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint folder."""
@@ -210,4 +230,6 @@ def _cluster_environment() -> Any:
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect():
         return SLURMEnvironment(auto_requeue=False)
+    # of an interactive Slurm shell: NeMo would take every process started from here for rank 0
+    os.environ.pop("SLURM_PROCID", None)
     return LightningEnvironment()

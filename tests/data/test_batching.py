@@ -75,7 +75,7 @@ def test_kl_response_is_cut_to_the_length_the_model_knows():
     samples = [sample([1], [2, 3, 4, 5]), sample([6, 7, 8, 9], [10])]
     pair = PairIndex(1, 0)
     assert KTODataset(samples)[pair].kl_response.tolist() == [2, 3, 4, 5]
-    cut = KTODataset(samples, max_length=5)
+    cut = KTODataset(samples, max_positions=5)
     assert cut[pair].kl_response.tolist() == [2]
     assert cut[PairIndex(0, 0)].kl_response.tolist() == [2, 3, 4, 5]
     assert cut[PairIndex(0, 0)].response.tolist() == [2, 3, 4, 5]

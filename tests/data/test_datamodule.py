@@ -1,6 +1,7 @@
 """Files to loaders: counts, positions, layouts, validation, and errors that name the split."""
 
 import logging
+import resource
 
 import pytest
 import torch
@@ -104,10 +105,6 @@ def test_loader_follows_the_position(make):
     assert prompts(loader) == whole[1:]
 
 
-def test_worker_processes_give_the_same_batches(make):
-    assert prompts(make(num_workers=1).train_dataloader()) == prompts(make().train_dataloader())
-
-
 @pytest.mark.parametrize("global_batch_size", [2, 4, 8])
 def test_validation_scores_each_record_once(make, global_batch_size):
     module = make(train=8, validation=7, global_batch_size=global_batch_size)
@@ -120,15 +117,9 @@ def test_validation_scores_each_record_once(make, global_batch_size):
     assert {len(batch.samples) for batch in batches} == {global_batch_size}
 
 
-def test_test_files(make, write_jsonl):
-    module = make(train=0, test_files=[write_jsonl(*rows(3), name="test.jsonl")])
-    (batch,) = module.test_dataloader()
-    assert batch.weights.tolist() == [1, 1, 1, 0]
-
-
 def test_absent_splits(make):
     module = make()
-    assert module.val_dataloader() == [] and module.test_dataloader() == []
+    assert module.val_dataloader() == []
     with pytest.raises(DataError, match="No training data was given"):
         make(train=0, validation=2).train_dataloader()
 
@@ -141,16 +132,45 @@ def test_loader_without_position(make, tokenizer):
         fresh.train_dataloader()
 
 
-def test_kl_pairs_keep_to_the_limit(make, write_jsonl):
+@pytest.mark.parametrize(("max_positions", "longest"), [(None, 41), (36, 36)])
+def test_kl_pairs_are_cut_only_where_the_model_ends(make, write_jsonl, max_positions, longest):
+    """A prompt of 20 tokens joins a response of 21, EOS included: more than the 32 that a sample may have."""
     data = [
         {"prompt": "hello" * 20, "response": " yes", "preference": "chosen"},
         {"prompt": "say", "response": " yes" * 20, "preference": "rejected"},
     ]
-    module = make(train_files=[write_jsonl(*data)], global_batch_size=2)
+    module = make(train_files=[write_jsonl(*data)], global_batch_size=2, max_positions=max_positions)
     module.set_position(dp_rank=0, dp_size=1, num_steps=1, steps_per_epoch=1, start_step=lambda: 0)
     (batch,) = module.train_dataloader()
-    lengths = sorted(len(prompt) + len(response) for prompt, response in batch.kl_samples)
-    assert lengths[-1] == 32
+    assert max(len(prompt) + len(response) for prompt, response in batch.kl_samples) == longest
+
+
+@pytest.fixture
+def few_file_descriptors():
+    """As many as a process has by default on some systems, and fewer than the tensors of a few batches."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_worker_processes_yield_the_same_batches(make, few_file_descriptors):
+    batches = {}
+    for num_workers in (0, 2):
+        module = make(train=1600, global_batch_size=64, num_workers=num_workers)
+        module.set_position(dp_rank=0, dp_size=1, num_steps=25, steps_per_epoch=25, start_step=lambda: 0)
+        batches[num_workers] = list(module.train_dataloader())
+    assert len(batches[2]) == 25
+    for ours, theirs in zip(batches[0], batches[2], strict=True):
+        for mine, other in zip(ours.samples + ours.kl_samples, theirs.samples + theirs.kl_samples, strict=True):
+            assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+        assert torch.equal(ours.desirable, theirs.desirable) and torch.equal(ours.weights, theirs.weights)
+
+
+def test_strings_for_a_chat_model_are_warned_about(make, tokenizer, caplog):
+    assert tokenizer.chat_template
+    make()
+    assert "although the tokenizer has a chat template" in caplog.text
 
 
 def test_files_are_read_once(make, tmp_path):

@@ -104,6 +104,7 @@ def test_unknown_format(write_jsonl):
     [
         ('{"prompt": "p",', "not valid JSON"),
         ("[" * 100_000, "not valid JSON|nested too deeply"),
+        ('{"prompt": ' + "1" * 5000 + "}", "cannot be read"),
         ('["p", "r"]', "a JSON list"),
         ("null", "a JSON null"),
     ],

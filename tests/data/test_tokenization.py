@@ -152,6 +152,21 @@ def test_messages_without_chat_template(metaspace_tokenizer):
         tokenize([chat("say", "hello", line=4)], metaspace_tokenizer)
 
 
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one():
+    """As Llama 3.2's does; otherwise a run resumed on another day would train on other prompts."""
+    dated = train_byte_level()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template
+    prompt, _ = one(chat("say", "hello"), dated)
+    assert prompt == ids(dated, "26 Jul 2024<|user|>say</s>\n<|assistant|>")
+
+
+def test_a_template_that_fails():
+    failing = train_byte_level()
+    failing.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(DataError, match=r"data.jsonl:4: the chat template refuses"):
+        tokenize([chat("say", "hello", line=4)], failing)
+
+
 def test_chat_template_that_refuses(tokenizer):
     refusing = train_byte_level()
     refusing.chat_template = "{{ raise_exception('roles must alternate') }}"

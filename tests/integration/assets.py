@@ -24,10 +24,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path) -> Path:
+def make_model_folder(folder: Path, *, seed: int = 0) -> Path:
     """Save a tiny Llama with its tokenizer."""
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

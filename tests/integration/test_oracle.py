@@ -28,6 +28,8 @@ STEPS = 10
 BETA, DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT = 0.5, 1.0, 1.33
 LEARNING_RATE, MIN_LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 1e-3, 1e-4, 0.1, (0.9, 0.98), 1e-5
 CLIP = 0.5
+MICRO_BATCH_SIZE = 4
+NAMES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("oracle")
     make_model_folder(folder / "hf")
     write_feedback(folder / "train.jsonl", number=40, seed=5)
+    write_feedback(folder / "validation.jsonl", number=11, seed=6)
     return folder
 
 
@@ -46,10 +49,11 @@ def log_prob(model: torch.nn.Module, document: Document, *, average: bool) -> to
     return logps.mean() if average else logps.sum()
 
 
-def batches(root: Path) -> list[KTOBatch]:
-    """Return the run's global batches; what is in them is tested in tests/data."""
+def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
+    """Return the run's training and validation batches; what is in them is tested in tests/data."""
     data = KTODataModule(
         train_files=[root / "train.jsonl"],
+        validation_files=[root / "validation.jsonl"],
         format="auto",
         tokenizer=make_tokenizer(),
         max_length=64,
@@ -61,15 +65,48 @@ def batches(root: Path) -> list[KTOBatch]:
     )
     data.prepare()
     data.set_position(dp_rank=0, dp_size=1, num_steps=STEPS, steps_per_epoch=5, start_step=int)
-    return list(data.train_dataloader())
+    return list(data.train_dataloader()), list(data.val_dataloader())
 
 
-def oracle(root: Path, *, average: bool, class_mean: bool) -> dict[str, list[float]]:
-    """Train as the paper says, in the most direct way."""
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(root / "hf", dtype=torch.float32, attn_implementation="eager")
-        for _ in range(2)
-    )
+class Pair:
+    """Policy and reference, and what the paper computes from them for one batch, in the most direct way."""
+
+    def __init__(self, root: Path, *, average: bool, kl_group: int) -> None:
+        self.policy, self.reference = (
+            AutoModelForCausalLM.from_pretrained(root / "hf", dtype=torch.float32, attn_implementation="eager")
+            for _ in range(2)
+        )
+        self.average = average
+        self.kl_group = kl_group
+
+    def ratios(self, documents: list[Document]) -> torch.Tensor:
+        return torch.stack(
+            [
+                log_prob(self.policy, document, average=self.average)
+                - log_prob(self.reference, document, average=self.average).detach()
+                for document in documents
+            ]
+        )
+
+    def losses(self, batch: KTOBatch, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return losses, log-ratios and baselines of the first `number` samples of a batch."""
+        with torch.no_grad():
+            groups = self.ratios(batch.kl_samples[:number]).split(self.kl_group)
+        z = torch.cat([group.mean().clamp(min=0).expand(len(group)) for group in groups])
+        r = self.ratios(batch.samples[:number])
+        losses = torch.where(
+            batch.desirable[:number],
+            DESIRABLE_WEIGHT * (1 - torch.sigmoid(BETA * (r - z))),
+            UNDESIRABLE_WEIGHT * (1 - torch.sigmoid(BETA * (z - r))),
+        )
+        return losses, r, z
+
+
+def oracle(root: Path, *, average: bool, class_mean: bool, kl_group: int) -> dict[str, list[float]]:
+    """Train, then validate, and return the series."""
+    pair = Pair(root, average=average, kl_group=kl_group)
+    policy = pair.policy
+    training, validation = batches(root)
     matrices = [p for p in policy.parameters() if p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -77,28 +114,10 @@ def oracle(root: Path, *, average: bool, class_mean: bool) -> dict[str, list[flo
         betas=BETAS,
         eps=EPS,
     )
-    series: dict[str, list[float]] = {
-        "loss": [],
-        "kl": [],
-        "rewards/chosen": [],
-        "rewards/rejected": [],
-        "grad_norm": [],
-    }
-    for step, batch in enumerate(batches(root)):
-        with torch.no_grad():
-            ratios = [
-                log_prob(policy, document, average=average) - log_prob(reference, document, average=average)
-                for document in batch.kl_samples
-            ]
-            z = torch.stack(ratios).mean().clamp(min=0)
-            ref = torch.stack([log_prob(reference, document, average=average) for document in batch.samples])
-        r = torch.stack([log_prob(policy, document, average=average) for document in batch.samples]) - ref
+    series: dict[str, list[float]] = {name: [] for name in NAMES}
+    for step, batch in enumerate(training):
+        losses, r, z = pair.losses(batch, len(batch.samples))
         good = batch.desirable
-        losses = torch.where(
-            good,
-            DESIRABLE_WEIGHT * (1 - torch.sigmoid(BETA * (r - z))),
-            UNDESIRABLE_WEIGHT * (1 - torch.sigmoid(BETA * (z - r))),
-        )
         loss = losses[good].mean() + losses[~good].mean() if class_mean else losses.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -107,30 +126,52 @@ def oracle(root: Path, *, average: bool, class_mean: bool) -> dict[str, list[flo
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        values = (loss, z, BETA * r[good].mean(), BETA * r[~good].mean(), norm)
-        for name, value in zip(series, values, strict=True):
+        values = (loss, z.mean(), BETA * r[good].mean(), BETA * r[~good].mean(), norm)
+        for name, value in zip(NAMES, values, strict=True):
             series[name].append(value.item())
-    return series
+    return series | validate(pair, validation, class_mean=class_mean)
 
 
-@pytest.mark.parametrize(("average", "class_mean"), [(False, False), (True, True)])
+def validate(pair: Pair, validation: list[KTOBatch], *, class_mean: bool) -> dict[str, list[float]]:
+    """Return means over the real samples: 11 in batches of 5 and 6, filled up to 8."""
+    numbers = (5, 6)
+    with torch.no_grad():
+        parts = [pair.losses(batch, number) for batch, number in zip(validation, numbers, strict=True)]
+    losses, r, z = (torch.cat(column) for column in zip(*parts, strict=True))
+    good = torch.cat([batch.desirable[:number] for batch, number in zip(validation, numbers, strict=True)])
+    loss = losses[good].mean() + losses[~good].mean() if class_mean else losses.mean()
+    values = (loss, z.mean(), BETA * r[good].mean(), BETA * r[~good].mean())
+    return {f"val/{name}": [value.item()] for name, value in zip(NAMES, values, strict=False)}
+
+
+@pytest.mark.parametrize(
+    ("average", "class_mean", "kl_scope"),
+    [(False, False, "global_batch"), (True, True, "global_batch"), (False, True, "micro_batch")],
+)
 def test_ten_steps_equal_the_oracle(
-    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], average: bool, class_mean: bool
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], average: bool, class_mean: bool, kl_scope: str
 ) -> None:
     changes = {
-        "model__micro_batch_size": 4,
+        "model__micro_batch_size": MICRO_BATCH_SIZE,
         "model__kto__desirable_loss_weight": DESIRABLE_WEIGHT,
         "model__kto__undesirable_loss_weight": UNDESIRABLE_WEIGHT,
         "model__kto__preference_average_log_probs": average,
         "model__kto__loss_reduction": "class_mean" if class_mean else "sample_mean",
+        "model__kto__kl_scope": kl_scope,
         "model__optim__weight_decay": WEIGHT_DECAY,
+        "model__data__data_prefix__validation": str(root / "validation.jsonl"),
+        "trainer__kto__val_check_interval": STEPS,
         "trainer__kto__gradient_clip_val": CLIP,
     }
     run_ranks(train_in_pool, 1, free_port(), settings(root, tmp_path, **changes))
-    actual, expected = read_series(tmp_path), oracle(root, average=average, class_mean=class_mean)
+    kl_group = GLOBAL_BATCH_SIZE if kl_scope == "global_batch" else MICRO_BATCH_SIZE
+    actual = read_series(tmp_path)
+    expected = oracle(root, average=average, class_mean=class_mean, kl_group=kl_group)
     for name, values in expected.items():
-        series = [actual[f"train/{name}"][step] for step in range(STEPS)]
+        series = list(actual[name if name.startswith("val/") else f"train/{name}"].values())
         # kl and rewards are differences of log-probs of about -30: rounding leaves them an absolute error
-        tolerance = 2e-5 if name in ("kl", "rewards/chosen", "rewards/rejected") else 0.0
+        tolerance = 2e-5 if "kl" in name or "rewards" in name else 0.0
         assert series == pytest.approx(values, rel=1e-4, abs=tolerance), name
-    assert max(expected["kl"]) > 0 and min(expected["grad_norm"]) > CLIP / 10
+    assert (
+        max(expected["kl"]) > 0 and (average or expected["val/kl"][0] > 0) and min(expected["grad_norm"]) > CLIP / 10
+    )

@@ -95,3 +95,11 @@ def test_auto_keeps_it_resident_on_a_cpu() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="cpu_swap or resident"):
         make_reference("second_model", make_model())
+
+
+def test_the_copy_is_in_cpu_memory_whatever_the_default_device() -> None:
+    """Lightning makes the GPU the default device while a model is built."""
+    model = make_model()
+    with torch.device("meta"):
+        reference = CpuSwapReference(model)
+    assert {stored.device.type for stored in reference._stored} == {"cpu"}

@@ -29,7 +29,7 @@ def ask_with_one_signalled_rank() -> tuple[bool, bool]:
             os.kill(os.getpid(), signal.SIGTERM)
         return before, stop.agreed()
     finally:
-        stop.on_train_end(trainer, None)  # type: ignore[arg-type]
+        stop.teardown(trainer, None, "fit")  # type: ignore[arg-type]
 
 
 def test_one_late_rank_stops_all(run_ranks: Callable[..., Any]) -> None:

@@ -1,0 +1,103 @@
+"""Which checkpoint a run goes on from, and whether that checkpoint is this run's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from nemo_kto.config import KTOConfig
+from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, newest_last
+
+_IDENTITY_FILE = "run.json"
+_DIGEST_BYTES = 16
+_SAMPLED_BYTES = 1 << 16
+
+
+def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
+    """Return the checkpoint the run goes on from, if there is one.
+
+    It is found here rather than by NeMo's exp_manager, which refuses to choose when a kill left two.
+
+    Raises:
+        ConfigError: There has to be one, or there must be none, by the keys of `exp_manager`.
+    """
+    manager, folder = config.exp_manager, log_dir / "checkpoints"
+    last = newest_last(folder)
+    if manager.resume_if_exists:
+        if last is None and not manager.resume_ignore_no_checkpoint:
+            raise ConfigError(
+                f"exp_manager.resume_if_exists is set, but {folder} holds no finished checkpoint. Set "
+                "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
+            )
+        return last
+    if last is not None:
+        # a later resume could not tell the two runs' checkpoints apart
+        raise ConfigError(
+            f"exp_manager.resume_if_exists=false, but {folder} holds the checkpoints of another run. Name another "
+            "folder in exp_manager.explicit_log_dir, or remove it."
+        )
+    return None
+
+
+def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> dict[str, Any]:
+    """Return what has to stay the same for a resumed run to be the one that was stopped: key -> value or digest.
+
+    The layout, the micro-batch size, the length of the run and the optimizer's settings may change.
+    """
+    folder = config.pretrained_checkpoint.restore_from_path
+    return {
+        "pretrained_checkpoint.restore_from_path": _model_digest(hf_config, Path(folder) if folder else None),
+        "model.data.data_prefix.train": data.digest("train"),
+        "model.data.shuffle": config.model.data.shuffle,
+        "model.global_batch_size": config.model.global_batch_size,
+        "model.seed": config.model.seed,
+        "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,
+    }
+
+
+def write_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write `identity` into the folder that every checkpoint gets a copy of."""
+    (folder / _IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raise when `checkpoint` was not written by the run of `identity`.
+
+    Raises:
+        CheckpointError: The checkpoint does not say which run it is of.
+        ConfigError: It is of another run; the message names the key.
+    """
+    file = checkpoint / SOURCE_FOLDER / _IDENTITY_FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} does not say which run it is of ({error}).") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            values = "" if isinstance(value, str) else f" ({found.get(key)}, now {value})"
+            raise ConfigError(
+                f"{checkpoint} was written with another {key}{values}; what follows would not be the same run. Set it "
+                "as it was, or name another folder in exp_manager.explicit_log_dir."
+            )
+
+
+def _model_digest(hf_config: PretrainedConfig, folder: Path | None) -> str:
+    """Return a digest of the configuration and of the end of each weight file."""
+    description = {
+        key: value
+        for key, value in hf_config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True, default=str).encode(), digest_size=_DIGEST_BYTES)
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            stream.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(f"{file.name}:{size}:".encode() + stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""What a resumed run may change, what it must not, and runs that leave the finite numbers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_kto.runtime.checkpoint import newest_last
+from tests.distributed_harness import free_port
+from tests.integration.assets import (
+    make_model_folder,
+    read_series,
+    refusal_in_pool,
+    settings,
+    train_in_pool,
+    write_feedback,
+)
+
+LEARNING_RATE = 1e-3
+CONSTANT = {
+    "model__optim__lr": LEARNING_RATE,
+    "model__optim__sched__name": "Constant",
+    "exp_manager__create_checkpoint_callback": True,
+    "trainer__kto__save_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    make_model_folder(folder / "hf")
+    write_feedback(folder / "train.jsonl", number=40, seed=1)
+    return folder
+
+
+@pytest.fixture
+def stopped(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> Path:
+    """Return the log folder of a run of two steps."""
+    values = settings(root, tmp_path / "log", **CONSTANT, trainer__kto__max_steps=2)
+    run_ranks(train_in_pool, 1, free_port(), values)
+    return tmp_path / "log"
+
+
+def test_a_resumed_run_follows_its_own_optimizer_settings(
+    root: Path, stopped: Path, run_ranks: Callable[..., Any]
+) -> None:
+    """Megatron would go on with the learning rates and betas of the checkpoint, without a word."""
+    longer = {**CONSTANT, "trainer__kto__max_steps": 4, "model__optim__lr": 2 * LEARNING_RATE}
+    run_ranks(train_in_pool, 1, free_port(), settings(root, stopped, **longer))
+    rates = read_series(stopped)["train/lr"]
+    assert rates == pytest.approx({0: LEARNING_RATE, 1: LEARNING_RATE, 2: 2 * LEARNING_RATE, 3: 2 * LEARNING_RATE})
+
+
+def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks: Callable[..., Any]) -> None:
+    losses = []
+    for betas in ([0.9, 0.98], [0.0, 0.0]):
+        log_dir = Path(shutil.copytree(stopped, stopped.with_name(f"log{betas[0]}")))
+        longer = {**CONSTANT, "trainer__kto__max_steps": 4, "model__optim__betas": betas}
+        run_ranks(train_in_pool, 1, free_port(), settings(root, log_dir, **longer))
+        losses.append(read_series(log_dir)["train/loss"][3])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model__global_batch_size": 4}, "model.global_batch_size (8, now 4)"),
+        ({"model__seed": 7}, "model.seed (1234, now 7)"),
+        ({"model__data__shuffle": False}, "model.data.shuffle (True, now False)"),
+        ({"model__data__append_eod": False}, "model.data.data_prefix.train"),
+        ({"pretrained_checkpoint__restore_from_path": "other"}, "pretrained_checkpoint.restore_from_path"),
+        ({"exp_manager__resume_if_exists": False}, "exp_manager.resume_if_exists=false"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    root: Path, stopped: Path, run_ranks: Callable[..., Any], changes: dict[str, Any], key: str
+) -> None:
+    if "pretrained_checkpoint__restore_from_path" in changes:
+        changes = {"pretrained_checkpoint__restore_from_path": str(make_model_folder(stopped / "other", seed=1))}
+    values = settings(root, stopped, **{**CONSTANT, "trainer__kto__max_steps": 4, **changes})
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind == "ConfigError" and key in message and "exp_manager.explicit_log_dir" in message, message
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    values = settings(root, tmp_path, **{**CONSTANT, "model__optim__lr": 1e30})
+    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    assert kind == "DivergenceError" and "gradient of step 2" in message and "model.optim.lr" in message, message
+    last = newest_last(tmp_path / "checkpoints")
+    assert last is not None and last.name.endswith("step=1-last")
