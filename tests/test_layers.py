@@ -21,6 +21,7 @@ LAYERS = {
     "runtime": 3,
     "models": 4,
     "cli": 5,
+    "resolve": 5,
     "resume": 5,
     "train": 5,
 }

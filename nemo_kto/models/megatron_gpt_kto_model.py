@@ -147,7 +147,6 @@ class MegatronGPTKTOModel(LightningModule):
         metrics |= {
             "grad_norm": float(grad_norm),
             "lr": learning_rate,
-            "epoch": self.trainer.global_step / self.steps_per_epoch,
             "consumed_samples": float((self.trainer.global_step) * self.config.model.global_batch_size),
             "tokens_per_second": metrics.pop("tokens") / seconds,
             "step_time": seconds,
@@ -271,7 +270,9 @@ class MegatronGPTKTOModel(LightningModule):
     def _log(self, stage: str, metrics: dict[str, float]) -> None:
         if self.kto.loss_reduction == "class_mean":
             metrics["loss"] = metrics.get("loss/chosen", 0.0) + metrics.get("loss/rejected", 0.0)
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1)
+        named = {f"{stage}/{name}": value for name, value in metrics.items()}
+        # Lightning would log an epoch of its own, always 0 as the run is one stream of batches
+        self.log_dict({**named, "epoch": self.trainer.global_step / self.steps_per_epoch}, batch_size=1)
         for name in ("loss", "kl", "rewards/margins"):
             if stage == "train" and name in metrics:
                 self.log(name.removeprefix("rewards/"), metrics[name], prog_bar=True, logger=False, batch_size=1)

@@ -6,6 +6,7 @@ A second model is never built. `activated` puts the reference weights into the l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -23,26 +24,44 @@ class ReferencePolicy(Protocol):
         ...
 
 
-class CpuSwapReference:
+class _ExchangedReference(ABC):
+    """Holds the reference's weights and exchanges them with the live parameters' and back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Take the current weights of `model` as the reference."""
+        self._parameters = list(model.parameters())
+        self._stored = [self._copy(parameter) for parameter in self._parameters]
+
+    @contextmanager
+    def activated(self) -> Iterator[None]:
+        """Exchange policy and reference, and exchange them back at the end, also when the block raises."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @staticmethod
+    @abstractmethod
+    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return the copy of a parameter that is kept."""
+
+    @abstractmethod
+    def _exchange(self) -> None:
+        """Exchange the parameters' contents with the kept copies; twice restores both exactly."""
+
+
+class CpuSwapReference(_ExchangedReference):
     """Keeps the reference in CPU memory (pinned for CUDA) and exchanges the contents with the live parameters.
 
     Memory: one copy of this rank's parameters in CPU memory, plus one parameter on the device while it is exchanged.
     The parameters keep their storage, so views into them stay valid.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Take the current weights of `model` as the reference."""
-        self._parameters = list(model.parameters())
-        self._stored = [_cpu_copy(parameter) for parameter in self._parameters]
-
-    @contextmanager
-    def activated(self) -> Iterator[None]:
-        """Exchange policy and reference, and exchange them back at the end."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+    @staticmethod
+    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+        copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda)
+        return copy.copy_(parameter.detach())
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -52,25 +71,15 @@ class CpuSwapReference:
             stored.copy_(live)  # blocks until `live` is on the host, so the next exchange finds it complete
 
 
-class ResidentReference:
+class ResidentReference(_ExchangedReference):
     """Keeps the reference on the parameters' device and exchanges pointers: nothing is copied.
 
     Memory: one copy of this rank's parameters on the device.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Take the current weights of `model` as the reference."""
-        self._parameters = list(model.parameters())
-        self._stored = [parameter.detach().clone() for parameter in self._parameters]
-
-    @contextmanager
-    def activated(self) -> Iterator[None]:
-        """Point the live parameters at the reference weights, and back at the end."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+    @staticmethod
+    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach().clone()
 
     def _exchange(self) -> None:
         for index, parameter in enumerate(self._parameters):
@@ -95,8 +104,3 @@ def make_reference(mode: str, model: torch.nn.Module) -> ReferencePolicy:
     if mode == "resident":
         return ResidentReference(model)
     raise ConfigError(f"model.kto.reference.mode={mode} is unknown. Use auto, cpu_swap or resident.")
-
-
-def _cpu_copy(parameter: torch.nn.Parameter) -> torch.Tensor:
-    copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda)
-    return copy.copy_(parameter.detach())
