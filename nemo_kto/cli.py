@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from nemo_kto.errors import KTOError
 from nemo_kto.quiet import silence_startup_noise
@@ -34,12 +36,22 @@ def run_guarded(action: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(_PEER_DELAY)
             if os.getppid() != _PARENT:
-                os._exit(1)  # started by rank 0, which has reported the same and ended
+                _leave()  # started by rank 0, which has reported the same and ended
         sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
         sys.stdout.flush()
         sys.stderr.flush()
-        # no interpreter shutdown: process groups of a failed start can hang in their destructors
-        os._exit(1)
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """End this process with exit code 1, without the interpreter's shutdown and without leaving processes behind.
+
+    Process groups of a failed start can hang in their destructors. Megatron's checkpoint writer has started a process
+    that would stay for ever and keep this one's output open.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
 
 
 def main(arguments: list[str] | None = None) -> None:

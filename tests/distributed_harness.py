@@ -6,8 +6,10 @@ of time is ended (only its own processes, by handle) and replaced by a fresh one
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -63,8 +65,10 @@ class RankPool:
         return results
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers and the processes they started."""
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # not there any more, or too young to lead a group
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in self._processes:
             process.join()
@@ -78,6 +82,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, world_size: int, pipe: Any) -> None:
+    os.setsid()  # Megatron's checkpoint writer starts processes that do not notice when this one is killed
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 

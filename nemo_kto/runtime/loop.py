@@ -136,6 +136,11 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.global_step
         self.train_progress_bar.set_description("KTO")
 
+    def on_exception(self, *_: Any) -> None:
+        """End the bar's line, so that the error begins one of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def on_validation_batch_start(self, *arguments: Any, **keywords: Any) -> None:
         """Label the validation's bar; Lightning would add the number of the one data loader there is."""
         super().on_validation_batch_start(*arguments, **keywords)

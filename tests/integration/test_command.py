@@ -204,6 +204,21 @@ def test_sigterm_saves_and_another_layout_goes_on(
     assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=False)
 
 
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(root: Path, tmp_path: Path) -> None:
+    """It ends when its output does: no process of either rank is left that keeps it open."""
+    changes = {**TP2, **WITH_CHECKPOINTS, "trainer__kto__save_interval": 1, "model__optim__lr": 1e30}
+    code, output, errors = run(command(root, tmp_path, **changes))
+    assert code == 1, output + errors
+    assert [
+        line
+        for line in errors.splitlines()
+        if "gradient of step 2 is not finite" in line and line.startswith("error: ")
+    ]
+    assert "Traceback" not in output + errors
+    last = newest_last(tmp_path / "checkpoints")
+    assert last is not None and last.name.endswith("step=1-last")
+
+
 def write(file: Path, text: str) -> str:
     file.write_text(text)
     return str(file)
