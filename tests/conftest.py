@@ -7,25 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_harness import DEFAULT_TIMEOUT, RankFailure, RankPool
+from tests.distributed_harness import DEFAULT_TIMEOUT, RankServer
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Iterator[Callable[..., list[Any]]]:
     """Return `run_ranks(function, world_size, *arguments)`: a top-level function on gloo ranks, results by rank."""
-    pools: dict[int, RankPool] = {}
+    server = RankServer()
 
     def run(
         function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = DEFAULT_TIMEOUT
     ) -> list[Any]:
-        pool = pools.pop(world_size, None) or RankPool(world_size)
-        results = pool.run(function, arguments, timeout)
-        pools[world_size] = pool  # a failed pool has been ended and is not kept
+        results: list[Any] = server.run(function, world_size, arguments, timeout)
         return results
 
     yield run
-    for pool in pools.values():
-        pool.close()
-
-
-__all__ = ["RankFailure", "run_ranks"]
+    server.close()

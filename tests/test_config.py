@@ -18,7 +18,7 @@ from nemo_kto.config_legacy import IGNORED, NEUTRAL, RENAMED
 from nemo_kto.config_reader import leaf_types, leaf_values
 from nemo_kto.errors import ConfigError
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, settings, train_in_pool, write_feedback
+from tests.integration.assets import make_model_folder, settings, train_on_rank, write_feedback
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = OmegaConf.load(config_dir() / "gpt_kto.yaml")
@@ -169,7 +169,7 @@ def train_and_record(port: int, overrides: dict[str, Any]) -> set[str]:
 
     config_module.parse_config = parse_then_record
     try:
-        train_in_pool(port, overrides)
+        train_on_rank(port, overrides)
     finally:
         config_module.parse_config = original
         for cls in classes:

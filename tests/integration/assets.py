@@ -80,7 +80,7 @@ def settings(root: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
     return values | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def train_in_pool(port: int, overrides: dict[str, Any]) -> None:
+def train_on_rank(port: int, overrides: dict[str, Any]) -> None:
     """Run the training command's inside on one rank of a pool's processes."""
     import torch.distributed as dist
     from omegaconf import OmegaConf
@@ -98,12 +98,12 @@ def train_in_pool(port: int, overrides: dict[str, Any]) -> None:
     train(parse_config(raw))
 
 
-def refusal_in_pool(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
+def refusal_on_rank(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
     """Return (kind, message) of the error that training is refused with on one rank of a pool."""
     from nemo_kto.errors import KTOError
 
     try:
-        train_in_pool(port, overrides)
+        train_on_rank(port, overrides)
     except KTOError as error:
         return type(error).__name__, str(error)
     return "nothing", "the run was not refused"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kto.runtime.checkpoint import is_finished, newest_last
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, read_series, refusal_in_pool, settings, write_feedback
+from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
@@ -251,7 +251,7 @@ def test_bad_data_names_the_place(run_ranks: Any, root: Path, tmp_path: Path, ca
     text, expected = BAD_DATA[case]
     file = tmp_path / "bad.jsonl" if text is None else Path(write(tmp_path / "bad.jsonl", text))
     values = settings(root, tmp_path, model__data__data_prefix__train=str(file))
-    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "DataError" and expected in message and str(file) in message, message
 
 
@@ -270,7 +270,7 @@ def test_a_bad_model_folder_is_named(run_ranks: Any, root: Path, tmp_path: Path,
     spoil, expected = BAD_FOLDERS[case]
     folder = spoil(Path(shutil.copytree(root / "hf", tmp_path / "hf")))
     values = settings(root, tmp_path / "log", pretrained_checkpoint__restore_from_path=folder)
-    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind != "nothing" and expected in message and folder in message, message
 
 
@@ -281,7 +281,7 @@ def test_folders_of_others_are_not_overwritten(run_ranks: Any, root: Path, tmp_p
     (foreign / "model.safetensors").write_text("precious")
     changes = {"export__folder": str(foreign)} if named else {}
     values = settings(root, tmp_path / ("other" if named else "log"), export__enabled=True, **changes)
-    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and str(foreign) in message and "not empty" in message, message
     assert (foreign / "model.safetensors").read_text() == "precious"
 
@@ -305,7 +305,7 @@ def test_an_unknown_key_ends_with_one_line(root: Path, tmp_path: Path) -> None:
 
 def test_an_impossible_layout_is_refused(run_ranks: Any, root: Path, tmp_path: Path) -> None:
     values = settings(root, tmp_path, model__pipeline_model_parallel_size=3)
-    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and "1 processes" in message and "multiple of 3" in message, message
 
 

@@ -14,7 +14,7 @@ from tests.integration.assets import (
     make_model_folder,
     read_series,
     settings,
-    train_in_pool,
+    train_on_rank,
     write_feedback,
 )
 
@@ -47,7 +47,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callabl
     def train(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
         log_dir = tmp_path_factory.mktemp("run")
         world_size, sizes = LAYOUTS[layout]
-        run_ranks(train_in_pool, world_size, free_port(), settings(root, log_dir, **sizes, **changes))
+        run_ranks(train_on_rank, world_size, free_port(), settings(root, log_dir, **sizes, **changes))
         return read_series(log_dir)
 
     return train

@@ -20,7 +20,7 @@ from tests.integration.assets import (
     make_tokenizer,
     read_series,
     settings,
-    train_in_pool,
+    train_on_rank,
     write_feedback,
 )
 
@@ -163,7 +163,7 @@ def test_ten_steps_equal_the_oracle(
         "trainer__kto__val_check_interval": STEPS,
         "trainer__kto__gradient_clip_val": CLIP,
     }
-    run_ranks(train_in_pool, 1, free_port(), settings(root, tmp_path, **changes))
+    run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path, **changes))
     kl_group = GLOBAL_BATCH_SIZE if kl_scope == "global_batch" else MICRO_BATCH_SIZE
     actual = read_series(tmp_path)
     expected = oracle(root, average=average, class_mean=class_mean, kl_group=kl_group)

@@ -13,9 +13,9 @@ from tests.distributed_harness import free_port
 from tests.integration.assets import (
     make_model_folder,
     read_series,
-    refusal_in_pool,
+    refusal_on_rank,
     settings,
-    train_in_pool,
+    train_on_rank,
     write_feedback,
 )
 
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> Path:
     """Return the log folder of a run of two steps."""
     values = settings(root, tmp_path / "log", **CONSTANT, trainer__kto__max_steps=2)
-    run_ranks(train_in_pool, 1, free_port(), values)
+    run_ranks(train_on_rank, 1, free_port(), values)
     return tmp_path / "log"
 
 
@@ -49,7 +49,7 @@ def test_a_resumed_run_follows_its_own_optimizer_settings(
 ) -> None:
     """Megatron would go on with the learning rates and betas of the checkpoint, without a word."""
     longer = {**CONSTANT, "trainer__kto__max_steps": 4, "model__optim__lr": 2 * LEARNING_RATE}
-    run_ranks(train_in_pool, 1, free_port(), settings(root, stopped, **longer))
+    run_ranks(train_on_rank, 1, free_port(), settings(root, stopped, **longer))
     rates = read_series(stopped)["train/lr"]
     assert rates == pytest.approx({0: LEARNING_RATE, 1: LEARNING_RATE, 2: 2 * LEARNING_RATE, 3: 2 * LEARNING_RATE})
 
@@ -59,7 +59,7 @@ def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks
     for betas in ([0.9, 0.98], [0.0, 0.0]):
         log_dir = Path(shutil.copytree(stopped, stopped.with_name(f"log{betas[0]}")))
         longer = {**CONSTANT, "trainer__kto__max_steps": 4, "model__optim__betas": betas}
-        run_ranks(train_in_pool, 1, free_port(), settings(root, log_dir, **longer))
+        run_ranks(train_on_rank, 1, free_port(), settings(root, log_dir, **longer))
         losses.append(read_series(log_dir)["train/loss"][3])
     assert losses[0] != losses[1]
 
@@ -81,5 +81,5 @@ def test_another_run_is_not_resumed(
     if "pretrained_checkpoint__restore_from_path" in changes:
         changes = {"pretrained_checkpoint__restore_from_path": str(make_model_folder(stopped / "other", seed=1))}
     values = settings(root, stopped, **{**CONSTANT, "trainer__kto__max_steps": 4, **changes})
-    ((kind, message),) = run_ranks(refusal_in_pool, 1, free_port(), values)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and key in message and "exp_manager.explicit_log_dir" in message, message

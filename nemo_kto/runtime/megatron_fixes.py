@@ -1,0 +1,48 @@
+"""Named corrections of Megatron-Core that hold on every device; each says what goes wrong without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import p2p_communication
+
+
+def exchange_shapes_in_order() -> None:
+    """Exchange the shapes of activations the way the activations themselves are exchanged; idempotent.
+
+    With rows of different lengths, each stage tells its neighbours the shape of what follows
+    (`P2PCommunicator._communicate_shapes`, Megatron-Core 0.16). It sends to the previous stage first and receives from
+    the previous stage first. With two stages those are one and the same process; under an interleaved schedule, where
+    both directions are in flight at once, the shape of a gradient is then taken for that of an activation and the
+    other way round. `_p2p_ops`, which carries the tensors, orders even and odd stages so that they meet.
+    """
+    p2p_communication.P2PCommunicator._communicate_shapes = _communicate_shapes
+
+
+def _communicate_shapes(
+    self: Any,
+    tensor_send_next: torch.Tensor | None,
+    tensor_send_prev: torch.Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
+) -> tuple[list[int], list[int]]:
+    """Return the shapes of what comes from the previous and from the next stage; zeros where nothing comes."""
+    device = torch.cuda.current_device()
+
+    def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
+
+    from_prev, from_next = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
+    requests = p2p_communication._p2p_ops(
+        tensor_send_prev=shape_of(tensor_send_prev),
+        tensor_recv_prev=from_prev if recv_prev else None,
+        tensor_send_next=shape_of(tensor_send_next),
+        tensor_recv_next=from_next if recv_next else None,
+        group=self.pp_group,
+        prev_pipeline_rank=self.prev_rank,
+        next_pipeline_rank=self.next_rank,
+    )
+    for request in requests.values():
+        request.wait()
+    return from_prev.tolist(), from_next.tolist()
