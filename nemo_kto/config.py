@@ -133,9 +133,9 @@ class SchedConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """`model.optim`: Adam with decoupled weight decay."""
+    """`model.optim`: Adam with decoupled weight decay, each rank's or divided among the data-parallel ranks."""
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "distributed_fused_adam"] = "adam"
     lr: float = 1.0e-6
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -177,6 +177,11 @@ class ModelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    activations_checkpoint_granularity: Literal["selective", "full"] | None = None
+    activations_checkpoint_method: Literal["uniform", "block"] | None = None
+    activations_checkpoint_num_layers: int | None = None
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     make_vocab_size_divisible_by: int = 128
     num_layers: int | None = None
@@ -257,6 +262,10 @@ _LEAST = {
     "model.global_batch_size": 1,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
+    "model.virtual_pipeline_model_parallel_size": 1,
+    "model.num_layers_in_first_pipeline_stage": 1,
+    "model.num_layers_in_last_pipeline_stage": 1,
+    "model.activations_checkpoint_num_layers": 1,
     "model.make_vocab_size_divisible_by": 1,
     "model.num_layers": 1,
     "model.hidden_size": 1,
@@ -301,6 +310,7 @@ def _check_values(config: KTOConfig) -> None:
     _check_length(config.trainer.kto)
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
+    _check_recompute(config.model)
     _check_optimizer(config.model.optim)
 
 
@@ -354,6 +364,22 @@ def _check_model_source(config: KTOConfig) -> None:
         )
     elif not Path(path).is_dir():
         raise ConfigError(f"pretrained_checkpoint.restore_from_path={path} is not a folder.")
+
+
+def _check_recompute(model: ModelConfig) -> None:
+    prefix = "model.activations_checkpoint_"
+    details = {
+        "method": model.activations_checkpoint_method,
+        "num_layers": model.activations_checkpoint_num_layers,
+    }
+    if model.activations_checkpoint_granularity == "full":
+        missing = [prefix + name for name, value in details.items() if value is None]
+        if missing:
+            raise ConfigError(f"{prefix}granularity=full also needs {' and '.join(missing)}, like uniform and 1.")
+        return
+    for name, value in details.items():
+        if value is not None:
+            raise ConfigError(f"{prefix}{name}={value} needs {prefix}granularity=full.")
 
 
 def _check_optimizer(optim: OptimConfig) -> None:

@@ -56,7 +56,7 @@ IGNORED = (
 """Keys, with everything below them, that change nothing today: Megatron decides about buffers, checkpoints are named
 and the model is exported by this package, training reads no test split."""
 
-IGNORED_VALUES = {"model.optim.name": ("distributed_fused_adam", "fused_adam", "megatron_fused_adam")}
+IGNORED_VALUES = {"model.optim.name": ("fused_adam", "megatron_fused_adam")}
 """Known keys -> old values that mean today's default."""
 
 LATER_VALUES = {
@@ -70,8 +70,6 @@ LATER_VALUES = {
 _ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainer.precision": ((32, "32", "32-true", "fp32"), "Use 32; bf16 comes with a later version."),
-    "model.sequence_parallel": ((False,), "Sequence parallelism comes with a later version."),
-    "model.virtual_pipeline_model_parallel_size": ((None, 1), "The interleaved pipeline comes with a later version."),
     "model.context_parallel_size": ((1,), "Context parallelism comes with a later version."),
     "model.expert_model_parallel_size": ((1,), "Expert parallelism comes with a later version."),
     "model.peft.peft_scheme": ((None, "none"), "LoRA comes with a later version; set it to none."),

@@ -13,7 +13,13 @@ from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.sampling import epoch_length
 from nemo_kto.errors import ConfigError
-from nemo_kto.models.gpt import check_transformer_impl, hf_config_from_sizes, load_hf_config, padded_vocabulary
+from nemo_kto.models.gpt import (
+    Recompute,
+    check_transformer_impl,
+    hf_config_from_sizes,
+    load_hf_config,
+    padded_vocabulary,
+)
 from nemo_kto.models.hf_weights import SafetensorsFolder
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import parallel
@@ -105,7 +111,11 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
     result = parallel.Layout(
         world_size=parallel.device_count(config.trainer.devices, accelerator) * config.trainer.num_nodes,
         tensor=settings.tensor_model_parallel_size,
+        sequence=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
         pipeline=settings.pipeline_model_parallel_size,
+        virtual=settings.virtual_pipeline_model_parallel_size or 1,
+        first_stage_layers=settings.num_layers_in_first_pipeline_stage,
+        last_stage_layers=settings.num_layers_in_last_pipeline_stage,
     )
     parallel.check_launched(result)
     parallel.check_layout(
@@ -117,6 +127,10 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
             ffn_hidden_size=hf_config.intermediate_size,
         ),
     )
+    if settings.activations_checkpoint_method == "uniform":
+        group = settings.activations_checkpoint_num_layers
+        assert group is not None, "parse_config has checked this"
+        parallel.check_recompute_groups(result, hf_config.num_hidden_layers, group)
     check_transformer_impl(settings.transformer_impl)
     padded_vocabulary(
         hf_config.vocab_size, multiple=settings.make_vocab_size_divisible_by, tensor_model_parallel_size=result.tensor
@@ -128,6 +142,18 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         forward_micro_batch_size=settings.kto.log_prob_forward_micro_batch_size or settings.micro_batch_size,
     )
     return result
+
+
+def recompute(config: KTOConfig) -> Recompute | None:
+    """Return what the backward pass computes again; `parse_config` has checked that the keys fit together."""
+    settings = config.model
+    if settings.activations_checkpoint_granularity is None:
+        return None
+    return Recompute(
+        granularity=settings.activations_checkpoint_granularity,
+        method=settings.activations_checkpoint_method,
+        num_layers=settings.activations_checkpoint_num_layers,
+    )
 
 
 def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:

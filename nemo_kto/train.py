@@ -104,7 +104,13 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         if export_folder is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_folder, source_folder, replace=replace))  # type: ignore[attr-defined]
-        model = MegatronGPTKTOModel(config, hf_config, steps_per_epoch=schedule.per_epoch)
+        model = MegatronGPTKTOModel(
+            config,
+            hf_config,
+            layout=layout,
+            recompute=resolve.recompute(config),
+            steps_per_epoch=schedule.per_epoch,
+        )
         trainer.fit(model, datamodule=data, ckpt_path=last)
     if is_global_rank_zero():
         print(f"Logs and checkpoints: {log_dir}", flush=True)

@@ -108,7 +108,6 @@ ALIGNER = {
 
 # fields that only say which of today's single possibilities is meant: config.py judges their values, nothing else asks
 SINGLE_VALUED = {key for key in NEUTRAL if key in leaf_types(KTOConfig)} | {
-    "model.optim.name",
     "model.data.overlong",
 }
 
@@ -209,7 +208,7 @@ def test_aligner_keys_are_all_known():
     assert config.trainer.devices == 8
     assert config.model.data.seq_length == 2048
     assert config.model.data.data_prefix.train == ["t.jsonl"]
-    assert config.model.optim.name == "adam"
+    assert config.model.optim.name == "distributed_fused_adam"
     assert config.model.optim.lr == 9e-6
 
 
@@ -293,8 +292,9 @@ def test_accepted(override, key, value):
         ("exp_manager.create_wandb_logger=true", ["wandb_logger_kwargs"]),
         # what comes later
         ("trainer.precision=bf16", ["trainer.precision=bf16", "later version"]),
-        ("model.sequence_parallel=true", ["model.sequence_parallel=True", "later version"]),
-        ("model.virtual_pipeline_model_parallel_size=2", ["virtual_pipeline_model_parallel_size=2", "later version"]),
+        ("model.activations_checkpoint_granularity=full", ["checkpoint_method and", "num_layers", "uniform and 1"]),
+        ("model.activations_checkpoint_method=block", ["checkpoint_method=block needs", "granularity=full"]),
+        ("model.virtual_pipeline_model_parallel_size=0", ["virtual_pipeline_model_parallel_size=0", "at least 1"]),
         ("model.context_parallel_size=2", ["model.context_parallel_size=2", "later version"]),
         ("model.expert_model_parallel_size=2", ["model.expert_model_parallel_size=2", "later version"]),
         ("model.peft.peft_scheme=lora", ["model.peft.peft_scheme=lora", "later version"]),

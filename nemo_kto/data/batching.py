@@ -50,6 +50,20 @@ class PackedRow:
         """Documents in the row."""
         return self.cu_seqlens.numel() - 1
 
+    def padded(self, multiple: int) -> "PackedRow":
+        """The row with a number of tokens that `multiple` divides, by a last document without responses."""
+        missing = -self.tokens.numel() % multiple
+        if not missing:
+            return self
+        end = self.cu_seqlens[-1:] + missing
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
+            position_ids=torch.cat([self.position_ids, torch.arange(missing, device=self.position_ids.device)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, end]),
+            max_seqlen=max(self.max_seqlen, missing),
+        )
+
     def to(self, device: torch.device | str) -> "PackedRow":
         """The row with every tensor on `device`."""
         return replace(

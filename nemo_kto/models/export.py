@@ -17,7 +17,7 @@ from nemo_kto.models.gpt import build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import copy_companions, export_hf
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.runtime import cpu_megatron, parallel
-from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished
+from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished, sharding_metadata
 
 
 def write_source_folder(
@@ -63,7 +63,12 @@ class ExportAtEnd(Callback):
         if self.replace:
             remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
             parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")
-        export_hf(pl_module.model.module, pl_module.hf_config, self.folder, tokenizer_folder=self.source_folder)
+        export_hf(
+            [chunk.module for chunk in pl_module.chunks],
+            pl_module.hf_config,
+            self.folder,
+            tokenizer_folder=self.source_folder,
+        )
         if trainer.is_global_zero:
             print(f"Aligned model: {self.folder}", flush=True)
 
@@ -98,11 +103,10 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 def _export(checkpoint: Path, folder: Path, hf_config: PretrainedConfig) -> None:
     layout = parallel.Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = build_gpt(
-        hf_config, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, pre_process=True, post_process=True
-    )
+    model = build_gpt(hf_config, layout)
     loaded = ShardedCheckpointIO().load_checkpoint(
-        checkpoint, sharded_state_dict={"state_dict": model.sharded_state_dict()}
+        checkpoint,
+        sharded_state_dict={"state_dict": {"chunk0": model.sharded_state_dict(metadata=sharding_metadata())}},
     )
-    model.load_state_dict(loaded["state_dict"])
-    export_hf(model, hf_config, folder, tokenizer_folder=checkpoint / SOURCE_FOLDER)
+    model.load_state_dict(loaded["state_dict"]["chunk0"])
+    export_hf([model], hf_config, folder, tokenizer_folder=checkpoint / SOURCE_FOLDER)

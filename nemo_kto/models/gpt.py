@@ -6,6 +6,7 @@ Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the pa
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -26,10 +28,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nemo_kto.errors import ConfigError
 from nemo_kto.models.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
 from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
+from nemo_kto.runtime import parallel
 from nemo_kto.runtime.attention import DocumentAttention
 
 __all__ = [
     "KTOGPTModel",
+    "Recompute",
     "build_gpt",
     "check_transformer_impl",
     "hf_config_from_sizes",
@@ -37,6 +41,46 @@ __all__ = [
     "load_hf_config",
     "padded_vocabulary",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """What the backward pass computes again, to save the memory of keeping it.
+
+    Attributes:
+        granularity: `selective` for attention only, `full` for whole layers.
+        method: With `full`: `uniform`, all layers in groups of `num_layers`; `block`, the first `num_layers` of each
+            stage one by one.
+        num_layers: See `method`.
+    """
+
+    granularity: str
+    method: str | None = None
+    num_layers: int | None = None
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Return Megatron's fields."""
+        fields = {"recompute_granularity": self.granularity}
+        if self.granularity == "full":
+            fields |= {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
+        return fields
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron adds up its gradient over the ranks that divide the tokens.
+
+    Megatron's own wrapper of torch's norms refuses sequence parallelism.
+
+    Args:
+        config: Megatron's configuration.
+        hidden_size: Channels.
+        eps: Added to the mean square.
+        kwargs: What Megatron passes to every norm besides.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -71,51 +115,53 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
 
 def build_gpt(
     hf_config: PretrainedConfig,
+    layout: parallel.Layout,
     *,
-    tensor_model_parallel_size: int,
-    pipeline_model_parallel_size: int,
-    pre_process: bool,
-    post_process: bool,
+    chunk: int = 0,
     transformer_impl: str = "auto",
     vocab_pad_multiple: int = 128,
     params_dtype: torch.dtype = torch.float32,
+    recompute: Recompute | None = None,
 ) -> KTOGPTModel:
-    """Return this rank's part of the model, on the current device, with weights still to be set.
+    """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
     Megatron's process groups must exist. Fill the weights with `import_hf`, `initialize_weights` or a checkpoint.
     Dropout is off whatever `hf_config` says: policy and reference must score alike.
 
     Args:
         hf_config: Configuration of the model, from `load_hf_config` or `hf_config_from_sizes`.
-        tensor_model_parallel_size: Ranks that share each layer.
-        pipeline_model_parallel_size: Stages the layers are divided into, evenly.
-        pre_process: Whether this stage holds the embedding.
-        post_process: Whether this stage holds the final norm and the output layer.
+        layout: The division the process groups were made for. The first chunk of the first pipeline stage holds the
+            embedding, the last one of the last stage the final norm and the output layer.
+        chunk: Which chunk of the stage, from 0, when stages are interleaved.
         transformer_impl: `transformer_engine`, `local` (torch's kernels), or `auto`: the first on CUDA where
             Transformer Engine can be imported, else the second.
         vocab_pad_multiple: The vocabulary is padded to a multiple of this, the same for every layout.
         params_dtype: Dtype of parameters and activations.
+        recompute: What is computed again in the backward pass instead of being kept; None for nothing.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
     """
     check_hf_config(hf_config)
     padded_vocab_size = padded_vocabulary(
-        hf_config.vocab_size, multiple=vocab_pad_multiple, tensor_model_parallel_size=tensor_model_parallel_size
+        hf_config.vocab_size, multiple=vocab_pad_multiple, tensor_model_parallel_size=layout.tensor
     )
     config = TransformerConfig(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        **_division(layout),
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         **_architecture(hf_config),
-        **_execution(),
+        **_execution(recompute),
     )
+    place = parallel.position()
+    pre_process = place.is_first_stage and chunk == 0
+    post_process = place.is_last_stage and chunk == layout.virtual - 1
+    chunk_number = chunk if layout.virtual > 1 else None
     rope = rope_parameters(hf_config)
     model = KTOGPTModel(
         config,
-        _block_spec(config, transformer_impl),
+        _block_spec(config, transformer_impl, chunk_number),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
@@ -125,6 +171,7 @@ def build_gpt(
         position_embedding_type="rope",
         rotary_base=rope["rope_theta"],
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+        vp_stage=chunk_number,
     )
     _mark_tensor_parallel_weights(model)
     _clear_vocabulary(model)
@@ -231,13 +278,28 @@ def _sliding_window(hf: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _execution() -> dict[str, Any]:
+def _division(layout: parallel.Layout) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say how the model is divided."""
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
+        # gloo has no batched exchange; with interleaved stages a batch confuses the two directions between two stages
+        "batch_p2p_comm": torch.cuda.is_available() and layout.virtual == 1,
+    }
+
+
+def _execution(recompute: Recompute | None) -> dict[str, Any]:
     """Return the TransformerConfig fields that say how it is computed."""
     on_cuda = torch.cuda.is_available()
+    recompute_fields = {} if recompute is None else recompute.transformer_config()
     return {
+        **recompute_fields,
         "variable_seq_lengths": True,  # packed rows differ in length
         "moe_token_dispatcher_type": "alltoall",  # Megatron insists on it with variable lengths, experts or not
-        "batch_p2p_comm": on_cuda,  # gloo has no batched exchange
         "use_cpu_initialization": not on_cuda,
         "perform_initialization": False,  # it would make every full tensor on every rank
         "masked_softmax_fusion": False,
@@ -246,8 +308,8 @@ def _execution() -> dict[str, Any]:
     }
 
 
-def _block_spec(config: TransformerConfig, transformer_impl: str) -> TransformerBlockSubmodules:
-    """Return the layers of one pipeline stage."""
+def _block_spec(config: TransformerConfig, transformer_impl: str, chunk: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of one chunk of a pipeline stage."""
     use_transformer_engine = check_transformer_impl(transformer_impl)
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -258,12 +320,21 @@ def _block_spec(config: TransformerConfig, transformer_impl: str) -> Transformer
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
-        norm = WrappedTorchNorm
+        norm = SequenceParallelRMSNorm
+        _replace_norms(layer)
     if not use_transformer_engine or config.params_dtype == torch.float32:
         # of Transformer Engine's kernels none takes packed rows in float32
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
-    layers = config.num_layers // config.pipeline_model_parallel_size
+    layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _replace_norms(layer: ModuleSpec) -> None:
+    """Put `SequenceParallelRMSNorm` where the local specification has torch's norms."""
+    for submodules in (layer.submodules, layer.submodules.self_attention.submodules):
+        for name, module in vars(submodules).items():
+            if module is WrappedTorchNorm:
+                setattr(submodules, name, SequenceParallelRMSNorm)
 
 
 def check_transformer_impl(transformer_impl: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +163,7 @@ def _listed(names: list[str]) -> str:
 
 @torch.no_grad()
 def export_hf(
-    model: KTOGPTModel,
+    chunks: Sequence[KTOGPTModel],
     hf_config: PretrainedConfig,
     folder: str | Path,
     *,
@@ -171,12 +171,12 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `model` as a Hugging Face folder; collective over all ranks, rank 0 writes.
+    """Write a model as a Hugging Face folder; collective over all ranks, rank 0 writes.
 
     The folder appears under its name when it is complete. Rank 0 holds at most one file's tensors plus one in memory.
 
     Args:
-        model: The model, not wrapped.
+        chunks: This rank's chunks of the model, not wrapped.
         hf_config: Its configuration.
         folder: Folder to create; it may exist only if it is empty.
         tokenizer_folder: Folder whose tokenizer, chat template and generation config are copied; its `config.json`
@@ -189,7 +189,7 @@ def export_hf(
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
     folder = Path(folder)
-    dtype = dtype or configured_dtype(hf_config) or next(model.parameters()).dtype
+    dtype = dtype or configured_dtype(hf_config) or next(chunks[0].parameters()).dtype
     partial = folder.with_name(folder.name + ".partial")
     writer = _ShardWriter(partial, max_shard_bytes)
     failure = f"The model cannot be written to {folder}"
@@ -208,8 +208,8 @@ def export_hf(
         partial.rename(folder)
 
     parallel.run_on_rank_zero(start, failure)
-    rules = rules_for(model)
-    for key, full in _gathered_tensors(model):
+    rules = rules_for(chunks[0])
+    for key, full in _gathered_tensors(chunks):
         if full is not None:
             rule = match(rules, key)
             for name, tensor in zip(rule.names, rule.layout.split(full), strict=True):
@@ -223,14 +223,14 @@ def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
     return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
 
 
-def _gathered_tensors(model: KTOGPTModel) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _gathered_tensors(chunks: Sequence[KTOGPTModel]) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield (key, full tensor) of all stages in turn, on rank 0; (key, None) elsewhere.
 
     One exchange of names and places, then one message per block that rank 0 does not hold itself. Of equal blocks on
     several ranks (data parallelism, norms, tied embeddings) the lowest rank's is taken.
     """
     rank = dist.get_rank()
-    leaves = {(leaf.key, _corner(leaf)): leaf for leaf in sharded_leaves(model)}
+    leaves = {(leaf.key, _corner(leaf)): leaf for chunk in chunks for leaf in sharded_leaves(chunk)}
     mine = {place: (leaf.global_shape, leaf.region) for place, leaf in leaves.items()}
     everyone: list[dict[tuple[str, tuple[int, ...]], Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -238,7 +238,7 @@ def _gathered_tensors(model: KTOGPTModel) -> Iterator[tuple[str, torch.Tensor | 
     for owner, places in enumerate(everyone):
         for key, corner in places:
             owners.setdefault(key, {}).setdefault(corner, owner)
-    any_parameter = next(model.parameters())
+    any_parameter = next(chunks[0].parameters())
     for key in sorted(owners, key=_natural):
         full = None
         for corner, owner in owners[key].items():

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
 from nemo_kto.data.batching import PackedRow
-from nemo_kto.runtime.parallel import RankPosition
+from nemo_kto.runtime.parallel import Layout, RankPosition
 
 LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
 """Maps a micro-batch's log-probs `[b]` and its index to its share of the global batch's loss, a scalar."""
@@ -31,13 +32,15 @@ class RowScorer:
     equal weights give bit-equal log-probs.
 
     Attributes:
-        model: The live model, wrapped for data parallelism.
+        chunks: The chunks of the live model on this rank, wrapped for data parallelism.
         place: This process's place in the layout.
+        layout: The layout.
         average: Mean instead of sum over a response's tokens.
     """
 
-    model: torch.nn.Module
+    chunks: Sequence[torch.nn.Module]
     place: RankPosition
+    layout: Layout
     average: bool = False
     _backend: Callable[..., Any] = field(init=False, repr=False)
 
@@ -63,8 +66,8 @@ class RowScorer:
     def _run(self, rows: Sequence[PackedRow], loss: LossFunction, *, forward_only: bool) -> torch.Tensor | None:
         outputs: list[torch.Tensor] = self._backend(
             forward_step_func=partial(self._forward_step, loss),
-            data_iterator=iter(enumerate(rows)),
-            model=[self.model],
+            data_iterator=[iter(enumerate(rows)) for _ in self.chunks],
+            model=list(self.chunks),
             num_microbatches=len(rows),
             seq_length=1,  # rows differ in length: Megatron exchanges shapes (variable_seq_lengths)
             micro_batch_size=1,
@@ -76,7 +79,8 @@ class RowScorer:
         self, loss: LossFunction, rows: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
         index, row = next(rows)
-        row = row.to(self._device)
+        num_documents = row.num_documents
+        row = row.padded(self.layout.tensor if self.layout.sequence else 1).to(self._device)
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
@@ -89,13 +93,21 @@ class RowScorer:
                 max_seqlen_kv=row.max_seqlen,
             ),
         )
-        return hidden, partial(self._row_loss, loss, index, row)
+        return hidden, partial(self._row_loss, loss, index, row, num_documents)
 
     def _row_loss(
-        self, loss: LossFunction, index: int, row: PackedRow, hidden: torch.Tensor
+        self, loss: LossFunction, index: int, row: PackedRow, num_documents: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, detached log-probs `[b]`) from the last stage's hidden states `[T, 1, h]`."""
-        network: Any = self.model.module
+        """Return (loss, detached log-probs `[b]`) from the last stage's hidden states `[T, 1, h]`.
+
+        Under sequence parallelism each rank has `T/t` of them: one all-gather of `[T, 1, h]` over the tensor-parallel
+        group; the backward pass takes its part of the gradient, which is complete on every rank.
+        """
+        network: Any = self.chunks[-1].module
+        if self.layout.sequence:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.place.tp_group
+            )
         token_logps = response_token_logps(
             hidden[row.response_positions, 0],
             network.output_weight(),
@@ -103,13 +115,12 @@ class RowScorer:
             vocab_size=network.vocab_size,
             tp_group=self.place.tp_group if self.place.tp_group.size() > 1 else None,
         )
-        num_documents = row.cu_seqlens.numel() - 1
         logps = sum_per_document(token_logps, row.document_ids, num_documents, average=self.average)
         return loss(logps, index), logps.detach()
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.chunks[0].parameters()).device
 
 
 def _no_loss(logps: torch.Tensor, index: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.batching import KTOBatch, PackedRow
 from nemo_kto.errors import DivergenceError
-from nemo_kto.models.gpt import build_gpt, initialize_weights
+from nemo_kto.models.gpt import Recompute, build_gpt, initialize_weights
 from nemo_kto.models.hf_weights import import_hf
 from nemo_kto.models.kto_step import RowScorer
 from nemo_kto.models.reference import ReferencePolicy, make_reference
@@ -57,17 +57,33 @@ class MegatronGPTKTOModel(LightningModule):
     Args:
         config: The whole configuration of the run.
         hf_config: Hugging Face configuration of the model to build.
+        layout: Division of the processes.
+        recompute: What the backward pass computes again.
         steps_per_epoch: Steps of one pass over the training data.
+
+    Attributes:
+        chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
+            wrapped for data parallelism once training has begun.
     """
 
-    def __init__(self, config: KTOConfig, hf_config: PretrainedConfig, *, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: KTOConfig,
+        hf_config: PretrainedConfig,
+        *,
+        layout: parallel.Layout,
+        recompute: Recompute | None,
+        steps_per_epoch: int,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
         self.kto = config.model.kto
         self.hf_config = hf_config
         self.steps_per_epoch = steps_per_epoch
-        self.model: Any = None
+        self.layout = layout
+        self.recompute = recompute
+        self.chunks = torch.nn.ModuleList()
         self.reference: ReferencePolicy | None = None
         self._validation_sums = MetricSums()
 
@@ -75,25 +91,28 @@ class MegatronGPTKTOModel(LightningModule):
 
     def configure_model(self) -> None:
         """Build this rank's part of the model, load its weights and keep them as the reference; collective."""
-        if self.model is not None:
+        if self.chunks:
             return
-        model, place = self.config.model, parallel.position()
-        self.model = build_gpt(
-            self.hf_config,
-            tensor_model_parallel_size=model.tensor_model_parallel_size,
-            pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-            transformer_impl=model.transformer_impl,
-            vocab_pad_multiple=model.make_vocab_size_divisible_by,
-            pre_process=place.is_first_stage,
-            post_process=place.is_last_stage,
+        model = self.config.model
+        self.chunks = torch.nn.ModuleList(
+            build_gpt(
+                self.hf_config,
+                self.layout,
+                chunk=chunk,
+                transformer_impl=model.transformer_impl,
+                vocab_pad_multiple=model.make_vocab_size_divisible_by,
+                recompute=self.recompute,
+            )
+            for chunk in range(self.layout.virtual)
         )
         folder = self.config.pretrained_checkpoint.restore_from_path
-        if folder is None:
-            initialize_weights(self.model, seed=model.seed, std=model.init_method_std)
-        else:
-            import_hf(self.model, Path(folder))
-        self.model.to(self.trainer.strategy.root_device)
-        self.reference = make_reference(self.kto.reference.mode, self.model)
+        for chunk in self.chunks:
+            if folder is None:
+                initialize_weights(chunk, seed=model.seed, std=model.init_method_std)
+            else:
+                import_hf(chunk, Path(folder))
+        self.chunks.to(self.trainer.strategy.root_device)
+        self.reference = make_reference(self.kto.reference.mode, self.chunks)
 
     def setup(self, stage: str) -> None:
         """Tell the data which share of each batch this process trains on, and where a resumed run stands."""
@@ -110,7 +129,12 @@ class MegatronGPTKTOModel(LightningModule):
         """Present because Lightning insists on it; MegatronStrategy makes the optimizer."""
 
     def _scorer(self) -> RowScorer:
-        return RowScorer(model=self.model, place=parallel.position(), average=self.kto.preference_average_log_probs)
+        return RowScorer(
+            chunks=self.chunks,
+            place=parallel.position(),
+            layout=self.layout,
+            average=self.kto.preference_average_log_probs,
+        )
 
     @property
     def _kl_micro_batch_size(self) -> int:
@@ -123,7 +147,8 @@ class MegatronGPTKTOModel(LightningModule):
         started = time.perf_counter()
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
 
         scorer = self._scorer()

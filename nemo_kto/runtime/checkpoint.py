@@ -103,6 +103,21 @@ class ShardedCheckpointIO(CheckpointIO):
             folder.rmdir()
 
 
+def sharding_metadata() -> dict[str, Any]:
+    """Return how models and optimizers describe their shards, so that every layout can read every other's.
+
+    The distributed optimizer gathers its flat buffers into tensors of the parameters' shapes; its other formats can
+    be read under other data-parallel sizes only.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel.position().dp_group,
+    }
+
+
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into.
 

@@ -48,6 +48,8 @@ def enable_cpu() -> None:
     patch_generators()
     patch_cuda_literals()
     patch_gradient_clipping()
+    patch_tensor_types()
+    patch_distributed_optimizer_load()
     setattr(torch.cuda, _DONE_MARK, True)
 
 
@@ -98,6 +100,26 @@ def patch_gradient_clipping() -> None:
         importlib.import_module(name).clip_grad_by_total_norm_fp32 = _clip_gradients  # type: ignore[attr-defined]
 
 
+def patch_tensor_types() -> None:
+    """Let floating-point CPU tensors give the type names of CUDA tensors.
+
+    Reason: optimizer/optimizer.py and optimizer/distrib_optimizer.py tell parameters apart by
+    `param.type() == "torch.cuda.FloatTensor"`. Converting with `type(dtype)` is left alone.
+    """
+    torch.Tensor.type = _cuda_type  # type: ignore[assignment,method-assign]
+
+
+def patch_distributed_optimizer_load() -> None:
+    """Leave Adam's step out of what the distributed optimizer copies from a checkpoint's buckets.
+
+    Reason: `_set_main_param_and_optimizer_states` (optimizer/distrib_optimizer.py) copies every entry of the
+    optimizer's state; torch's Adam, which stands in for the fused ones here, keeps its step there too, where the
+    checkpoint has none. `load_state_dict` has restored it before.
+    """
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    module.DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_the_step
+
+
 class _TorchOnCpu(types.ModuleType):
     """`torch`, except that the tensor factories read the device "cuda" as "cpu"."""
 
@@ -126,6 +148,25 @@ def _clip_gradients(
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.detach().mul_(coefficient)
+
+
+_original_type = torch.Tensor.type
+
+
+def _cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs:
+        return _original_type(self, *args, **kwargs)
+    name: str = _original_type(self)
+    return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
+
+
+@torch.no_grad()
+def _set_states_but_the_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group_index, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][order]
+    for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+        if name != "step":
+            target.copy_(tensors[name])
 
 
 def _current_device() -> torch.device:

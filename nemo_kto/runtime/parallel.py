@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.runtime import megatron_fixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,20 @@ class Layout:
     Attributes:
         world_size: Number of processes, one per device.
         tensor: Tensor-model-parallel size.
+        sequence: Whether the tensor-parallel ranks divide the tokens between the layers they share.
         pipeline: Pipeline-model-parallel size.
+        virtual: Model chunks of each pipeline stage; more than one interleaves the stages.
+        first_stage_layers: Layers of the first pipeline stage; None for as many as the others.
+        last_stage_layers: Layers of the last pipeline stage; None for as many as the others.
     """
 
     world_size: int
     tensor: int = 1
+    sequence: bool = False
     pipeline: int = 1
+    virtual: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def data(self) -> int:
@@ -38,9 +47,11 @@ class Layout:
 
     def __str__(self) -> str:
         """Return the layout as one readable line."""
+        tensor = f"tensor {self.tensor}{' with sequence parallelism' if self.sequence else ''}"
+        pipeline = f"pipeline {self.pipeline}{f' ({self.virtual} chunks each)' if self.virtual > 1 else ''}"
         return (
             f"{self.world_size} process{'es' if self.world_size != 1 else ''}: "
-            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+            f"{tensor} x {pipeline} x data {self.data}"
         )
 
 
@@ -73,12 +84,49 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
                 f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor}. "
                 f"Choose a tensor-parallel size that divides {value}."
             )
-    if sizes.num_layers % layout.pipeline:
+    _check_stages(layout, sizes.num_layers)
+
+
+def _check_stages(layout: Layout, num_layers: int) -> None:
+    """Raise a ConfigError when the pipeline's stages and chunks cannot hold the layers."""
+    if layout.pipeline == 1:
+        for key, value in (
+            ("model.virtual_pipeline_model_parallel_size", layout.virtual if layout.virtual > 1 else None),
+            ("model.num_layers_in_first_pipeline_stage", layout.first_stage_layers),
+            ("model.num_layers_in_last_pipeline_stage", layout.last_stage_layers),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key}={value} needs model.pipeline_model_parallel_size above 1.")
+        return
+    given = [layers for layers in (layout.first_stage_layers, layout.last_stage_layers) if layers is not None]
+    left, stages_left = num_layers - sum(given), layout.pipeline - len(given)
+    if left < 0 or (stages_left and (left == 0 or left % stages_left)) or (not stages_left and left):
+        named = f" ({' and '.join(map(str, given))} of them in the first or last stage)" if given else ""
         raise ConfigError(
-            f"The model's {sizes.num_layers} layers cannot be divided by "
-            f"model.pipeline_model_parallel_size={layout.pipeline}. "
-            f"Choose a pipeline-parallel size that divides {sizes.num_layers}."
+            f"The model's {num_layers} layers{named} cannot be divided evenly by "
+            f"model.pipeline_model_parallel_size={layout.pipeline}. Choose a size that divides them, or set "
+            "model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
         )
+    for layers in {*given, left // stages_left if stages_left else given[0]}:
+        if layers % layout.virtual:
+            raise ConfigError(
+                f"A pipeline stage's {layers} layers cannot be divided into "
+                f"model.virtual_pipeline_model_parallel_size={layout.virtual} chunks. Choose a divisor of {layers}."
+            )
+
+
+def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
+    """Raise a ConfigError when groups of `group` layers do not fit into the chunks of a checked `layout`."""
+    given = [layers for layers in (layout.first_stage_layers, layout.last_stage_layers) if layers is not None]
+    stages_left = layout.pipeline - len(given)
+    if stages_left:
+        given.append((num_layers - sum(given)) // stages_left)
+    for layers in sorted({stage // layout.virtual for stage in given}):
+        if layers % group:
+            raise ConfigError(
+                f"model.activations_checkpoint_num_layers={group} does not divide the {layers} layers of a pipeline "
+                f"stage or chunk, as activations_checkpoint_method=uniform needs. Use a divisor of {layers}."
+            )
 
 
 def check_batch(
@@ -99,6 +147,12 @@ def check_batch(
             raise ConfigError(
                 f"{key}={size} does not divide a rank's share of the batch, {share} = model.global_batch_size="
                 f"{global_batch_size} / {layout.data} data-parallel ranks. Use a divisor of {share}."
+            )
+        if layout.virtual > 1 and (share // size) % layout.pipeline:
+            raise ConfigError(
+                f"{key}={size} makes {share // size} micro-batches for each rank; with interleaved stages "
+                "(model.virtual_pipeline_model_parallel_size) that must be a multiple of "
+                f"model.pipeline_model_parallel_size={layout.pipeline}."
             )
 
 
@@ -125,9 +179,13 @@ def check_launched(layout: Layout) -> None:
 
 def initialize(layout: Layout, *, seed: int) -> None:
     """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group."""
+    if layout.virtual > 1:
+        megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -180,8 +238,8 @@ def position() -> RankPosition:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        is_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,7 +34,7 @@ _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Cons
 
 
 class MegatronStrategy(DDPStrategy):
-    """Runs a LightningModule whose attribute `model` is a Megatron model.
+    """Runs a LightningModule whose attribute `chunks` holds this rank's chunks of a Megatron model.
 
     It derives from DDPStrategy because NeMo's exp_manager and Lightning's launchers recognise that class.
 
@@ -91,25 +92,27 @@ class MegatronStrategy(DDPStrategy):
         return nullcontext()
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the model for data parallelism and make its optimizer; called after `configure_model`."""
+        """Wrap the chunks for data parallelism and make their optimizer; called after `configure_model`."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
         module = self._module
         # fp32: gradients are summed in the parameters' dtype; the average over replicas is part of the loss scaling
-        module.model = DistributedDataParallel(
-            get_model_config(module.model), DistributedDataParallelConfig(), module.model
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=self._divides_optimizer)
+        module.chunks = torch.nn.ModuleList(
+            DistributedDataParallel(get_model_config(chunk), ddp_config, chunk) for chunk in module.chunks
         )
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create Megatron's optimizer and schedule and connect them to the pipeline schedule's hooks."""
-        model = self._module.model
+        chunks = list(self._module.chunks)
         optim, sched = self.optim, self.optim.sched
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
+                use_distributed_optimizer=self._divides_optimizer,
                 lr=optim.lr,
                 min_lr=sched.min_lr,
                 weight_decay=optim.weight_decay,
@@ -118,7 +121,7 @@ class MegatronStrategy(DDPStrategy):
                 adam_eps=optim.eps,
                 clip_grad=self.gradient_clip,
             ),
-            [model],
+            chunks,
         )
         scheduler = OptimizerParamScheduler(
             optimizer,
@@ -138,10 +141,10 @@ class MegatronStrategy(DDPStrategy):
         )
         self.optimizers = [optimizer]  # Lightning wraps it: the wrapper's step() is what counts global steps
         self.lr_scheduler_configs = [LRSchedulerConfig(scheduler)]  # listed for checkpointing; the module steps it
-        config = get_model_config(model)
+        config = get_model_config(chunks[0])  # the one the schedule asks
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = model.no_sync
+        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
 
     def _group_settings(self) -> dict[str, Any]:
         """Return what Megatron keeps in every parameter group and prefers to its optimizer's and schedule's own."""
@@ -158,6 +161,10 @@ class MegatronStrategy(DDPStrategy):
         return optimizer.step()
 
     @property
+    def _divides_optimizer(self) -> bool:
+        return self.optim.name == "distributed_fused_adam"
+
+    @property
     def _module(self) -> Any:
         module = self.lightning_module
         assert isinstance(module, LightningModule)
@@ -166,16 +173,21 @@ class MegatronStrategy(DDPStrategy):
     # checkpoints: folders without Lightning's suffix; every rank takes part
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the model's sharded state dict."""
-        state: dict[str, Any] = self._module.model.module.sharded_state_dict()
-        return state
+        """Return the sharded state dict of every chunk; in the checkpoint the tensors' names know of no chunks."""
+        metadata = ckpt.sharding_metadata()
+        return {
+            f"chunk{i}": chunk.module.sharded_state_dict(metadata=metadata)
+            for i, chunk in enumerate(self._module.chunks)
+        }
 
     def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
         """Return the optimizer's sharded state dict."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if is_loading:
             ckpt.allocate_optimizer_state(optimizer)
-        state: dict[str, Any] = optimizer.sharded_state_dict(self.lightning_module_state_dict(), is_loading=is_loading)
+        state: dict[str, Any] = optimizer.sharded_state_dict(
+            self.lightning_module_state_dict(), is_loading=is_loading, metadata=ckpt.sharding_metadata()
+        )
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -199,7 +211,8 @@ class MegatronStrategy(DDPStrategy):
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Copy loaded weights into the model."""
-        self._module.model.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        for i, chunk in enumerate(self._module.chunks):
+            chunk.module.load_state_dict(checkpoint["state_dict"][f"chunk{i}"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Restore Megatron's optimizer."""

@@ -36,7 +36,18 @@ def test_pack_by_hand():
         document_ids=[0, 0, 1, 2, 2, 2],
         num_documents=3,
     )
-    assert row.cu_seqlens.dtype == torch.int32
+    assert row.padded(11) is row
+    assert_row(
+        row.padded(4),
+        tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0],
+        position_ids=[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0],
+        cu_seqlens=[0, 5, 7, 11, 12],
+        max_seqlen=5,
+        response_positions=[2, 3, 5, 7, 8, 9],
+        response_tokens=[4, 5, 7, 9, 10, 11],
+        document_ids=[0, 0, 1, 2, 2, 2],
+    )
+    assert row.padded(4).cu_seqlens.dtype == row.cu_seqlens.dtype == torch.int32
     for name in ("tokens", "position_ids", "response_positions", "response_tokens", "document_ids"):
         assert getattr(row, name).dtype == torch.int64, name
 

@@ -25,6 +25,31 @@ LAYOUTS = {
     "pp2": (2, {"model__pipeline_model_parallel_size": 2}),
     "tp2pp2": (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
 }
+TP2_SP = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
+VPP2 = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
+UNEVEN = {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1}
+DIVIDED_OPTIMIZER = {"model__optim__name": "distributed_fused_adam"}
+MORE_LAYOUTS = {
+    "tp2sp": (2, TP2_SP),
+    "dp2_divided": (2, DIVIDED_OPTIMIZER),
+    "tp2sp_dp2_divided": (4, {**TP2_SP, **DIVIDED_OPTIMIZER}),
+    "pp2vpp2": (2, VPP2),
+    "pp2uneven": (2, UNEVEN),
+    "tp2sp_pp2vpp2": (4, {**TP2_SP, **VPP2}),
+}
+RECOMPUTE = {
+    "selective": {"model__activations_checkpoint_granularity": "selective"},
+    "uniform": {
+        "model__activations_checkpoint_granularity": "full",
+        "model__activations_checkpoint_method": "uniform",
+        "model__activations_checkpoint_num_layers": 1,
+    },
+    "block": {
+        "model__activations_checkpoint_granularity": "full",
+        "model__activations_checkpoint_method": "block",
+        "model__activations_checkpoint_num_layers": 1,
+    },
+}
 CASES = list(itertools.product(LAYOUTS, (1, 2, 4)))
 RELATIVE = ("train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected", "val/loss")
 SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins", "val/kl")
@@ -46,7 +71,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callabl
 
     def train(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
         log_dir = tmp_path_factory.mktemp("run")
-        world_size, sizes = LAYOUTS[layout]
+        world_size, sizes = {**LAYOUTS, **MORE_LAYOUTS}[layout]
         run_ranks(train_on_rank, world_size, free_port(), settings(root, log_dir, **sizes, **changes))
         return read_series(log_dir)
 
@@ -74,8 +99,25 @@ def series(run: Callable[..., Any], root: Path) -> Callable[[str, int], dict[str
 
 @pytest.mark.parametrize(("layout", "micro_batch_size"), CASES)
 def test_every_layout_trains_alike(series: Any, layout: str, micro_batch_size: int) -> None:
-    expected, actual = series("one", 1), series(layout, micro_batch_size)
+    actual = series(layout, micro_batch_size)
     assert len(actual["train/loss"]) == 10 and len(actual["val/loss"]) == 2
+    assert_alike(actual, series("one", 1))
+
+
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_divided_sequences_stages_and_optimizers_train_alike(series: Any, layout: str) -> None:
+    assert_alike(series(layout, 2), series("one", 1))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2sp_pp2vpp2", marks=pytest.mark.slow)])
+def test_recomputing_changes_nothing(run: Any, series: Any, layout: str, recompute: str) -> None:
+    actual = run(layout, **RECOMPUTE[recompute], model__micro_batch_size=2, trainer__kto__max_steps=10)
+    for name in ("train/loss", "train/grad_norm"):
+        assert actual[name] == pytest.approx(series("one", 1)[name], rel=1e-5), name
+
+
+def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
     for name in RELATIVE:
         assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
     for name in SMALL:

@@ -27,6 +27,8 @@ CONSTANT = {
     "trainer__kto__save_interval": 1,
 }
 
+DIVIDED = {"model__optim__name": "distributed_fused_adam"}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -69,6 +71,7 @@ def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks
     [
         ({"model__global_batch_size": 4}, "model.global_batch_size (8, now 4)"),
         ({"model__seed": 7}, "model.seed (1234, now 7)"),
+        ({"model__optim__name": "distributed_fused_adam"}, "another model.optim.name"),
         ({"model__data__shuffle": False}, "model.data.shuffle (True, now False)"),
         ({"model__data__append_eod": False}, "model.data.data_prefix.train"),
         ({"pretrained_checkpoint__restore_from_path": "other"}, "pretrained_checkpoint.restore_from_path"),
@@ -83,3 +86,34 @@ def test_another_run_is_not_resumed(
     values = settings(root, stopped, **{**CONSTANT, "trainer__kto__max_steps": 4, **changes})
     ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and key in message and "exp_manager.explicit_log_dir" in message, message
+
+
+CHAINS = {
+    "layouts": [
+        (1, {}),
+        (2, {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}),
+        (2, {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}),
+        (2, {}),
+    ],
+    "divided optimizers": [
+        (2, {**DIVIDED, "model__tensor_model_parallel_size": 2}),
+        (2, DIVIDED),
+        (2, {**DIVIDED, "model__pipeline_model_parallel_size": 2}),
+        (1, DIVIDED),
+    ],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_under_one_layout_after_the_other(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], chain: str
+) -> None:
+    """Two steps under each, against eight in one process."""
+    for index, (world_size, changes) in enumerate(CHAINS[chain]):
+        values = settings(root, tmp_path / "chain", **CONSTANT, **changes, trainer__kto__max_steps=2 * index + 2)
+        run_ranks(train_on_rank, world_size, free_port(), values)
+    run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path / "one", **CONSTANT, trainer__kto__max_steps=8))
+    actual, expected = read_series(tmp_path / "chain"), read_series(tmp_path / "one")
+    for name in ("train/loss", "train/grad_norm"):
+        assert len(actual[name]) == 8
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name

@@ -152,14 +152,7 @@ def test_vocabulary_must_be_divisible() -> None:
 
 def build(config: Any, **options: Any) -> KTOGPTModel:
     """Build the whole model in this process."""
-    return build_gpt(
-        config,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        pre_process=True,
-        post_process=True,
-        **options,
-    )
+    return build_gpt(config, parallel.Layout(world_size=1), **options)
 
 
 def check_construction() -> None:

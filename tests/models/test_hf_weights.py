@@ -29,16 +29,9 @@ def build(hf_config: Any, layout: str, **options: Any) -> KTOGPTModel:
     tensor, pipeline = LAYOUTS[layout]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel.initialize(parallel.Layout(world_size=tensor * pipeline, tensor=tensor, pipeline=pipeline), seed=1)
-    place = parallel.position()
-    model = build_gpt(
-        hf_config,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        pre_process=place.is_first_stage,
-        post_process=place.is_last_stage,
-        **options,
-    )
+    division = parallel.Layout(world_size=tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    parallel.initialize(division, seed=1)
+    model = build_gpt(hf_config, division, **options)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
@@ -58,7 +51,7 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
                 import_hf(model, source / name)
             target = results / layout / name
             export_hf(
-                model,
+                [model],
                 hf_config,
                 target,
                 tokenizer_folder=source / name,
@@ -69,7 +62,7 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
                 torch.save(logits, target / "logits.pt")
             (target / f"reads{dist.get_rank()}.json").write_text(json.dumps(reads))
             try:
-                export_hf(model, hf_config, target)
+                export_hf([model], hf_config, target)
             except CheckpointError as error:
                 (target / f"error{dist.get_rank()}.txt").write_text(str(error))
         export_random(results / layout / "random", layout)
@@ -89,7 +82,7 @@ def export_random(folder: Path, layout: str) -> None:
     model = build(sizes, layout)
     initialize_weights(model, seed=5, std=0.02)
     assert not any(parameter.isnan().any() for parameter in model.parameters())
-    export_hf(model, sizes, folder)
+    export_hf([model], sizes, folder)
 
 
 class count_reads:

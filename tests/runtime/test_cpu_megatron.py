@@ -84,14 +84,14 @@ def train_layouts(folder: Path, results: Path, names: list[str]) -> None:
         if parallel.position().reports and parallel.position().dp_rank == 0:
             (results / f"{name}.json").write_text(json.dumps(series))
         if name == "TP2":
-            export_hf(model, load_hf_config(folder), results / "trained")
+            export_hf([model], load_hf_config(folder), results / "trained")
             (results / "checkpoint").mkdir(exist_ok=True)
             dist_checkpointing.save({"model": model.sharded_state_dict()}, str(results / "checkpoint"))
     if "PP2" in names:
         model = build(folder, "PP2")
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(results / "checkpoint"))
         model.load_state_dict(state["model"])
-        export_hf(model, load_hf_config(folder), results / "loaded")
+        export_hf([model], load_hf_config(folder), results / "loaded")
 
 
 def check_generators() -> None:
@@ -112,15 +112,9 @@ def build(folder: Path, layout: str) -> KTOGPTModel:
     processes, tensor, pipeline = LAYOUTS[layout]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel.initialize(parallel.Layout(world_size=processes, tensor=tensor, pipeline=pipeline), seed=SEED)
-    place = parallel.position()
-    return build_gpt(
-        load_hf_config(folder),
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        pre_process=place.is_first_stage,
-        post_process=place.is_last_stage,
-    )
+    division = parallel.Layout(world_size=processes, tensor=tensor, pipeline=pipeline)
+    parallel.initialize(division, seed=SEED)
+    return build_gpt(load_hf_config(folder), division)
 
 
 def train(model: KTOGPTModel) -> list[tuple[float, float]]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from nemo_kto.errors import ConfigError
-from nemo_kto.runtime.parallel import Layout, ModelSizes, check_batch, check_launched, check_layout, device_count
+from nemo_kto.runtime.parallel import (
+    Layout,
+    ModelSizes,
+    check_batch,
+    check_launched,
+    check_layout,
+    check_recompute_groups,
+    device_count,
+)
 
 SIZES = ModelSizes(num_layers=6, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=24)
 
@@ -58,6 +66,52 @@ def test_what_a_batch_must_divide(sizes: tuple[int, int, int], sentence: str) ->
             micro_batch_size=micro,
             forward_micro_batch_size=forward,
         )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(world_size=2, pipeline=2, first_stage_layers=2),
+        Layout(world_size=3, pipeline=3, first_stage_layers=1, last_stage_layers=1),
+        Layout(world_size=2, pipeline=2, first_stage_layers=2, last_stage_layers=4),
+        Layout(world_size=2, pipeline=2, virtual=3),
+        Layout(world_size=3, pipeline=3, virtual=2),
+    ],
+)
+def test_uneven_and_interleaved_stages(layout: Layout) -> None:
+    check_layout(layout, SIZES)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        (Layout(world_size=2, pipeline=2, first_stage_layers=6), "6 layers .6 of them in the first or last stage."),
+        (Layout(world_size=2, pipeline=2, first_stage_layers=2, last_stage_layers=3), "2 and 3 of them"),
+        (Layout(world_size=3, pipeline=3, first_stage_layers=1), "6 layers .1 of them .* evenly"),
+        (Layout(world_size=2, pipeline=2, virtual=2), "3 layers .*virtual_pipeline_model_parallel_size=2 chunks"),
+        (Layout(world_size=1, virtual=2), "virtual_pipeline_model_parallel_size=2 needs .*pipeline_.*above 1"),
+        (Layout(world_size=1, first_stage_layers=2), "num_layers_in_first_pipeline_stage=2 needs"),
+    ],
+)
+def test_stages_that_cannot_hold_the_layers(layout: Layout, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_layout(layout, SIZES)
+
+
+def test_groups_of_recomputed_layers_must_fit_into_every_chunk() -> None:
+    check_recompute_groups(Layout(world_size=1), 6, 3)
+    check_recompute_groups(Layout(world_size=2, pipeline=2, first_stage_layers=2), 6, 2)
+    with pytest.raises(ConfigError, match="num_layers=2 does not divide the 1 layers .* divisor of 1"):
+        check_recompute_groups(Layout(world_size=2, pipeline=2, virtual=2), 4, 2)
+    with pytest.raises(ConfigError, match="num_layers=2 does not divide the 3 layers"):
+        check_recompute_groups(Layout(world_size=2, pipeline=2), 6, 2)
+
+
+def test_interleaved_stages_need_whole_rounds_of_micro_batches() -> None:
+    layout = Layout(world_size=2, pipeline=2, virtual=3)
+    check_batch(layout, global_batch_size=4, micro_batch_size=1, forward_micro_batch_size=2)
+    with pytest.raises(ConfigError, match="log_prob_forward_micro_batch_size=4 makes 1 micro-batches .* multiple of"):
+        check_batch(layout, global_batch_size=4, micro_batch_size=1, forward_micro_batch_size=4)
 
 
 def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
