@@ -146,6 +146,9 @@ def test_every_key_is_documented_with_its_default():
     assert documented == leaf_values(KTOConfig())
 
 
+RECOMPUTED = {"granularity": "full", "method": "uniform", "num_layers": 1}
+
+
 def train_and_record(port: int, overrides: dict[str, Any]) -> set[str]:
     """Return the fields, as Class.field, that a run reads after its configuration has been parsed."""
     read: set[str] = set()
@@ -192,6 +195,7 @@ def test_every_field_is_read(tmp_path: Path, run_ranks: Callable[..., Any]) -> N
     sizes = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
     scratch |= {f"model.{name}": size for name, size in sizes.items()} | {"model.max_position_embeddings": 64}
     scratch |= {"pretrained_checkpoint.restore_from_path": None, "model.tokenizer.path": str(tmp_path / "hf")}
+    scratch |= {f"model.activations_checkpoint_{name}": value for name, value in RECOMPUTED.items()}
     read = set().union(*(run_ranks(train_and_record, 1, free_port(), run)[0] for run in (start, scratch)))
     parts = {key.rpartition(".")[0] for key in leaf_types(KTOConfig)}
     names = {path: type(functools.reduce(getattr, path.split("."), KTOConfig())).__name__ for path in parts}
