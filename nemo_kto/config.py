@@ -244,10 +244,26 @@ def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
     if ignored and is_global_rank_zero():
         logger.warning("These keys change nothing here and are ignored: %s", ", ".join(ignored))
     config: KTOConfig = build(KTOConfig, flat)
+    config.trainer.precision = _canonical_precision(config.trainer.precision)
     callback = config.exp_manager.checkpoint_callback_params
     callback.monitor = callback.monitor.replace("/", "_")  # val/loss in the logs, val_loss in file names
     _check_values(config)
     return config
+
+
+_PRECISIONS: dict[int | str, tuple[str, ...]] = {
+    32: ("32", "32-true", "fp32"),
+    "bf16-mixed": ("bf16-mixed", "bf16"),
+    "16-mixed": ("16-mixed", "16", "fp16"),
+}
+"""What `trainer.precision` becomes -> the ways NeMo and Lightning write it."""
+
+
+def _canonical_precision(given: int | str) -> int | str:
+    for canonical, spellings in _PRECISIONS.items():
+        if str(given) in spellings:
+            return canonical
+    raise ConfigError(f"trainer.precision={given} is not available. Use one of {', '.join(map(str, _PRECISIONS))}.")
 
 
 _LEAST = {

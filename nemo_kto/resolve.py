@@ -68,6 +68,11 @@ def accelerator(config: KTOConfig) -> str:
     return wanted
 
 
+def params_dtype(config: KTOConfig) -> torch.dtype:
+    """Return the dtype of parameters and activations for `trainer.precision`; the optimizer's is always float32."""
+    return {32: torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[config.trainer.precision]
+
+
 def model(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """Return the Hugging Face configuration of the model: of the folder, or from the sizes in `model`.
 

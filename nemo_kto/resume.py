@@ -59,6 +59,7 @@ def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataMo
         "model.global_batch_size": config.model.global_batch_size,
         "model.optim.name": "adam" if config.model.optim.name == "adamw" else config.model.optim.name,
         "model.seed": config.model.seed,
+        "trainer.precision": config.trainer.precision,
         "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,
     }
 

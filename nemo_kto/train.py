@@ -108,6 +108,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
             config,
             hf_config,
             layout=layout,
+            params_dtype=resolve.params_dtype(config),
             recompute=resolve.recompute(config),
             steps_per_epoch=schedule.per_epoch,
         )
@@ -163,6 +164,7 @@ def _make_trainer(
     strategy = MegatronStrategy(
         layout,
         config.model.optim,
+        params_dtype=resolve.params_dtype(config),
         seed=config.model.seed,
         gradient_clip=config.trainer.kto.gradient_clip_val or 0.0,
         source_folder=source_folder,
@@ -172,7 +174,7 @@ def _make_trainer(
         devices=layout.world_size // config.trainer.num_nodes,
         num_nodes=config.trainer.num_nodes,
         strategy=strategy,
-        precision="32-true",
+        precision="32-true",  # Lightning's part only: Megatron's is in the model and the strategy
         max_steps=schedule.total,
         max_epochs=-1,
         limit_val_batches=schedule.val_batches,

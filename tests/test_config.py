@@ -254,7 +254,10 @@ def test_tables_of_old_keys_do_not_shadow_todays():
         ),
         ("trainer.devices=auto", "trainer.devices", "auto"),
         ("trainer.kto.limit_val_batches=2", "trainer.kto.limit_val_batches", 2),
-        ("trainer.precision=32-true", "trainer.precision", "32-true"),
+        ("trainer.precision=32-true", "trainer.precision", 32),
+        ("trainer.precision=bf16", "trainer.precision", "bf16-mixed"),
+        ("trainer.precision=16", "trainer.precision", "16-mixed"),
+        ("precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
         ("model.optim.lr=1", "model.optim.lr", 1.0),
     ],
 )
@@ -284,6 +287,7 @@ def test_accepted(override, key, value):
         ("model.data.data_prefix.train=[1]", ["model.data.data_prefix.train", "list of texts"]),
         # ranges
         ("model.micro_batch_size=0", ["model.micro_batch_size=0", "at least 1"]),
+        ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "32, bf16-mixed, 16-mixed"]),
         ("model.data.seq_length=1", ["model.data.seq_length=1", "at least 2"]),
         ("model.kto.ref_policy_kl_penalty=0", ["model.kto.ref_policy_kl_penalty=0", "above 0"]),
         ("trainer.kto.max_steps=0", ["trainer.kto.max_steps=0", "-1"]),
@@ -295,7 +299,6 @@ def test_accepted(override, key, value):
         ("exp_manager.checkpoint_callback_params.monitor=loss", ["monitor=loss", "val_loss"]),
         ("exp_manager.create_wandb_logger=true", ["wandb_logger_kwargs"]),
         # what comes later
-        ("trainer.precision=bf16", ["trainer.precision=bf16", "later version"]),
         ("model.activations_checkpoint_granularity=full", ["checkpoint_method and", "num_layers", "uniform and 1"]),
         ("model.activations_checkpoint_method=block", ["checkpoint_method=block needs", "granularity=full"]),
         ("model.virtual_pipeline_model_parallel_size=0", ["virtual_pipeline_model_parallel_size=0", "at least 1"]),

@@ -58,6 +58,7 @@ class MegatronGPTKTOModel(LightningModule):
         config: The whole configuration of the run.
         hf_config: Hugging Face configuration of the model to build.
         layout: Division of the processes.
+        params_dtype: Dtype of parameters and activations; log-probs and losses are float32 whatever it is.
         recompute: What the backward pass computes again.
         steps_per_epoch: Steps of one pass over the training data.
 
@@ -72,6 +73,7 @@ class MegatronGPTKTOModel(LightningModule):
         hf_config: PretrainedConfig,
         *,
         layout: parallel.Layout,
+        params_dtype: torch.dtype,
         recompute: Recompute | None,
         steps_per_epoch: int,
     ) -> None:
@@ -82,6 +84,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.hf_config = hf_config
         self.steps_per_epoch = steps_per_epoch
         self.layout = layout
+        self.params_dtype = params_dtype
         self.recompute = recompute
         self.chunks = torch.nn.ModuleList()
         self.reference: ReferencePolicy | None = None
@@ -101,6 +104,7 @@ class MegatronGPTKTOModel(LightningModule):
                 chunk=chunk,
                 transformer_impl=model.transformer_impl,
                 vocab_pad_multiple=model.make_vocab_size_divisible_by,
+                params_dtype=self.params_dtype,
                 recompute=self.recompute,
             )
             for chunk in range(self.layout.virtual)
@@ -156,13 +160,11 @@ class MegatronGPTKTOModel(LightningModule):
         baseline = self._baseline(scorer, batch, rows)
         logps = scorer.train(rows, partial(self._micro_batch_loss, batch, baseline))
         learning_rate = optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = optimizer.step()
-        if not math.isfinite(grad_norm):  # the same on all ranks; saving now would replace the last good checkpoint
-            raise DivergenceError(
-                f"The gradient of step {self.trainer.global_step} is not finite. The last checkpoint is kept. Lower "
-                "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
-            )
-        scheduler.step(increment=1)
+        updated, grad_norm, _ = optimizer.step()
+        loss_scale = float(optimizer.get_loss_scale())
+        self._check_gradient(grad_norm if updated else math.inf, loss_scale)
+        if updated:
+            scheduler.step(increment=1)
 
         sums = MetricSums(self.device)
         self._add_metrics(sums, batch, baseline, logps)
@@ -170,13 +172,27 @@ class MegatronGPTKTOModel(LightningModule):
         metrics = sums.means()
         seconds = time.perf_counter() - started
         metrics |= {
-            "grad_norm": float(grad_norm),
+            **({"grad_norm": float(grad_norm)} if updated else {}),
+            **({"loss_scale": loss_scale} if self._scales_loss else {}),
             "lr": learning_rate,
             "consumed_samples": float((self.trainer.global_step) * self.config.model.global_batch_size),
             "tokens_per_second": metrics.pop("tokens") / seconds,
             "step_time": seconds,
         }
         self._log("train", metrics)
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.params_dtype == torch.float16
+
+    def _check_gradient(self, grad_norm: float, loss_scale: float) -> None:
+        """Raise a DivergenceError for a gradient that is not finite, unless a smaller loss scale can still help."""
+        if not math.isfinite(grad_norm) and not (self._scales_loss and loss_scale > 1.0):
+            # the same on all ranks; saving now would replace the last good checkpoint
+            raise DivergenceError(
+                f"The gradient of step {self.trainer.global_step} is not finite. The last checkpoint is kept. Lower "
+                "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
+            )
 
     def _micro_batch_loss(
         self, batch: KTOBatch, baseline: Baseline | None, logps: torch.Tensor, index: int

@@ -6,6 +6,7 @@ Megatron's data-parallel wrapper, its optimizer and learning-rate schedule, and 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,9 @@ from nemo_kto.runtime import parallel
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
 
+_FIRST_LOSS_SCALE = 2.0**16
+"""For float16; Megatron begins with 2^32 and loses some twenty steps before the first update."""
+
 
 class MegatronStrategy(DDPStrategy):
     """Runs a LightningModule whose attribute `chunks` holds this rank's chunks of a Megatron model.
@@ -41,6 +45,8 @@ class MegatronStrategy(DDPStrategy):
     Args:
         layout: Division of the processes.
         optim: Optimizer and schedule.
+        params_dtype: Dtype of the model's parameters. Below float32 the optimizer keeps float32 copies of them,
+            gradients are summed in float32 and, for float16, the loss is scaled.
         seed: Seed of every rank's generators.
         gradient_clip: Global gradient norm above which gradients are scaled down; 0 switches it off.
         source_folder: What `write_source_folder` wrote, on global rank 0; copied into each checkpoint.
@@ -53,6 +59,7 @@ class MegatronStrategy(DDPStrategy):
         layout: parallel.Layout,
         optim: OptimConfig,
         *,
+        params_dtype: torch.dtype,
         seed: int,
         gradient_clip: float,
         source_folder: Path | None = None,
@@ -60,6 +67,7 @@ class MegatronStrategy(DDPStrategy):
         super().__init__(checkpoint_io=ckpt.ShardedCheckpointIO(), cluster_environment=_cluster_environment())
         self.layout = layout
         self.optim = optim
+        self.params_dtype = params_dtype
         self.seed = seed
         self.gradient_clip = gradient_clip
         self.source_folder = source_folder
@@ -97,8 +105,10 @@ class MegatronStrategy(DDPStrategy):
         self.accelerator.setup(trainer)
         self.model_to_device()
         module = self._module
-        # fp32: gradients are summed in the parameters' dtype; the average over replicas is part of the loss scaling
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=self._divides_optimizer)
+        # the average over replicas is part of the loss scaling
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self._divides_optimizer
+        )
         module.chunks = torch.nn.ModuleList(
             DistributedDataParallel(get_model_config(chunk), ddp_config, chunk) for chunk in module.chunks
         )
@@ -112,6 +122,10 @@ class MegatronStrategy(DDPStrategy):
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
+                params_dtype=self.params_dtype,
+                bf16=self.params_dtype == torch.bfloat16,
+                fp16=self.params_dtype == torch.float16,
+                initial_loss_scale=_FIRST_LOSS_SCALE,
                 use_distributed_optimizer=self._divides_optimizer,
                 lr=optim.lr,
                 min_lr=sched.min_lr,
@@ -119,7 +133,7 @@ class MegatronStrategy(DDPStrategy):
                 adam_beta1=optim.betas[0],
                 adam_beta2=optim.betas[1],
                 adam_eps=optim.eps,
-                clip_grad=self.gradient_clip,
+                clip_grad=self.gradient_clip or math.inf,  # Megatron measures the norm only where it may clip
             ),
             chunks,
         )

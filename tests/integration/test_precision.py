@@ -1,0 +1,111 @@
+"""bfloat16 and float16: exact where float32 is exact, near it elsewhere, and nothing small is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed_harness import free_port
+from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
+
+TENSOR = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
+PIPELINE = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
+DIVIDED = {"model__optim__name": "distributed_fused_adam"}
+LAYOUTS = {"one": (1, {}), "tp2sp": (2, TENSOR), "pp2vpp2": (2, PIPELINE), "dp2_divided": (2, DIVIDED)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("precision")
+    make_model_folder(folder / "hf")
+    write_feedback(folder / "train.jsonl", number=40, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run(layout, precision, **changes)`: the log folder of a run of five steps."""
+
+    def train(layout: str, precision: str, **changes: Any) -> Path:
+        world_size, sizes = LAYOUTS[layout]
+        changes = {"trainer__kto__max_steps": 5, "model__micro_batch_size": 2, **sizes, **changes}
+        log_dir = changes.pop("log_dir", None) or tmp_path_factory.mktemp("run")
+        values = settings(root, log_dir, trainer__precision=precision, **changes)
+        run_ranks(train_on_rank, world_size, free_port(), values)
+        return Path(log_dir)
+
+    return train
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("precision", "near"), [("bf16", 0.03), ("16-mixed", 0.004)])
+def test_half_precision_follows_float32(run: Any, layout: str, precision: str, near: float) -> None:
+    """Log-ratios of equal weights are exactly zero; then the distance is that of the dtype's 8 or 11 bits."""
+    actual, expected = (read_series(run(*which)) for which in ((layout, precision), ("one", "32")))
+    assert actual["train/loss"][0] == 0.5
+    assert actual["train/rewards/margins"][0] == actual["train/kl"][0] == 0.0
+    for name in ("train/loss", "train/grad_norm"):
+        assert actual[name] != expected[name]
+        assert actual[name] == pytest.approx(expected[name], rel=near), name
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2_divided"])
+def test_updates_below_the_resolution_of_bfloat16_add_up(run: Any, root: Path, layout: str) -> None:
+    """Each step moves a weight of about 0.2 by less than half of its last bit; only float32 copies remember that."""
+    small = {
+        "model__optim__lr": 1e-4,
+        "model__optim__sched__name": "Constant",
+        "model__optim__weight_decay": 0.0,
+        "trainer__kto__max_steps": 20,
+        "export__enabled": True,
+    }
+    folders = {precision: run(layout, precision, **small) / "hf" for precision in ("32", "bf16")}
+    start, exact, rounded = (
+        load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+        for folder in (root / "hf", folders["32"], folders["bf16"])
+    )
+    moved = (exact - start).abs() > 1e-3
+    assert moved.float().mean() > 0.1
+    resolution = exact.abs() * 2**-8
+    assert torch.all((rounded - exact).abs() <= 1.5 * resolution + 2e-4)
+
+
+def overflowing(port: int, overrides: dict[str, Any]) -> None:
+    """Train with a first loss scale under which gradients cannot be represented."""
+    from nemo_kto.runtime import strategy
+
+    original, strategy._FIRST_LOSS_SCALE = strategy._FIRST_LOSS_SCALE, 2.0**24
+    try:
+        train_on_rank(port, overrides)
+    finally:
+        strategy._FIRST_LOSS_SCALE = original
+
+
+def test_float16_skips_steps_until_the_loss_scale_fits(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    """The loss stays at one half as long as nothing is updated; Megatron halves the scale at every second overflow."""
+    values = settings(root, tmp_path / "log", trainer__precision="16-mixed", trainer__kto__max_steps=30)
+    run_ranks(overflowing, 1, free_port(), values)
+    series = read_series(tmp_path / "log")
+    updated = sorted(series["train/grad_norm"])
+    first = updated[0]
+    assert first > 1 and updated == list(range(first, 30))
+    assert {series["train/loss"][step] for step in range(first + 1)} == {0.5}
+    assert series["train/loss"][first + 1] != 0.5
+    assert series["train/lr"][first] == series["train/lr"][0]
+    scales = series["train/loss_scale"]
+    assert scales[0] == 2.0**24 and scales[first] < 2.0**24 and scales[29] == scales[first]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("one", "bf16"), ("dp2_divided", "bf16"), ("one", "16-mixed")])
+def test_a_resumed_run_is_the_uninterrupted_one(run: Any, tmp_path: Path, layout: str, precision: str) -> None:
+    saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant"}
+    for steps in (2, 4):
+        resumed = run(layout, precision, **saving, log_dir=tmp_path / "log", trainer__kto__max_steps=steps)
+    whole = run(layout, precision, **saving, trainer__kto__max_steps=4)
+    for name in ("train/loss", "train/grad_norm"):
+        assert read_series(resumed)[name] == read_series(whole)[name]
