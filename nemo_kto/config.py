@@ -279,6 +279,7 @@ _LEAST = {
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
     "model.virtual_pipeline_model_parallel_size": 1,
+    "model.context_parallel_size": 1,
     "model.num_layers_in_first_pipeline_stage": 1,
     "model.num_layers_in_last_pipeline_stage": 1,
     "model.activations_checkpoint_num_layers": 1,

@@ -118,6 +118,7 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         tensor=settings.tensor_model_parallel_size,
         sequence=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
         pipeline=settings.pipeline_model_parallel_size,
+        context=settings.context_parallel_size,
         virtual=settings.virtual_pipeline_model_parallel_size or 1,
         first_stage_layers=settings.num_layers_in_first_pipeline_stage,
         last_stage_layers=settings.num_layers_in_last_pipeline_stage,

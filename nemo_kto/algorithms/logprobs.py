@@ -48,24 +48,20 @@ def response_token_logps(
     return logps
 
 
-def sum_per_document(
-    token_logps: Tensor, document_ids: Tensor, num_documents: int, *, average: bool = False
-) -> Tensor:
-    """Return the sum, or the mean, of each document's token log-probs.
+def sum_per_document(token_logps: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+    """Return the sum of each document's token log-probs.
 
     Args:
         token_logps: `[R]` float32.
         document_ids: `[R]` int64, the document of each token, ascending.
         num_documents: Number of documents.
-        average: Mean over a document's tokens instead of the sum.
 
     Returns:
         `[num_documents]` float32.
     """
     lengths = torch.bincount(document_ids, minlength=num_documents)
     # a sum per document, not an index_add: on CUDA that one adds in an order that changes from run to run
-    sums = torch.stack([part.sum() for part in torch.split(token_logps, lengths.tolist())])
-    return sums / lengths.clamp(min=1) if average else sums
+    return torch.stack([part.sum() for part in torch.split(token_logps, lengths.tolist())])
 
 
 class _ResponseLogps(torch.autograd.Function):

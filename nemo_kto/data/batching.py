@@ -50,6 +50,11 @@ class PackedRow:
         """Documents in the row."""
         return self.cu_seqlens.numel() - 1
 
+    @property
+    def response_lengths(self) -> Tensor:
+        """Response tokens of each document, [d] int64."""
+        return torch.bincount(self.document_ids, minlength=self.num_documents)
+
     def padded(self, multiple: int) -> "PackedRow":
         """The row with a number of tokens that `multiple` divides, by a last document without responses."""
         missing = -self.tokens.numel() % multiple
@@ -62,6 +67,27 @@ class PackedRow:
             position_ids=torch.cat([self.position_ids, torch.arange(missing, device=self.position_ids.device)]),
             cu_seqlens=torch.cat([self.cu_seqlens, end]),
             max_seqlen=max(self.max_seqlen, missing),
+        )
+
+    def shard(self, rank: int, size: int) -> "PackedRow":
+        """The `rank`-th of `size` equal parts of the row.
+
+        Tokens and positions are the part's own; responses are those predicted in it, counted from its first token;
+        `cu_seqlens` and `max_seqlen` still describe the whole row. `size` divides the number of tokens.
+        """
+        if size == 1:
+            return self
+        length, rest = divmod(self.tokens.numel(), size)
+        assert not rest, (self.tokens.numel(), size)
+        start = rank * length
+        mine = (self.response_positions >= start) & (self.response_positions < start + length)
+        return replace(
+            self,
+            tokens=self.tokens[start : start + length],
+            position_ids=self.position_ids[start : start + length],
+            response_positions=self.response_positions[mine] - start,
+            response_tokens=self.response_tokens[mine],
+            document_ids=self.document_ids[mine],
         )
 
     def to(self, device: torch.device | str) -> "PackedRow":

@@ -6,12 +6,13 @@ Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the pa
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -89,15 +90,47 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
     The output layer's weight stays an ordinary parameter of the model, so Megatron's gradient hooks, the exchange of
     tied embedding gradients between the first and the last stage and sharded checkpoints are untouched.
 
+    It takes rows of packed documents: `packed_seq_params` in Megatron's format "thd" describes the whole row, also
+    under context parallelism, where `input_ids` and `position_ids` are this rank's consecutive part of it.
+
     Attributes:
         vocab_size: Number of real tokens; rows of the output weight from there on are padding.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+        attends_by_document: Whether its attention is `DocumentAttention` rather than Transformer Engine's.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, attends_by_document: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.padded_vocab_size: int = self.vocab_size
         self.vocab_size = real_vocab_size
+        self.attends_by_document = attends_by_document
+
+    def forward(self, *args: Any, packed_seq_params: PackedSeqParams, **kwargs: Any) -> torch.Tensor:
+        """Return hidden states `[T, 1, h]`.
+
+        Args:
+            args: See GPTModel.
+            packed_seq_params: The documents of the row.
+            kwargs: See GPTModel.
+        """
+        if self.attends_by_document:
+            # For Megatron the row is then one sequence. Its own way with "thd" wants each document's tokens dealt to
+            # the context-parallel ranks in a zigzag; ours gives them consecutive parts of the row.
+            packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")
+        hidden: torch.Tensor = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        return hidden
+
+    def _preprocess(
+        self, input_ids: Any, position_ids: Any, *args: Any, packed_seq_params: PackedSeqParams, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Return Megatron's inputs of the first layer, with the rotary embedding of each token's own position."""
+        described = replace(packed_seq_params, qkv_format="thd")  # else Megatron cuts the table into zigzag parts
+        decoder_input, rotary, *rest = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=described, **kwargs
+        )
+        if self.attends_by_document:
+            rotary = rotary[position_ids[0]]
+        return (decoder_input, rotary, *rest)
 
     def output_weight(self) -> torch.nn.Parameter:
         """Return this rank's shard `[v/t, h]` of the output layer's weight, shared with the embedding if tied."""
@@ -163,6 +196,7 @@ def build_gpt(
     model = KTOGPTModel(
         config,
         _block_spec(config, transformer_impl, chunk_number),
+        attends_by_document=_attends_by_document(config, transformer_impl),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
@@ -284,6 +318,7 @@ def _division(layout: parallel.Layout) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence,
+        "context_parallel_size": layout.context,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
@@ -323,11 +358,23 @@ def _block_spec(config: TransformerConfig, transformer_impl: str, chunk: int | N
         )
         norm = SequenceParallelRMSNorm
         _replace_norms(layer)
-    if not use_transformer_engine or config.params_dtype == torch.float32:
-        # of Transformer Engine's kernels none takes packed rows in float32
+    if _attends_by_document(config, transformer_impl):
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
     layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _attends_by_document(config: TransformerConfig, transformer_impl: str) -> bool:
+    """Return whether attention is `DocumentAttention`.
+
+    None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
+    tokens.
+    """
+    return (
+        not check_transformer_impl(transformer_impl)
+        or config.params_dtype == torch.float32
+        or config.context_parallel_size > 1
+    )
 
 
 def _replace_norms(layer: ModuleSpec) -> None:

@@ -1,7 +1,8 @@
 """Scoring packed rows on Megatron's pipeline schedule: forward-only passes, and the pass that makes gradients.
 
 Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch, `T` tokens of a packed
-row, `R` response tokens in it, `h` hidden size.
+row, `c` context-parallel ranks, which hold `T/c` tokens each, `R` response tokens predicted on this rank, `h` hidden
+size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
 from nemo_kto.data.batching import PackedRow
@@ -78,9 +82,9 @@ class RowScorer:
     def _forward_step(
         self, loss: LossFunction, rows: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-        index, row = next(rows)
-        num_documents = row.num_documents
-        row = row.padded(self.layout.tensor if self.layout.sequence else 1).to(self._device)
+        index, whole = next(rows)
+        row = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
+        row = row.shard(self.place.cp_rank, self.layout.context).to(self._device)
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
@@ -93,15 +97,24 @@ class RowScorer:
                 max_seqlen_kv=row.max_seqlen,
             ),
         )
-        return hidden, partial(self._row_loss, loss, index, row, num_documents)
+        return hidden, partial(self._row_loss, loss, index, row, whole.response_lengths)
 
     def _row_loss(
-        self, loss: LossFunction, index: int, row: PackedRow, num_documents: int, hidden: torch.Tensor
+        self, loss: LossFunction, index: int, row: PackedRow, lengths: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, detached log-probs `[b]`) from the last stage's hidden states `[T, 1, h]`.
+        """Return (loss, detached log-probs `[b]`) from the last stage's hidden states `[T/c, 1, h]`.
 
-        Under sequence parallelism each rank has `T/t` of them: one all-gather of `[T, 1, h]` over the tensor-parallel
-        group; the backward pass takes its part of the gradient, which is complete on every rank.
+        Under sequence parallelism each tensor-parallel rank has its part of them: one all-gather of `[T/c, 1, h]`; the
+        backward pass takes its part of the gradient, which is complete on every rank. Under context parallelism each
+        rank sums the log-probs of its own tokens: one all-reduce of `[b]`. All ranks then form the same loss, whose
+        gradient goes back through each one's own tokens.
+
+        Args:
+            loss: See `LossFunction`.
+            index: Number of the micro-batch.
+            row: This rank's part of the row.
+            lengths: `[b]` int64, response tokens of each document.
+            hidden: `[T/c, 1, h]`, or this tensor-parallel rank's part of it.
         """
         network: Any = self.chunks[-1].module
         if self.layout.sequence:
@@ -115,7 +128,11 @@ class RowScorer:
             vocab_size=network.vocab_size,
             tp_group=self.place.tp_group if self.place.tp_group.size() > 1 else None,
         )
-        logps = sum_per_document(token_logps, row.document_ids, num_documents, average=self.average)
+        logps = sum_per_document(token_logps, row.document_ids, len(lengths))
+        if self.layout.context > 1:
+            logps = reduce_from_tensor_model_parallel_region(logps, group=self.place.cp_group)
+        if self.average:
+            logps = logps / lengths.to(self._device)
         return loss(logps, index), logps.detach()
 
     @property

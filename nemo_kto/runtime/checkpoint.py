@@ -114,7 +114,7 @@ def sharding_metadata() -> dict[str, Any]:
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
-        "dp_cp_group": parallel.position().dp_group,
+        "dp_cp_group": parallel.position().dp_cp_group,
     }
 
 

@@ -27,6 +27,7 @@ class Layout:
         tensor: Tensor-model-parallel size.
         sequence: Whether the tensor-parallel ranks divide the tokens between the layers they share.
         pipeline: Pipeline-model-parallel size.
+        context: Context-parallel size: how many ranks share the tokens of a row through all layers.
         virtual: Model chunks of each pipeline stage; more than one interleaves the stages.
         first_stage_layers: Layers of the first pipeline stage; None for as many as the others.
         last_stage_layers: Layers of the last pipeline stage; None for as many as the others.
@@ -36,14 +37,20 @@ class Layout:
     tensor: int = 1
     sequence: bool = False
     pipeline: int = 1
+    context: int = 1
     virtual: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
 
     @property
     def data(self) -> int:
-        """Data-parallel size: what tensor and pipeline parallelism leave over."""
-        return self.world_size // (self.tensor * self.pipeline)
+        """Data-parallel size: what the other kinds of parallelism leave over."""
+        return self.world_size // self.model_parallel
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that hold one model together and work on the same samples."""
+        return self.tensor * self.pipeline * self.context
 
     def __str__(self) -> str:
         """Return the layout as one readable line."""
@@ -51,7 +58,7 @@ class Layout:
         pipeline = f"pipeline {self.pipeline}{f' ({self.virtual} chunks each)' if self.virtual > 1 else ''}"
         return (
             f"{self.world_size} process{'es' if self.world_size != 1 else ''}: "
-            f"{tensor} x {pipeline} x data {self.data}"
+            f"{tensor} x {pipeline}{f' x context {self.context}' if self.context > 1 else ''} x data {self.data}"
         )
 
 
@@ -67,12 +74,13 @@ class ModelSizes:
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
     """Raise a ConfigError that names the keys and numbers when `layout` cannot hold a model of `sizes`."""
-    model_parallel = layout.tensor * layout.pipeline
-    if layout.world_size % model_parallel:
+    if layout.world_size % layout.model_parallel:
+        context = f" x model.context_parallel_size={layout.context}" if layout.context > 1 else ""
         raise ConfigError(
             f"{layout.world_size} processes (trainer.devices x trainer.num_nodes) cannot be divided by "
-            f"model.tensor_model_parallel_size={layout.tensor} x model.pipeline_model_parallel_size={layout.pipeline} "
-            f"= {model_parallel}. Use a multiple of {model_parallel} processes or smaller parallel sizes."
+            f"model.tensor_model_parallel_size={layout.tensor} x model.pipeline_model_parallel_size={layout.pipeline}"
+            f"{context} = {layout.model_parallel}. Use a multiple of {layout.model_parallel} processes or smaller "
+            "parallel sizes."
         )
     for name, value in (
         ("attention heads", sizes.num_attention_heads),
@@ -84,6 +92,12 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
                 f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor}. "
                 f"Choose a tensor-parallel size that divides {value}."
             )
+    if sizes.num_attention_heads % (layout.tensor * layout.context):
+        raise ConfigError(
+            f"The model's {sizes.num_attention_heads} attention heads cannot be divided by model.tensor_model_parallel"
+            f"_size={layout.tensor} x model.context_parallel_size={layout.context}: context-parallel ranks share the "
+            "heads that tensor parallelism leaves to each. Choose a smaller context-parallel size."
+        )
     _check_stages(layout, sizes.num_layers)
 
 
@@ -185,6 +199,7 @@ def initialize(layout: Layout, *, seed: int) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         )
     torch.manual_seed(seed)
@@ -206,29 +221,35 @@ class RankPosition:
     Attributes:
         tp_rank: Rank within the tensor-parallel group.
         pp_rank: Pipeline stage.
+        cp_rank: Rank within the context-parallel group.
         dp_rank: Rank within the data-parallel group.
         dp_size: Size of the data-parallel group.
         is_first_stage: Whether this process holds the embedding.
         is_last_stage: Whether this process holds the output layer, and with it the log-probs and the loss.
         tp_group: Tensor-parallel process group.
         pp_group: Pipeline-parallel process group.
+        cp_group: Context-parallel process group.
         dp_group: Data-parallel process group.
+        dp_cp_group: Data- and context-parallel ranks together: those that hold the same parameters.
     """
 
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     dp_size: int
     is_first_stage: bool
     is_last_stage: bool
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
 
     @property
     def reports(self) -> bool:
         """Whether this process contributes to sums over the whole world: one per data-parallel replica."""
-        return self.is_last_stage and self.tp_rank == 0
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
 def position() -> RankPosition:
@@ -236,13 +257,16 @@ def position() -> RankPosition:
     return RankPosition(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

@@ -80,7 +80,7 @@ class MegatronStrategy(DDPStrategy):
         parallel.initialize(self.layout, seed=self.seed)
         place = parallel.position()
         state = AppState()  # NeMo's checkpoint callback looks here; resuming with TP or PP fails without it
-        state.model_parallel_size = self.layout.tensor * self.layout.pipeline
+        state.model_parallel_size = self.layout.model_parallel
         state.tensor_model_parallel_size, state.tensor_model_parallel_rank = self.layout.tensor, place.tp_rank
         state.pipeline_model_parallel_size, state.pipeline_model_parallel_rank = self.layout.pipeline, place.pp_rank
         state.data_parallel_rank = place.dp_rank

@@ -153,9 +153,7 @@ def test_all_logits_never_exist(chunk_size: int) -> None:
     assert largest.elements == chunk_size * vocab < tokens * vocab
 
 
-def test_documents_are_summed_or_averaged() -> None:
+def test_documents_are_summed() -> None:
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
     documents = torch.tensor([0, 0, 0, 2])  # document 1 has no response token here
     assert sum_per_document(logps, documents, 3).tolist() == [-7.0, 0.0, -8.0]
-    means = sum_per_document(logps, documents, 3, average=True)
-    torch.testing.assert_close(means, torch.tensor([-7 / 3, 0.0, -8.0]))

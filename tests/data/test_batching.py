@@ -47,6 +47,18 @@ def test_pack_by_hand():
         response_tokens=[4, 5, 7, 9, 10, 11],
         document_ids=[0, 0, 1, 2, 2, 2],
     )
+    assert_row(
+        row.padded(4).shard(1, 3),
+        tokens=[5, 6, 7, 8],
+        position_ids=[4, 0, 1, 0],
+        cu_seqlens=[0, 5, 7, 11, 12],
+        response_positions=[1, 3],
+        response_tokens=[7, 9],
+        document_ids=[1, 2],
+    )
+    assert_row(row.padded(12).shard(0, 6), tokens=[1, 2], response_positions=[], document_ids=[])
+    assert row.shard(0, 1) is row
+    assert row.response_lengths.tolist() == [2, 1, 3]
     assert row.padded(4).cu_seqlens.dtype == row.cu_seqlens.dtype == torch.int32
     for name in ("tokens", "position_ids", "response_positions", "response_tokens", "document_ids"):
         assert getattr(row, name).dtype == torch.int64, name

@@ -29,7 +29,11 @@ TP2_SP = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": Tr
 VPP2 = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
 UNEVEN = {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1}
 DIVIDED_OPTIMIZER = {"model__optim__name": "distributed_fused_adam"}
+CP2 = {"model__context_parallel_size": 2}
 MORE_LAYOUTS = {
+    "cp2": (2, CP2),
+    "tp2sp_cp2": (4, {**TP2_SP, **CP2}),
+    "cp2_dp2_divided": (4, {**CP2, **DIVIDED_OPTIMIZER}),
     "tp2sp": (2, TP2_SP),
     "dp2_divided": (2, DIVIDED_OPTIMIZER),
     "tp2sp_dp2_divided": (4, {**TP2_SP, **DIVIDED_OPTIMIZER}),
@@ -149,6 +153,14 @@ def test_a_batch_of_one_class(run: Any, tmp_path: Path, labels: list[bool]) -> N
     assert f"train/rewards/{present}" in metrics
     assert f"train/rewards/{absent}" not in metrics and "train/rewards/margins" not in metrics
     assert metrics["train/loss"][0] == 0.5
+
+
+def test_mean_log_probs_are_over_all_tokens_of_a_response(run: Any) -> None:
+    """Under context parallelism a response's tokens lie on several ranks."""
+    changes = {"model__kto__preference_average_log_probs": True, "trainer__kto__max_steps": 4}
+    alone, shared = run("one", **changes), run("cp2", **changes)
+    for name in ("train/loss", "train/logps/chosen", "train/grad_norm"):
+        assert shared[name] == pytest.approx(alone[name], rel=1e-5)
 
 
 def test_one_sample_a_rank(run: Any) -> None:

@@ -1,9 +1,13 @@
-"""DocumentAttention against softmax attention written out, document by document."""
+"""DocumentAttention against softmax attention written out, document by document, on one rank and on several."""
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,9 +17,12 @@ from nemo_kto.runtime.attention import DocumentAttention
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 
 
-def attention(*, layer_number: int = 1, softmax_scale: float | None = None, **config: object) -> DocumentAttention:
+def attention(
+    *, layer_number: int = 1, softmax_scale: float | None = None, cp_group: Any = None, **config: object
+) -> DocumentAttention:
     """Build the module as Megatron's SelfAttention does."""
     transformer = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=HEADS, **config)
+    transformer.context_parallel_size = cp_group.size() if cp_group else 1
     return DocumentAttention(
         config=transformer,
         layer_number=layer_number,
@@ -23,7 +30,7 @@ def attention(*, layer_number: int = 1, softmax_scale: float | None = None, **co
         attention_type="self",
         cp_comm_type=None,
         softmax_scale=softmax_scale,
-        pg_collection=None,
+        pg_collection=SimpleNamespace(cp=cp_group),
     )
 
 
@@ -38,10 +45,14 @@ def row(lengths: list[int], *, dtype: torch.dtype = torch.float32) -> tuple[torc
 
 
 def run(module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[int]) -> torch.Tensor:
-    """Call the module as Megatron's SelfAttention does."""
+    """Call the module as Megatron's SelfAttention does; returns `[T, heads * channels]`."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
-    return module(*qkv, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=params)
+    params = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    query, key, value = (part[:, None] for part in qkv)
+    extras = {"attn_mask_type": AttnMaskType.causal, "attention_bias": None, "packed_seq_params": params}
+    output: torch.Tensor = module(query, key, value, None, **extras)
+    assert output.shape == (len(query), 1, HEADS * CHANNELS)
+    return output[:, 0]
 
 
 def expected(
@@ -121,3 +132,26 @@ def test_other_documents_do_not_change_a_single_bit() -> None:
     module, qkv = attention(), row(lengths)
     alone = run(module, tuple(part[12:21] for part in qkv), [9])
     assert torch.equal(run(module, qkv, lengths)[12:21], alone)
+
+
+def shares_of_a_row(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return this context-parallel rank's part of the output and of the gradients of query, key and value."""
+    lengths = [7, 1, 280, 12]  # the ranks' parts begin and end within documents
+    size, rank = dist.get_world_size(), dist.get_rank()
+    direction = torch.randn(sum(lengths), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mine = [part.detach().chunk(size)[rank].requires_grad_() for part in row(lengths, dtype=dtype)]
+    output = run(attention(cp_group=dist.group.WORLD, window_size=(30, 0)), tuple(mine), lengths)
+    return output.detach(), *torch.autograd.grad(output, mine, direction.chunk(size)[rank])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])  # two and four ranks for two key/value heads
+def test_context_parallel_ranks_share_the_heads(run_ranks: Callable[..., Any], ranks: int) -> None:
+    parts = run_ranks(shares_of_a_row, ranks, torch.float32)
+    output, *gradients = (torch.cat(shares) for shares in zip(*parts, strict=True))
+    lengths = [7, 1, 280, 12]
+    qkv = row(lengths)
+    direction = torch.randn(sum(lengths), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
+    wanted = expected(qkv, lengths, scale=CHANNELS**-0.5, window=30)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=2e-6)
+    for mine, theirs in zip(gradients, torch.autograd.grad(wanted, qkv, direction), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)

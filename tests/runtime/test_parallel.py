@@ -29,12 +29,21 @@ def test_what_tensor_and_pipeline_leave_over_is_data_parallel(
     assert layout.data == data
 
 
+def test_context_parallel_ranks_work_on_the_same_samples() -> None:
+    layout = Layout(world_size=16, tensor=2, pipeline=2, context=2)
+    check_layout(layout, SIZES)
+    assert (layout.data, layout.model_parallel) == (2, 8)
+    assert str(layout) == "16 processes: tensor 2 x pipeline 2 x context 2 x data 2"
+
+
 @pytest.mark.parametrize(
     ("layout", "sizes", "sentence"),
     [
         (Layout(world_size=6, tensor=4), SIZES, "6 processes .* cannot be divided .* multiple of 4"),
         (Layout(world_size=2, tensor=2, pipeline=2), SIZES, "2 processes .* = 4. Use a multiple of 4"),
         (Layout(world_size=8, tensor=8), SIZES, "4 key/value heads .*tensor_model_parallel_size=8"),
+        (Layout(world_size=6, tensor=2, context=2), SIZES, "6 processes .*context_parallel_size=2 = 4. Use"),
+        (Layout(world_size=16, tensor=4, context=4), SIZES, "8 attention heads .*tensor_model_.*=4 x .*context_.*=4"),
         (Layout(world_size=3, tensor=3), SIZES, "8 attention heads .*tensor_model_parallel_size=3"),
         (Layout(world_size=4, pipeline=4), SIZES, "6 layers .*pipeline_model_parallel_size=4"),
         (
