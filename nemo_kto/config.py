@@ -58,6 +58,7 @@ class CheckpointCallbackConfig:
     monitor: str = "val_loss"
     mode: Literal["min", "max"] = "min"
     save_top_k: int = 3
+    async_save: bool = False
 
 
 @dataclass(kw_only=True)
@@ -133,13 +134,15 @@ class SchedConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """`model.optim`: Adam with decoupled weight decay, each rank's or divided among the data-parallel ranks."""
+    """`model.optim`: Adam with decoupled weight decay, its state divided among the data-parallel ranks."""
 
     name: Literal["adam", "adamw", "distributed_fused_adam"] = "adam"
     lr: float = 1.0e-6
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1.0e-8
+    overlap_grad_sync: bool = False
+    overlap_param_sync: bool = False
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 

@@ -39,8 +39,6 @@ IGNORED = (
     "model.megatron_amp_O2",
     "model.kto.sft_average_log_probs",
     "model.optim.bucket_cap_mb",
-    "model.optim.overlap_grad_sync",
-    "model.optim.overlap_param_sync",
     "model.optim.contiguous_grad_buffer",
     "model.optim.contiguous_param_buffer",
     "model.optim.grad_sync_dtype",

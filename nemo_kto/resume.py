@@ -48,8 +48,7 @@ def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
 def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> dict[str, Any]:
     """Return what has to stay the same for a resumed run to be the one that was stopped: key -> value or digest.
 
-    The layout, the micro-batch size, the length of the run and the optimizer's settings may change; whether its state
-    is divided among the data-parallel ranks may not, as Megatron keeps it in another form then.
+    The layout, the micro-batch size, the length of the run and the optimizer's settings may change.
     """
     folder = config.pretrained_checkpoint.restore_from_path
     return {
@@ -57,7 +56,6 @@ def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataMo
         "model.data.data_prefix.train": data.digest("train"),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
-        "model.optim.name": "adam" if config.model.optim.name == "adamw" else config.model.optim.name,
         "model.seed": config.model.seed,
         "trainer.precision": config.trainer.precision,
         "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from nemo.core.config import hydra_runner
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -161,12 +162,14 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_pos
 def _make_trainer(
     config: KTOConfig, layout: parallel.Layout, accelerator: str, *, schedule: resolve.Schedule, source_folder: Path
 ) -> Trainer:
+    params = config.exp_manager.checkpoint_callback_params
     strategy = MegatronStrategy(
         layout,
         config.model.optim,
         params_dtype=resolve.params_dtype(config),
         seed=config.model.seed,
         gradient_clip=config.trainer.kto.gradient_clip_val or 0.0,
+        async_save=params.async_save,
         source_folder=source_folder,
     )
     trainer = Trainer(
@@ -181,7 +184,7 @@ def _make_trainer(
         check_val_every_n_epoch=None,
         log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
-        callbacks=[ProgressBar()],
+        callbacks=[ProgressBar(), *([AsyncFinalizerCallback()] if params.async_save else [])],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -219,6 +222,7 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
             "monitor": params.monitor,
             "mode": params.mode,
             "save_top_k": params.save_top_k if validates else 0,
+            "async_save": params.async_save,
             "save_last": True,
             "every_n_epochs": 1,
             "save_on_train_epoch_end": False,

@@ -109,6 +109,7 @@ ALIGNER = {
 # fields that only say which of today's single possibilities is meant: config.py judges their values, nothing else asks
 SINGLE_VALUED = {key for key in NEUTRAL if key in leaf_types(KTOConfig)} | {
     "model.data.overlong",
+    "model.optim.name",
 }
 
 

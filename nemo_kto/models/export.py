@@ -60,6 +60,7 @@ class ExportAtEnd(Callback):
         if trainer.global_step < trainer.max_steps:
             return
         assert isinstance(pl_module, MegatronGPTKTOModel)
+        trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
         if self.replace:
             remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
             parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")

@@ -135,6 +135,9 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
     def output_weight(self) -> torch.nn.Parameter:
         """Return this rank's shard `[v/t, h]` of the output layer's weight, shared with the embedding if tied."""
         assert self.post_process, "only the last pipeline stage has an output layer"
+        # the layer itself is never called: run what Megatron hooks to that, to have the weight gathered first
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         if self.share_embeddings_and_output_weights:
             shared: torch.nn.Parameter = self.shared_embedding_or_output_weight()
             return shared

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
+from nemo.utils.callbacks.dist_ckpt_io import AsyncCompatibleCheckpointIO, AsyncFinalizableCheckpointIO
+from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.runtime import parallel
@@ -55,15 +59,26 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-class ShardedCheckpointIO(CheckpointIO):
-    """Lightning's file access for sharded checkpoints; every call is collective over all ranks."""
+class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
+    """Lightning's file access for sharded checkpoints; every call is collective over all ranks.
+
+    Args:
+        background: Whether saving only copies the shards and leaves writing them to the caller.
+    """
+
+    def __init__(self, *, background: bool = False) -> None:
+        super().__init__()
+        self.background = background
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    ) -> AsyncRequest | None:
         """Write `checkpoint`, a state dict whose large leaves are sharded tensors, to the folder `path`.
 
         What is there already is replaced: a run that was killed and resumed takes the same steps again.
+
+        Returns:
+            None, or with `background` what is left to do.
 
         Raises:
             CheckpointError: The folder cannot be made.
@@ -74,7 +89,7 @@ class ShardedCheckpointIO(CheckpointIO):
             Path(path).mkdir(parents=True)
 
         parallel.run_on_rank_zero(make_room, f"{path} cannot be written")
-        dist_checkpointing.save(checkpoint, str(path))
+        return dist_checkpointing.save(checkpoint, str(path), async_sharded_save=self.background)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, sharded_state_dict: dict[str, Any] | None = None
@@ -88,7 +103,7 @@ class ShardedCheckpointIO(CheckpointIO):
             raise CheckpointError(f"{path} is not a finished checkpoint. Remove it, or name another one.")
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict or {}, str(path))
-        except dist_checkpointing.core.CheckpointingException as error:
+        except CheckpointingException as error:
             raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
         return loaded
 
@@ -101,6 +116,32 @@ class ShardedCheckpointIO(CheckpointIO):
             child.rmdir() if child.is_dir() else child.unlink(missing_ok=True)
         if folder.exists():
             folder.rmdir()
+
+
+class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc]
+    """Saves while training goes on: a process forked from each rank writes a copy of its shards.
+
+    A checkpoint gets its `metadata.json`, and loses NeMo's mark of an unfinished one, when every rank has written its
+    part; only then the checkpoints it replaces are removed. `AsyncFinalizerCallback` looks after that.
+    """
+
+    def __init__(self) -> None:
+        # not NeMo's own: it refuses to work without a module that Megatron-Core 0.16 has no more
+        _WrappingCheckpointIO.__init__(self, ShardedCheckpointIO(background=True))
+        self.async_calls_queue = AsyncCallsQueue(persistent=False)
+
+    def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
+        """Finish the checkpoints that all ranks have written; with `blocking` wait for all that are under way.
+
+        One all-reduce of one integer over the world, as long as a checkpoint is under way.
+
+        Raises:
+            CheckpointError: A rank could not write its part; on all ranks.
+        """
+        try:
+            return bool(super().maybe_finalize_save_checkpoint(blocking))
+        except CheckpointException as error:
+            raise CheckpointError(f"A checkpoint could not be written: {error}") from error
 
 
 def sharding_metadata() -> dict[str, Any]:

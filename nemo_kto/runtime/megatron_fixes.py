@@ -12,10 +12,14 @@ def exchange_shapes_in_order() -> None:
     """Exchange the shapes of activations the way the activations themselves are exchanged; idempotent.
 
     With rows of different lengths, each stage tells its neighbours the shape of what follows
-    (`P2PCommunicator._communicate_shapes`, Megatron-Core 0.16). It sends to the previous stage first and receives from
-    the previous stage first. With two stages those are one and the same process; under an interleaved schedule, where
-    both directions are in flight at once, the shape of a gradient is then taken for that of an activation and the
-    other way round. `_p2p_ops`, which carries the tensors, orders even and odd stages so that they meet.
+    (`P2PCommunicator._communicate_shapes`, Megatron-Core 0.16). Under an interleaved schedule, where activations and
+    gradients are in flight at once, its way fails twice:
+
+    * It sends to the previous stage first and receives from the previous stage first. With two stages those are one
+      and the same process, and the shape of a gradient is taken for that of an activation and the other way round.
+      `_p2p_ops`, which carries the tensors, orders even and odd stages so that they meet.
+    * It waits until the shapes it sends have been received. Where one stage exchanges both directions at once and its
+      neighbour one after the other, each then waits for the other for ever. Only what is received has to be there.
     """
     p2p_communication.P2PCommunicator._communicate_shapes = _communicate_shapes
 
@@ -33,16 +37,26 @@ def _communicate_shapes(
     def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
 
+    for request, _ in getattr(self, "_shapes_on_their_way", ()):
+        request.wait()  # the tensors that followed them have arrived: so have they
+    to_prev, to_next = shape_of(tensor_send_prev), shape_of(tensor_send_next)
     from_prev, from_next = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
     requests = p2p_communication._p2p_ops(
-        tensor_send_prev=shape_of(tensor_send_prev),
+        tensor_send_prev=to_prev,
         tensor_recv_prev=from_prev if recv_prev else None,
-        tensor_send_next=shape_of(tensor_send_next),
+        tensor_send_next=to_next,
         tensor_recv_next=from_next if recv_next else None,
         group=self.pp_group,
         prev_pipeline_rank=self.prev_rank,
         next_pipeline_rank=self.next_rank,
     )
-    for request in requests.values():
-        request.wait()
+    for name, request in requests.items():
+        if name.startswith("recv"):
+            request.wait()
+    # kept until then: a tensor must not be freed while it is sent
+    self._shapes_on_their_way = [
+        (requests[name], tensor)
+        for name, tensor in (("send_prev", to_prev), ("send_next", to_next))
+        if name in requests
+    ]
     return from_prev.tolist(), from_next.tolist()

@@ -49,6 +49,7 @@ class MegatronStrategy(DDPStrategy):
             gradients are summed in float32 and, for float16, the loss is scaled.
         seed: Seed of every rank's generators.
         gradient_clip: Global gradient norm above which gradients are scaled down; 0 switches it off.
+        async_save: Whether checkpoints are written while training goes on.
         source_folder: What `write_source_folder` wrote, on global rank 0; copied into each checkpoint.
     """
 
@@ -62,9 +63,13 @@ class MegatronStrategy(DDPStrategy):
         params_dtype: torch.dtype,
         seed: int,
         gradient_clip: float,
+        async_save: bool = False,
         source_folder: Path | None = None,
     ) -> None:
-        super().__init__(checkpoint_io=ckpt.ShardedCheckpointIO(), cluster_environment=_cluster_environment())
+        super().__init__(
+            checkpoint_io=ckpt.BackgroundCheckpointIO() if async_save else ckpt.ShardedCheckpointIO(),
+            cluster_environment=_cluster_environment(),
+        )
         self.layout = layout
         self.optim = optim
         self.params_dtype = params_dtype
@@ -105,9 +110,13 @@ class MegatronStrategy(DDPStrategy):
         self.accelerator.setup(trainer)
         self.model_to_device()
         module = self._module
-        # the average over replicas is part of the loss scaling
+        # The average over replicas is part of the loss scaling. The optimizer's state is always divided among the
+        # ranks that hold the same parameters: it is the one form that can be read under every other layout.
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=self._divides_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=self.optim.overlap_grad_sync,
+            overlap_param_gather=self.optim.overlap_param_sync,
         )
         module.chunks = torch.nn.ModuleList(
             DistributedDataParallel(get_model_config(chunk), ddp_config, chunk) for chunk in module.chunks
@@ -126,7 +135,8 @@ class MegatronStrategy(DDPStrategy):
                 bf16=self.params_dtype == torch.bfloat16,
                 fp16=self.params_dtype == torch.float16,
                 initial_loss_scale=_FIRST_LOSS_SCALE,
-                use_distributed_optimizer=self._divides_optimizer,
+                use_distributed_optimizer=True,
+                overlap_param_gather=self.optim.overlap_param_sync,
                 lr=optim.lr,
                 min_lr=sched.min_lr,
                 weight_decay=optim.weight_decay,
@@ -175,19 +185,26 @@ class MegatronStrategy(DDPStrategy):
         return optimizer.step()
 
     @property
-    def _divides_optimizer(self) -> bool:
-        return self.optim.name == "distributed_fused_adam"
-
-    @property
     def _module(self) -> Any:
         module = self.lightning_module
         assert isinstance(module, LightningModule)
         return module
 
+    def complete_parameters(self) -> None:
+        """Wait until every parameter has its value of the last optimizer step, on every rank; collective.
+
+        With `overlap_param_sync` the ranks' parts are gathered while the next forward pass runs; whoever reads weights
+        without such a pass calls this first.
+        """
+        if self.optim.overlap_param_sync:
+            for chunk in self._module.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     # checkpoints: folders without Lightning's suffix; every rank takes part
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the sharded state dict of every chunk; in the checkpoint the tensors' names know of no chunks."""
+        self.complete_parameters()
         metadata = ckpt.sharding_metadata()
         return {
             f"chunk{i}": chunk.module.sharded_state_dict(metadata=metadata)
@@ -209,7 +226,7 @@ class MegatronStrategy(DDPStrategy):
         folder = _folder(filepath)
         for key in ("hparams_name", "hparams_type", "hyper_parameters"):
             checkpoint.pop(key, None)  # Megatron reads the common part with weights_only: plain types only
-        self.checkpoint_io.save_checkpoint(checkpoint, folder)
+        self.checkpoint_io.save_checkpoint(checkpoint, folder, storage_options)
         parallel.run_on_rank_zero(partial(self._copy_source_folder, folder), f"{folder} cannot be written")
 
     def _copy_source_folder(self, folder: Path) -> None:

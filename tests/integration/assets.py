@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
 GLOBAL_BATCH_SIZE = 8
@@ -80,7 +84,7 @@ def settings(root: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
     return values | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def train_on_rank(port: int, overrides: dict[str, Any]) -> None:
+def train_on_rank(port: int, overrides: dict[str, Any], *, callbacks: Sequence[Callback] = ()) -> None:
     """Run the training command's inside on one rank of a pool's processes."""
     import torch.distributed as dist
     from omegaconf import OmegaConf
@@ -95,7 +99,7 @@ def train_on_rank(port: int, overrides: dict[str, Any]) -> None:
     raw = OmegaConf.create({})
     for key, value in {**overrides, "trainer.devices": world_size}.items():
         OmegaConf.update(raw, key, value)
-    train(parse_config(raw))
+    train(parse_config(raw), callbacks=callbacks)
 
 
 def refusal_on_rank(port: int, overrides: dict[str, Any]) -> tuple[str, str]:

@@ -174,13 +174,17 @@ def test_random_weights_under_torchrun(root: Path, tmp_path: Path) -> None:
     assert model.config.num_hidden_layers == 2 and model.config.vocab_size == len(tokenizer)
 
 
-def test_a_killed_run_continues_as_if_it_had_not_been(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_run_continues_as_if_it_had_not_been(
+    root: Path, uninterrupted: Path, tmp_path: Path, async_save: bool
+) -> None:
     moment = random.uniform(
         0, 8
     )  # in steps: in one of the first eight, in a save, before or after the first checkpoint
     print(f"killed {moment:.2f} steps after the start")
     script = [sys.executable, str(Path(__file__).with_name("killed_run.py"))]
-    arguments = command(root, tmp_path, **TP2, **WITH_CHECKPOINTS)
+    saving = {**WITH_CHECKPOINTS, "exp_manager__checkpoint_callback_params__async_save": async_save}
+    arguments = command(root, tmp_path, **TP2, **saving)
     code, output, errors = run([*script, *arguments[2:]], KILL_AFTER_STEPS=str(moment))
     assert code == -signal.SIGKILL, output + errors
     code, output, errors = run(arguments)

@@ -28,15 +28,17 @@ LAYOUTS = {
 TP2_SP = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
 VPP2 = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
 UNEVEN = {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1}
-DIVIDED_OPTIMIZER = {"model__optim__name": "distributed_fused_adam"}
+OVERLAP = {"model__optim__overlap_grad_sync": True, "model__optim__overlap_param_sync": True}
 CP2 = {"model__context_parallel_size": 2}
 MORE_LAYOUTS = {
     "cp2": (2, CP2),
     "tp2sp_cp2": (4, {**TP2_SP, **CP2}),
-    "cp2_dp2_divided": (4, {**CP2, **DIVIDED_OPTIMIZER}),
+    "cp2_dp2_overlap": (4, {**CP2, **OVERLAP}),
     "tp2sp": (2, TP2_SP),
-    "dp2_divided": (2, DIVIDED_OPTIMIZER),
-    "tp2sp_dp2_divided": (4, {**TP2_SP, **DIVIDED_OPTIMIZER}),
+    "dp2_overlap": (2, OVERLAP),
+    "tp2sp_dp2_overlap": (4, {**TP2_SP, **OVERLAP}),
+    # as many micro-batches as stages: stages that only warm up talk to others that exchange both directions at once
+    "pp2vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
     "pp2vpp2": (2, VPP2),
     "pp2uneven": (2, UNEVEN),
     "tp2sp_pp2vpp2": (4, {**TP2_SP, **VPP2}),
@@ -109,7 +111,7 @@ def test_every_layout_trains_alike(series: Any, layout: str, micro_batch_size: i
 
 
 @pytest.mark.parametrize("layout", MORE_LAYOUTS)
-def test_divided_sequences_stages_and_optimizers_train_alike(series: Any, layout: str) -> None:
+def test_divided_sequences_and_stages_and_overlap_train_alike(series: Any, layout: str) -> None:
     assert_alike(series(layout, 2), series("one", 1))
 
 

@@ -15,8 +15,8 @@ from tests.integration.assets import make_model_folder, read_series, settings, t
 
 TENSOR = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
 PIPELINE = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
-DIVIDED = {"model__optim__name": "distributed_fused_adam"}
-LAYOUTS = {"one": (1, {}), "tp2sp": (2, TENSOR), "pp2vpp2": (2, PIPELINE), "dp2_divided": (2, DIVIDED)}
+OVERLAP = {"model__optim__overlap_grad_sync": True, "model__optim__overlap_param_sync": True}
+LAYOUTS = {"one": (1, {}), "tp2sp": (2, TENSOR), "pp2vpp2": (2, PIPELINE), "dp2_overlap": (2, OVERLAP)}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_half_precision_follows_float32(run: Any, layout: str, precision: str, n
         assert actual[name] == pytest.approx(expected[name], rel=near), name
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2_divided"])
+@pytest.mark.parametrize("layout", ["one", "dp2_overlap"])
 def test_updates_below_the_resolution_of_bfloat16_add_up(run: Any, root: Path, layout: str) -> None:
     """Each step moves a weight of about 0.2 by less than half of its last bit; only float32 copies remember that."""
     small = {
@@ -101,7 +101,7 @@ def test_float16_skips_steps_until_the_loss_scale_fits(root: Path, tmp_path: Pat
     assert scales[0] == 2.0**24 and scales[first] < 2.0**24 and scales[29] == scales[first]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("one", "bf16"), ("dp2_divided", "bf16"), ("one", "16-mixed")])
+@pytest.mark.parametrize(("layout", "precision"), [("one", "bf16"), ("dp2_overlap", "bf16"), ("one", "16-mixed")])
 def test_a_resumed_run_is_the_uninterrupted_one(run: Any, tmp_path: Path, layout: str, precision: str) -> None:
     saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant"}
     for steps in (2, 4):

@@ -27,8 +27,6 @@ CONSTANT = {
     "trainer__kto__save_interval": 1,
 }
 
-DIVIDED = {"model__optim__name": "distributed_fused_adam"}
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -71,7 +69,7 @@ def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks
     [
         ({"model__global_batch_size": 4}, "model.global_batch_size (8, now 4)"),
         ({"model__seed": 7}, "model.seed (1234, now 7)"),
-        ({"model__optim__name": "distributed_fused_adam"}, "another model.optim.name"),
+        ({"trainer__precision": "bf16"}, "trainer.precision (32, now bf16-mixed)"),
         ({"model__data__shuffle": False}, "model.data.shuffle (True, now False)"),
         ({"model__data__append_eod": False}, "model.data.data_prefix.train"),
         ({"pretrained_checkpoint__restore_from_path": "other"}, "pretrained_checkpoint.restore_from_path"),
@@ -95,11 +93,11 @@ CHAINS = {
         (2, {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}),
         (2, {}),
     ],
-    "divided optimizers": [
-        (2, {**DIVIDED, "model__tensor_model_parallel_size": 2}),
-        (2, DIVIDED),
-        (2, {**DIVIDED, "model__pipeline_model_parallel_size": 2}),
-        (1, DIVIDED),
+    "context": [
+        (2, {"model__tensor_model_parallel_size": 2}),
+        (4, {"model__pipeline_model_parallel_size": 2, "model__optim__overlap_param_sync": True}),
+        (2, {"model__context_parallel_size": 2}),
+        (1, {}),
     ],
 }
 

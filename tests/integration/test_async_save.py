@@ -1,0 +1,123 @@
+"""Checkpoints written while training goes on: as whole as the others at every moment, and as good to resume from."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from nemo_kto.runtime.checkpoint import is_finished, newest_last
+from tests.distributed_harness import free_port
+from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
+
+SAVING = {
+    "exp_manager__create_checkpoint_callback": True,
+    "exp_manager__checkpoint_callback_params__async_save": True,
+    "model__optim__sched__name": "Constant",
+    "trainer__kto__save_interval": 2,
+}
+SECONDS_TO_WRITE = 0.7
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("async")
+    make_model_folder(folder / "hf")
+    write_feedback(folder / "train.jsonl", number=40, seed=1)
+    return folder
+
+
+@contextmanager
+def writing(write: Callable[..., None]) -> Iterator[None]:
+    """Have every rank's writer call `write(original, *arguments)` in its place."""
+    schedule = AsyncCallsQueue.schedule_async_request
+
+    def changed(self: Any, request: Any) -> int:
+        original = request.async_fn
+        if original is not None:
+            request = request._replace(async_fn=lambda *args, **kwargs: write(original, *args, **kwargs))
+        return schedule(self, request)
+
+    AsyncCallsQueue.schedule_async_request = changed
+    try:
+        yield
+    finally:
+        AsyncCallsQueue.schedule_async_request = schedule
+
+
+class Witness(Callback):
+    """Notes before each step which checkpoint a killed run would go on from, and whether one is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen: list[tuple[str | None, bool]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Look at the folder."""
+        last = newest_last(self.folder)
+        unfinished = any(not is_finished(path) for path in self.folder.glob("*-last"))
+        self.seen.append((last.name if last else None, unfinished))
+
+
+def slow_run(port: int, overrides: dict[str, Any]) -> list[tuple[str | None, bool]]:
+    """Train with writers that take longer than a step; return what the witness saw."""
+
+    def slowly(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        time.sleep(SECONDS_TO_WRITE)
+        original(*args, **kwargs)
+
+    witness = Witness(Path(overrides["exp_manager.explicit_log_dir"]) / "checkpoints")
+    with writing(slowly):
+        train_on_rank(port, overrides, callbacks=[witness])
+    return witness.seen
+
+
+def test_what_a_checkpoint_replaces_stays_until_it_is_whole(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    changes = {**SAVING, "model__optim__overlap_param_sync": True, "trainer__kto__max_steps": 8}
+    seen, _ = run_ranks(slow_run, 2, free_port(), settings(root, tmp_path / "slow", **changes))
+    names = [name for name, _ in seen]
+    assert any(unfinished for _, unfinished in seen), "nothing was written in the background"
+    assert names == sorted(names, key=lambda name: name or "")  # never back to an older one, or to none
+    folders = [path.name for path in (tmp_path / "slow" / "checkpoints").iterdir()]
+    assert folders == ["megatron_gpt-step=8-last"]
+    assert is_finished(tmp_path / "slow" / "checkpoints" / folders[0])
+
+
+def test_a_run_resumed_from_it_is_the_uninterrupted_one(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    for steps in (4, 8):
+        values = settings(root, tmp_path / "log", **SAVING, trainer__kto__max_steps=steps)
+        run_ranks(train_on_rank, 2, free_port(), values)
+    run_ranks(train_on_rank, 2, free_port(), settings(root, tmp_path / "whole", **SAVING, trainer__kto__max_steps=8))
+    for name in ("train/loss", "train/grad_norm"):
+        assert read_series(tmp_path / "log")[name] == read_series(tmp_path / "whole")[name]
+
+
+def failing_run(port: int, overrides: dict[str, Any]) -> str:
+    """Train with a writer that fails on one rank; return the error."""
+    from nemo_kto.errors import CheckpointError
+
+    def fail(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        os._exit(1)
+
+    with writing(fail):
+        try:
+            train_on_rank(port, overrides)
+        except CheckpointError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
+    root: Path, tmp_path: Path, run_ranks: Any
+) -> None:
+    values = settings(root, tmp_path / "log", **SAVING, trainer__kto__max_steps=4)
+    (message,) = run_ranks(failing_run, 1, free_port(), values)
+    assert "could not be written" in message
+    assert newest_last(tmp_path / "log" / "checkpoints") is None
