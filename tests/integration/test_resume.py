@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
@@ -115,3 +116,31 @@ def test_a_run_goes_on_under_one_layout_after_the_other(
     for name in ("train/loss", "train/grad_norm"):
         assert len(actual[name]) == 8
         assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+class StepCounters(Callback):
+    """Notes Adam's step counters before each step, and whether any two parameters share one."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[set[float], bool]] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        """Look at the optimizer."""
+        states = trainer.strategy.optimizers[0].optimizer.state.values()
+        counters = [state["step"] for state in states if state]
+        places = {counter.data_ptr() for counter in counters}
+        self.seen.append(({counter.item() for counter in counters}, len(places) == len(counters)))
+
+
+def counted_run(port: int, overrides: dict[str, Any]) -> list[tuple[set[float], bool]]:
+    """Train; return what `StepCounters` saw."""
+    counters = StepCounters()
+    train_on_rank(port, overrides, callbacks=[counters])
+    return counters.seen
+
+
+def test_adam_goes_on_counting(root: Path, stopped: Path, run_ranks: Callable[..., Any]) -> None:
+    """A stale step, or one tensor counted up once for each parameter, silently changes the bias correction."""
+    longer = settings(root, stopped, **CONSTANT, trainer__kto__max_steps=4)
+    for seen in run_ranks(counted_run, 2, free_port(), longer):
+        assert seen == [({2.0}, True), ({3.0}, True)]
