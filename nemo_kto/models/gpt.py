@@ -1,4 +1,4 @@
-"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Qwen2 and Qwen3.
+"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
 
 Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this rank.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -22,10 +23,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kto.errors import ConfigError
+from nemo_kto.models import moe
 from nemo_kto.models.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
 from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
 from nemo_kto.runtime import parallel
@@ -92,10 +95,12 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
     Attributes:
         vocab_size: Number of real tokens; rows of the output weight from there on are padding.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+        family: Hugging Face's name of the architecture.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, family: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.family = family
         self.padded_vocab_size: int = self.vocab_size
         self.vocab_size = real_vocab_size
 
@@ -107,6 +112,12 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
             return shared
         weight: torch.nn.Parameter = self.output_layer.weight
         return weight
+
+    def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Divide `padding_mask` `[1, T]` as the tokens are divided on later stages too; Megatron's does on the first."""
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
+        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the hidden states `[T, 1, h]`, after the final norm on the last stage."""
@@ -122,6 +133,7 @@ def build_gpt(
     vocab_pad_multiple: int = 128,
     params_dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
+    moe_aux_loss_coeff: float = 0.0,
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
@@ -138,6 +150,7 @@ def build_gpt(
         vocab_pad_multiple: The vocabulary is padded to a multiple of this, the same for every layout.
         params_dtype: Dtype of parameters and activations.
         recompute: What is computed again in the backward pass instead of being kept; None for nothing.
+        moe_aux_loss_coeff: Weight of the loss that balances the experts' loads, in a mixture of experts.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
@@ -152,6 +165,11 @@ def build_gpt(
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         **_architecture(hf_config),
+        **moe.transformer_fields(
+            hf_config,
+            grouped_gemm=check_transformer_impl(transformer_impl),
+            aux_loss_coeff=moe_aux_loss_coeff,
+        ),
         **_execution(recompute),
     )
     place = parallel.position()
@@ -164,6 +182,7 @@ def build_gpt(
         _block_spec(config, transformer_impl, chunk_number),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
+        family=hf_config.model_type,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
@@ -174,6 +193,7 @@ def build_gpt(
         vp_stage=chunk_number,
     )
     _mark_tensor_parallel_weights(model)
+    moe.mark_expert_weights(model)
     _clear_vocabulary(model)
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
@@ -232,7 +252,7 @@ def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": hf.model_type == "qwen2",
-        "qk_layernorm": hf.model_type == "qwen3",
+        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **_sliding_window(hf),
@@ -283,6 +303,8 @@ def _division(layout: parallel.Layout) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
@@ -311,22 +333,35 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
 def _block_spec(config: TransformerConfig, transformer_impl: str, chunk: int | None) -> TransformerBlockSubmodules:
     """Return the layers of one chunk of a pipeline stage."""
     use_transformer_engine = check_transformer_impl(transformer_impl)
+    norm = SequenceParallelRMSNorm
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm = TENorm
+    first = get_transformer_layer_offset(config, vp_stage=chunk)
+    last = first + get_num_layers_to_build(config, vp_stage=chunk)
+    experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
+    layers = {number: _layer_spec(config, use_transformer_engine, number) for number in set(experts)}
+    return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
+
+
+def _layer_spec(config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None) -> ModuleSpec:
+    """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
+    if use_transformer_engine:
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+            num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
-        norm = SequenceParallelRMSNorm
         _replace_norms(layer)
+        if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if not use_transformer_engine or config.params_dtype == torch.float32:
         # of Transformer Engine's kernels none takes packed rows in float32
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
-    layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return layer
 
 
 def _replace_norms(layer: ModuleSpec) -> None:

@@ -79,12 +79,14 @@ class RowScorer:
         self, loss: LossFunction, rows: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
         index, row = next(rows)
-        num_documents = row.num_documents
+        num_documents, num_tokens = row.num_documents, row.tokens.numel()
         row = row.padded(self.layout.tensor if self.layout.sequence else 1).to(self._device)
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
             attention_mask=None,
+            # for the balance of the experts' loads: tokens that only fill up the row do not count
+            padding_mask=None if row.tokens.numel() == num_tokens else _from_on(num_tokens, row.tokens),
             packed_seq_params=PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=row.cu_seqlens,
@@ -121,6 +123,11 @@ class RowScorer:
     @property
     def _device(self) -> torch.device:
         return next(self.chunks[0].parameters()).device
+
+
+def _from_on(start: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mask `[1, T]` that is true from the token `start` on."""
+    return (torch.arange(tokens.numel(), device=tokens.device) >= start)[None]
 
 
 def _no_loss(logps: torch.Tensor, index: int) -> torch.Tensor:

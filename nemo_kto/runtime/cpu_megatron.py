@@ -2,8 +2,8 @@
 
 Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator
 states kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense
-models, tensor, pipeline and data parallelism, the plain optimizer and sharded checkpoints reach; nothing happens on
-import. The files named below are those of Megatron-Core 0.16.
+models and mixtures of experts, tensor, pipeline, expert and data parallelism, the optimizers and sharded checkpoints
+reach; nothing happens on import. The files named below are those of Megatron-Core 0.16.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def enable_cpu() -> None:
     patch_gradient_clipping()
     patch_tensor_types()
     patch_distributed_optimizer_load()
+    patch_token_dispatcher()
+    patch_router_compilation()
     setattr(torch.cuda, _DONE_MARK, True)
 
 
@@ -120,6 +122,29 @@ def patch_distributed_optimizer_load() -> None:
     module.DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_the_step
 
 
+def patch_token_dispatcher() -> None:
+    """Leave out the CUDA stream on which the expert dispatcher brings token counts to the CPU.
+
+    Reason: `MoEAlltoAllTokenDispatcher` (transformer/moe/token_dispatcher.py) makes a stream for those copies when it
+    is built. Here the counts are on the CPU already; only the arrays that the exchange expects are made of them.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher = module.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = _CPU  # whatever is not None: a stream is made only then
+    dispatcher._maybe_dtoh_and_synchronize = _counts_as_arrays
+
+
+def patch_router_compilation() -> None:
+    """Run the router's method for biases, which nothing here uses, without compiling it first.
+
+    Reason: `TopKRouter._apply_expert_bias` (transformer/moe/router.py) is a `torch.compile`d function, called for every
+    micro-batch and layer; torch's compiler starts for it, which takes seconds and a C++ compiler.
+    """
+    router = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
+    compiled = router._apply_expert_bias
+    router._apply_expert_bias = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
 class _TorchOnCpu(types.ModuleType):
     """`torch`, except that the tensor factories read the device "cuda" as "cpu"."""
 
@@ -167,6 +192,14 @@ def _set_states_but_the_step(self: Any, model_param: torch.Tensor, tensors: dict
     for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
         if name != "step":
             target.copy_(tensors[name])
+
+
+def _counts_as_arrays(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    for name in ("input_splits", "output_splits", "output_splits_tp"):
+        counts = getattr(self, name)
+        if torch.is_tensor(counts):
+            setattr(self, name, counts.numpy())
+    return tokens_per_expert
 
 
 def _current_device() -> torch.device:

@@ -30,6 +30,8 @@ class Layout:
         virtual: Model chunks of each pipeline stage; more than one interleaves the stages.
         first_stage_layers: Layers of the first pipeline stage; None for as many as the others.
         last_stage_layers: Layers of the last pipeline stage; None for as many as the others.
+        expert: Expert-model-parallel size: among how many processes the experts of a layer are dealt.
+        expert_tensor: Tensor-model-parallel size of the experts; None for that of everything else.
     """
 
     world_size: int
@@ -39,30 +41,51 @@ class Layout:
     virtual: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def data(self) -> int:
         """Data-parallel size: what tensor and pipeline parallelism leave over."""
         return self.world_size // (self.tensor * self.pipeline)
 
+    @property
+    def expert_tensor_size(self) -> int:
+        """Number of processes that share each expert."""
+        return self.expert_tensor or self.tensor
+
     def __str__(self) -> str:
         """Return the layout as one readable line."""
         tensor = f"tensor {self.tensor}{' with sequence parallelism' if self.sequence else ''}"
         pipeline = f"pipeline {self.pipeline}{f' ({self.virtual} chunks each)' if self.virtual > 1 else ''}"
+        experts = ""
+        if self.expert > 1 or self.expert_tensor_size != self.tensor:
+            experts = f", experts: expert {self.expert} x tensor {self.expert_tensor_size}"
         return (
             f"{self.world_size} process{'es' if self.world_size != 1 else ''}: "
-            f"{tensor} x {pipeline} x data {self.data}"
+            f"{tensor} x {pipeline} x data {self.data}{experts}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The sizes of a model that a layout has to divide."""
+    """The sizes of a model that a layout has to divide.
+
+    Attributes:
+        num_layers: Transformer layers.
+        num_attention_heads: Query heads.
+        num_query_groups: Key/value heads.
+        ffn_hidden_size: Channels inside the dense feed-forward layers; None without any.
+        num_experts: Experts of each layer that has some; 0 for a dense model.
+        expert_ffn_hidden_size: Channels inside an expert.
+    """
 
     num_layers: int
     num_attention_heads: int
     num_query_groups: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int | None
+    num_experts: int = 0
+    expert_ffn_hidden_size: int = 0
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
@@ -79,12 +102,13 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
         ("key/value heads (query groups)", sizes.num_query_groups),
         ("feed-forward units", sizes.ffn_hidden_size),
     ):
-        if value % layout.tensor:
+        if value is not None and value % layout.tensor:
             raise ConfigError(
                 f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor}. "
                 f"Choose a tensor-parallel size that divides {value}."
             )
     _check_stages(layout, sizes.num_layers)
+    _check_experts(layout, sizes)
 
 
 def _check_stages(layout: Layout, num_layers: int) -> None:
@@ -113,6 +137,42 @@ def _check_stages(layout: Layout, num_layers: int) -> None:
                 f"A pipeline stage's {layers} layers cannot be divided into "
                 f"model.virtual_pipeline_model_parallel_size={layout.virtual} chunks. Choose a divisor of {layers}."
             )
+
+
+def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
+    """Raise a ConfigError when the experts cannot be divided as the layout says, or there are none."""
+    expert, tensor = layout.expert, layout.expert_tensor_size
+    if not sizes.num_experts:
+        for key, value in (
+            ("model.expert_model_parallel_size", expert if expert > 1 else None),
+            ("model.expert_tensor_parallel_size", layout.expert_tensor),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key}={value} needs a mixture of experts; this model is dense. Leave it out.")
+        return
+    if layout.tensor > 1 and not layout.sequence:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={layout.tensor} needs model.sequence_parallel=true with a mixture of "
+            "experts: otherwise each of the processes would route every token."
+        )
+    if sizes.num_experts % expert:
+        raise ConfigError(
+            f"The model's {sizes.num_experts} experts cannot be divided by model.expert_model_parallel_size={expert}. "
+            f"Choose a divisor of {sizes.num_experts}."
+        )
+    if sizes.expert_ffn_hidden_size % tensor:
+        raise ConfigError(
+            f"The {sizes.expert_ffn_hidden_size} channels of an expert cannot be divided by the experts' tensor-"
+            f"parallel size {tensor}. Set model.expert_tensor_parallel_size to a divisor."
+        )
+    together = expert * tensor * layout.pipeline
+    if layout.world_size % together:
+        raise ConfigError(
+            f"{layout.world_size} processes (trainer.devices x trainer.num_nodes) cannot be divided by "
+            f"model.expert_model_parallel_size={expert} x the experts' tensor-parallel size {tensor} "
+            f"(model.expert_tensor_parallel_size) x model.pipeline_model_parallel_size={layout.pipeline} = {together}. "
+            f"Use a multiple of {together} processes or smaller parallel sizes."
+        )
 
 
 def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
@@ -179,6 +239,7 @@ def check_launched(layout: Layout) -> None:
 
 def initialize(layout: Layout, *, seed: int) -> None:
     """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group."""
+    megatron_fixes.route_without_transformer_engine()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():
@@ -186,6 +247,8 @@ def initialize(layout: Layout, *, seed: int) -> None:
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor_size,
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
 GLOBAL_BATCH_SIZE = 8
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "head_dim": 8,
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -24,21 +32,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Save a tiny Llama with its tokenizer."""
+def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False) -> Path:
+    """Save a tiny Llama, or with `experts` a Qwen3-MoE of three sparse layers and a dense one, with its tokenizer."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # far from uniform predictions, so that numbers differ between samples
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
+        "initializer_range": 0.2,
+    }
+    config = Qwen3MoeConfig(**sizes, **EXPERTS) if experts else LlamaConfig(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -16,9 +16,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from nemo_kto.models.gpt import KTOGPTModel
@@ -45,6 +47,7 @@ _LLAMA3_OTHER = {
     "low_freq_factor": 2.0,
     "high_freq_factor": 6.5,
 }
+_QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def families() -> dict[str, PretrainedConfig]:
@@ -62,6 +65,14 @@ def families() -> dict[str, PretrainedConfig]:
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
         "qwen3": Qwen3Config(**SIZES, head_dim=16),
+        "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
+        "qwen3_moe": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True),
+        "qwen3_moe_mixed": Qwen3MoeConfig(
+            **SIZES, **_QWEN3_EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], decoder_sparse_step=2
+        ),
+        "qwen3_moe_one": Qwen3MoeConfig(
+            **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
     }
 
 
