@@ -8,12 +8,14 @@ reach; nothing happens on import. The files named below are those of Megatron-Co
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nemo_kto.errors import ConfigError
 
@@ -52,6 +54,7 @@ def enable_cpu() -> None:
     patch_distributed_optimizer_load()
     patch_token_dispatcher()
     patch_router_compilation()
+    patch_uneven_exchanges()
     setattr(torch.cuda, _DONE_MARK, True)
 
 
@@ -145,6 +148,20 @@ def patch_router_compilation() -> None:
     router._apply_expert_bias = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
+def patch_uneven_exchanges() -> None:
+    """Gather and scatter parts of different lengths by summing whole tensors.
+
+    Reason: processes that share experts and differ in the tokens sent to them exchange them by `all_gather` and
+    `reduce_scatter` with a length for each rank (tensor_parallel/mappings.py); gloo takes equal lengths only.
+    """
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, uneven in (
+        ("_gather_along_first_dim", _gather_uneven),
+        ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
+    ):
+        setattr(mappings, name, functools.partial(_even_or, uneven, getattr(mappings, name)))
+
+
 class _TorchOnCpu(types.ModuleType):
     """`torch`, except that the tensor factories read the device "cuda" as "cpu"."""
 
@@ -200,6 +217,34 @@ def _counts_as_arrays(self: Any, point: str, tokens_per_expert: torch.Tensor | N
         if torch.is_tensor(counts):
             setattr(self, name, counts.numpy())
     return tokens_per_expert
+
+
+def _even_or(
+    uneven: Callable[..., torch.Tensor],
+    even: Callable[..., torch.Tensor],
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    if split_sizes is None or group.size() == 1:
+        return even(input_, group, None, use_global_buffer)
+    return uneven(input_, group, split_sizes)
+
+
+def _gather_uneven(input_: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return all ranks' parts, of `sizes` along the first dimension: one all-reduce."""
+    output = input_.new_zeros(sum(sizes), *input_.shape[1:])
+    output.split(sizes)[group.rank()].copy_(input_)
+    dist.all_reduce(output, group=group)
+    return output
+
+
+def _reduce_scatter_uneven(input_: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return this rank's part, of `sizes` along the first dimension, of the sum: one all-reduce."""
+    total = input_.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].contiguous()
 
 
 def _current_device() -> torch.device:
