@@ -50,6 +50,21 @@ RECOMPUTE = {
         "model__activations_checkpoint_num_layers": 1,
     },
 }
+EP2 = {"model__expert_model_parallel_size": 2}
+WHOLE_EXPERTS = {"model__expert_tensor_parallel_size": 1}
+EXPERT_LAYOUTS = {
+    "ep2": (2, EP2),
+    "tp2sp_ep2": (4, {**TP2_SP, **EP2}),
+    "tp2sp_ep2_whole": (2, {**TP2_SP, **EP2, **WHOLE_EXPERTS}),
+    "tp2sp_whole": (2, {**TP2_SP, **WHOLE_EXPERTS}),
+    "etp2": (2, {"model__expert_tensor_parallel_size": 2}),
+    "ep2_pp2vpp2": (4, {**EP2, **VPP2}),
+    "ep2_dp2_divided": (4, {**EP2, **DIVIDED_OPTIMIZER}),
+    "tp2sp_ep2_whole_dp2_divided": (4, {**TP2_SP, **EP2, **WHOLE_EXPERTS, **DIVIDED_OPTIMIZER}),
+}
+OF_EXPERTS = ["dp2", "tp2sp", "pp2vpp2", "ep2", "tp2sp_ep2", "ep2_dp2_divided"]
+SLOW_OF_EXPERTS = sorted({"pp2", "dp2_divided", "pp2uneven", *EXPERT_LAYOUTS} - {*OF_EXPERTS})
+AUX_LOSS = {"model__moe_aux_loss_coeff": 0.1}
 CASES = list(itertools.product(LAYOUTS, (1, 2, 4)))
 RELATIVE = ("train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected", "val/loss")
 SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins", "val/kl")
@@ -60,6 +75,7 @@ SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/re
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     make_model_folder(folder / "hf")
+    make_model_folder(folder / "experts", experts=True)
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=11, seed=2)
     return folder
@@ -71,7 +87,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callabl
 
     def train(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
         log_dir = tmp_path_factory.mktemp("run")
-        world_size, sizes = {**LAYOUTS, **MORE_LAYOUTS}[layout]
+        world_size, sizes = {**LAYOUTS, **MORE_LAYOUTS, **EXPERT_LAYOUTS}[layout]
         run_ranks(train_on_rank, world_size, free_port(), settings(root, log_dir, **sizes, **changes))
         return read_series(log_dir)
 
@@ -115,6 +131,60 @@ def test_recomputing_changes_nothing(run: Any, series: Any, layout: str, recompu
     actual = run(layout, **RECOMPUTE[recompute], model__micro_batch_size=2, trainer__kto__max_steps=10)
     for name in ("train/loss", "train/grad_norm"):
         assert actual[name] == pytest.approx(series("one", 1)[name], rel=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def mixture(run: Callable[..., Any], root: Path) -> Callable[..., dict[str, dict[int, float]]]:
+    """Return `mixture(layout, **changes)`: the five-step series of a mixture of experts."""
+    done: dict[tuple[Any, ...], Any] = {}
+
+    def get(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
+        key = (layout, *changes.items())
+        if key not in done:
+            done[key] = run(
+                layout,
+                pretrained_checkpoint__restore_from_path=str(root / "experts"),
+                model__micro_batch_size=2,
+                model__data__data_prefix__validation=str(root / "validation.jsonl"),
+                trainer__kto__max_steps=5,
+                trainer__kto__val_check_interval=5,
+                **changes,
+            )
+        return done[key]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "layout", [*OF_EXPERTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_OF_EXPERTS)]
+)
+def test_experts_train_alike_under_every_layout(mixture: Any, layout: str) -> None:
+    actual = mixture(layout)
+    assert actual["train/loss"][0] == 0.5 and "train/moe_aux_loss" not in actual
+    assert len(actual["train/loss"]) == 5 and len(actual["val/loss"]) == 1
+    assert_alike(actual, mixture("one"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2sp",  # rows of odd lengths are filled up, and what fills them must not count
+        "ep2",
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("dp2", "pp2vpp2", "tp2sp_ep2")),
+    ],
+)
+def test_balancing_the_experts_loads_does_not_depend_on_the_layout(mixture: Any, layout: str) -> None:
+    actual, expected = mixture(layout, **AUX_LOSS), mixture("one", **AUX_LOSS)
+    assert_alike(actual, expected)
+    assert actual["train/moe_aux_loss"] == pytest.approx(expected["train/moe_aux_loss"], rel=1e-5)
+    assert actual["train/loss"][0] == 0.5 and actual["train/loss"][4] != mixture("one")["train/loss"][4]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "uniform"])
+def test_recomputing_experts_changes_nothing(mixture: Any, recompute: str) -> None:
+    actual, expected = mixture("ep2", **AUX_LOSS, **RECOMPUTE[recompute]), mixture("one", **AUX_LOSS)
+    for name in ("train/loss", "train/grad_norm", "train/moe_aux_loss"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from nemo_kto.models.gpt import KTOGPTModel
 from nemo_kto.runtime import parallel
 
 VOCAB_SIZE = 131
-DOCUMENT_LENGTHS = (9, 1, 23, 40)
+DOCUMENT_LENGTHS = (9, 1, 24, 40)  # 74 tokens: two ranks can divide them
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -119,7 +120,10 @@ def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     )
     if not place.is_last_stage:
         return None
-    hidden = outputs[0][:, 0]
+    hidden = outputs[0]
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    hidden = hidden[:, 0]
     shard = hidden @ model.output_weight().T
     shards = [torch.empty_like(shard) for _ in range(place.tp_group.size())]
     dist.all_gather(shards, shard, group=place.tp_group)
