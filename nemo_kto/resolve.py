@@ -129,6 +129,7 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
             num_query_groups=hf_config.num_key_value_heads,
             ffn_hidden_size=None if all(moe.expert_layers(hf_config)) else hf_config.intermediate_size,
             num_experts=moe.num_experts(hf_config),
+            expert_layers=[layer for layer, sparse in enumerate(moe.expert_layers(hf_config)) if sparse],
             expert_ffn_hidden_size=moe.expert_ffn_hidden_size(hf_config),
         ),
     )

@@ -140,8 +140,8 @@ def patch_token_dispatcher() -> None:
 def patch_router_compilation() -> None:
     """Run the router's method for biases, which nothing here uses, without compiling it first.
 
-    Reason: `TopKRouter._apply_expert_bias` (transformer/moe/router.py) is a `torch.compile`d function, called for every
-    micro-batch and layer; torch's compiler starts for it, which takes seconds and a C++ compiler.
+    Reason: `TopKRouter._apply_expert_bias` (transformer/moe/router.py) is a `torch.compile`d function, called for
+    every micro-batch and layer; torch's compiler starts for it, which takes seconds and a C++ compiler.
     """
     router = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
     compiled = router._apply_expert_bias

@@ -6,7 +6,7 @@ Everything outside `runtime/` receives groups, ranks and sizes from here and nev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ class ModelSizes:
         num_query_groups: Key/value heads.
         ffn_hidden_size: Channels inside the dense feed-forward layers; None without any.
         num_experts: Experts of each layer that has some; 0 for a dense model.
+        expert_layers: Numbers of those layers, from 0.
         expert_ffn_hidden_size: Channels inside an expert.
     """
 
@@ -85,6 +86,7 @@ class ModelSizes:
     num_query_groups: int
     ffn_hidden_size: int | None
     num_experts: int = 0
+    expert_layers: Sequence[int] = ()
     expert_ffn_hidden_size: int = 0
 
 
@@ -170,9 +172,32 @@ def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
         raise ConfigError(
             f"{layout.world_size} processes (trainer.devices x trainer.num_nodes) cannot be divided by "
             f"model.expert_model_parallel_size={expert} x the experts' tensor-parallel size {tensor} "
-            f"(model.expert_tensor_parallel_size) x model.pipeline_model_parallel_size={layout.pipeline} = {together}. "
-            f"Use a multiple of {together} processes or smaller parallel sizes."
+            f"(model.expert_tensor_parallel_size) x model.pipeline_model_parallel_size={layout.pipeline} = "
+            f"{together}. Use a multiple of {together} processes or smaller parallel sizes."
         )
+    for stage, layers in enumerate(_stages(layout, sizes.num_layers)):
+        if not set(layers) & set(sizes.expert_layers):
+            # Megatron would not restore the experts' optimizer: a stage without any does not know its number of steps
+            raise ConfigError(
+                f"Pipeline stage {stage} would hold dense layers only ({', '.join(map(str, layers))}); each has to hold "
+                "experts. Lower model.pipeline_model_parallel_size, or shift the layers with "
+                "model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
+            )
+
+
+def _stages(layout: Layout, num_layers: int) -> list[list[int]]:
+    """Return the layers of each pipeline stage of a checked `layout`, whose chunks take turns."""
+    given = {0: layout.first_stage_layers, layout.pipeline - 1: layout.last_stage_layers}
+    known = {stage: layers for stage, layers in given.items() if layers is not None}
+    others = (num_layers - sum(known.values())) // max(layout.pipeline - len(known), 1)
+    stages: list[list[int]] = [[] for _ in range(layout.pipeline)]
+    start = 0
+    for _ in range(layout.virtual):
+        for stage, layers in enumerate(stages):
+            end = start + known.get(stage, others) // layout.virtual
+            layers.extend(range(start, end))
+            start = end
+    return stages
 
 
 def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:

@@ -62,8 +62,8 @@ EXPERT_LAYOUTS = {
     "ep2_dp2_divided": (4, {**EP2, **DIVIDED_OPTIMIZER}),
     "tp2sp_ep2_whole_dp2_divided": (4, {**TP2_SP, **EP2, **WHOLE_EXPERTS, **DIVIDED_OPTIMIZER}),
 }
-OF_EXPERTS = ["dp2", "tp2sp", "pp2vpp2", "ep2", "tp2sp_ep2", "ep2_dp2_divided"]
-SLOW_OF_EXPERTS = sorted({"pp2", "dp2_divided", "pp2uneven", *EXPERT_LAYOUTS} - {*OF_EXPERTS})
+OF_EXPERTS = ["dp2", "pp2vpp2", "ep2", "etp2", "tp2sp_ep2_whole", "ep2_dp2_divided"]
+SLOW_OF_EXPERTS = sorted({"tp2sp", "pp2", "dp2_divided", "pp2uneven", *EXPERT_LAYOUTS} - {*OF_EXPERTS})
 AUX_LOSS = {"model__moe_aux_loss_coeff": 0.1}
 CASES = list(itertools.product(LAYOUTS, (1, 2, 4)))
 RELATIVE = ("train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected", "val/loss")
