@@ -114,7 +114,7 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         return weight
 
     def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Divide `padding_mask` `[1, T]` as the tokens are divided on later stages too; Megatron's does on the first."""
+        """Divide `padding_mask` `[1, T]` as the tokens are; Megatron does so on the first stage only."""
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
         return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)

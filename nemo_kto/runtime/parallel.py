@@ -179,8 +179,8 @@ def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
         if not set(layers) & set(sizes.expert_layers):
             # Megatron would not restore the experts' optimizer: a stage without any does not know its number of steps
             raise ConfigError(
-                f"Pipeline stage {stage} would hold dense layers only ({', '.join(map(str, layers))}); each has to hold "
-                "experts. Lower model.pipeline_model_parallel_size, or shift the layers with "
+                f"Pipeline stage {stage} would hold dense layers only ({', '.join(map(str, layers))}); each has to "
+                "hold experts. Lower model.pipeline_model_parallel_size, or shift the layers with "
                 "model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
             )
 
@@ -239,6 +239,13 @@ def check_batch(
                 "(model.virtual_pipeline_model_parallel_size) that must be a multiple of "
                 f"model.pipeline_model_parallel_size={layout.pipeline}."
             )
+    if layout.virtual > 1 and share // micro_batch_size == layout.pipeline:
+        # the first stage would end its warm-up waiting for a row of the next one, and that for a gradient's shape
+        raise ConfigError(
+            f"model.micro_batch_size={micro_batch_size} makes as many micro-batches for each rank as there are "
+            f"pipeline stages, {layout.pipeline}; interleaved stages (model.virtual_pipeline_model_parallel_size) need "
+            f"at least {2 * layout.pipeline}. Lower it, or raise model.global_batch_size."
+        )
 
 
 def device_count(devices: int | str, accelerator: str) -> int:

@@ -58,7 +58,7 @@ EXPERT_LAYOUTS = {
     "tp2sp_ep2_whole": (2, {**TP2_SP, **EP2, **WHOLE_EXPERTS}),
     "tp2sp_whole": (2, {**TP2_SP, **WHOLE_EXPERTS}),
     "etp2": (2, {"model__expert_tensor_parallel_size": 2}),
-    "ep2_pp2vpp2": (4, {**EP2, **VPP2}),
+    "ep2_pp2": (4, {**EP2, "model__pipeline_model_parallel_size": 2}),
     "ep2_dp2_divided": (4, {**EP2, **DIVIDED_OPTIMIZER}),
     "tp2sp_ep2_whole_dp2_divided": (4, {**TP2_SP, **EP2, **WHOLE_EXPERTS, **DIVIDED_OPTIMIZER}),
 }

@@ -184,6 +184,16 @@ def test_interleaved_stages_need_whole_rounds_of_micro_batches() -> None:
         check_batch(layout, global_batch_size=4, micro_batch_size=1, forward_micro_batch_size=4)
 
 
+def test_interleaved_stages_need_more_than_one_round_of_micro_batches() -> None:
+    with pytest.raises(ConfigError, match="model.micro_batch_size=2 makes as many micro-batches .* at least 4. Lower"):
+        check_batch(
+            Layout(world_size=2, pipeline=2, virtual=2),
+            global_batch_size=4,
+            micro_batch_size=2,
+            forward_micro_batch_size=2,
+        )
+
+
 def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert device_count(4, "cpu") == 4
