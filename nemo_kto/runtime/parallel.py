@@ -243,8 +243,8 @@ def check_batch(
         # the first stage would end its warm-up waiting for a row of the next one, and that for a gradient's shape
         raise ConfigError(
             f"model.micro_batch_size={micro_batch_size} makes as many micro-batches for each rank as there are "
-            f"pipeline stages, {layout.pipeline}; interleaved stages (model.virtual_pipeline_model_parallel_size) need "
-            f"at least {2 * layout.pipeline}. Lower it, or raise model.global_batch_size."
+            f"pipeline stages, {layout.pipeline}; interleaved stages (model.virtual_pipeline_model_parallel_size) "
+            f"need at least {2 * layout.pipeline}. Lower it, or raise model.global_batch_size."
         )
 
 
