@@ -179,12 +179,14 @@ class ModelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
     activations_checkpoint_granularity: Literal["selective", "full"] | None = None
     activations_checkpoint_method: Literal["uniform", "block"] | None = None
     activations_checkpoint_num_layers: int | None = None
+    moe_aux_loss_coeff: float = 0.0
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     make_vocab_size_divisible_by: int = 128
     num_layers: int | None = None
@@ -283,6 +285,9 @@ _LEAST = {
     "model.pipeline_model_parallel_size": 1,
     "model.virtual_pipeline_model_parallel_size": 1,
     "model.context_parallel_size": 1,
+    "model.expert_model_parallel_size": 1,
+    "model.expert_tensor_parallel_size": 1,
+    "model.moe_aux_loss_coeff": 0,
     "model.num_layers_in_first_pipeline_stage": 1,
     "model.num_layers_in_last_pipeline_stage": 1,
     "model.activations_checkpoint_num_layers": 1,

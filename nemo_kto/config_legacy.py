@@ -67,7 +67,6 @@ LATER_VALUES = {
 
 _ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.expert_model_parallel_size": ((1,), "Expert parallelism comes with a later version."),
     "model.peft.peft_scheme": ((None, "none"), "LoRA comes with a later version; set it to none."),
     "model.peft.restore_from_path": ((None,), "LoRA comes with a later version."),
     "model.peft.restore_from_ckpt.checkpoint_dir": ((None,), "LoRA comes with a later version."),

@@ -13,6 +13,7 @@ from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.sampling import epoch_length
 from nemo_kto.errors import ConfigError
+from nemo_kto.models import moe
 from nemo_kto.models.gpt import (
     Recompute,
     check_transformer_impl,
@@ -122,6 +123,8 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         virtual=settings.virtual_pipeline_model_parallel_size or 1,
         first_stage_layers=settings.num_layers_in_first_pipeline_stage,
         last_stage_layers=settings.num_layers_in_last_pipeline_stage,
+        expert=settings.expert_model_parallel_size,
+        expert_tensor=settings.expert_tensor_parallel_size,
     )
     parallel.check_launched(result)
     parallel.check_layout(
@@ -130,9 +133,17 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
             num_layers=hf_config.num_hidden_layers,
             num_attention_heads=hf_config.num_attention_heads,
             num_query_groups=hf_config.num_key_value_heads,
-            ffn_hidden_size=hf_config.intermediate_size,
+            ffn_hidden_size=None if all(moe.expert_layers(hf_config)) else hf_config.intermediate_size,
+            num_experts=moe.num_experts(hf_config),
+            expert_layers=[layer for layer, sparse in enumerate(moe.expert_layers(hf_config)) if sparse],
+            expert_ffn_hidden_size=moe.expert_ffn_hidden_size(hf_config),
         ),
     )
+    if settings.moe_aux_loss_coeff and not moe.num_experts(hf_config):
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff={settings.moe_aux_loss_coeff} needs a mixture of experts; this model is dense. "
+            "Set it to 0."
+        )
     if settings.activations_checkpoint_method == "uniform":
         group = settings.activations_checkpoint_num_layers
         assert group is not None, "parse_config has checked this"

@@ -304,7 +304,6 @@ def test_accepted(override, key, value):
         ("model.activations_checkpoint_method=block", ["checkpoint_method=block needs", "granularity=full"]),
         ("model.virtual_pipeline_model_parallel_size=0", ["virtual_pipeline_model_parallel_size=0", "at least 1"]),
         ("model.context_parallel_size=0", ["model.context_parallel_size=0", "at least 1"]),
-        ("model.expert_model_parallel_size=2", ["model.expert_model_parallel_size=2", "later version"]),
         ("model.peft.peft_scheme=lora", ["model.peft.peft_scheme=lora", "later version"]),
         ("model.kto.sft_loss_weight=0.1", ["model.kto.sft_loss_weight=0.1", "later version"]),
         ("model.kto.desirable_loss_weight=auto", ["model.kto.desirable_loss_weight=auto", "not available"]),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MixtralConfig
 
 from nemo_kto import resolve
 from nemo_kto.config import KTOConfig, SchedConfig, TrainerKTOConfig
@@ -50,6 +51,17 @@ def test_schedule(changes: dict[str, Any], total: int, per_epoch: int, val_inter
 def test_something_must_end_the_run() -> None:
     with pytest.raises(ConfigError, match="max_steps or trainer.kto.max_epochs"):
         plan(max_epochs=-1, max_steps=-1)
+
+
+def test_balancing_loads_needs_experts() -> None:
+    config = KTOConfig()
+    config.model.moe_aux_loss_coeff = 0.1
+    dense = LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    with pytest.raises(ConfigError, match="model.moe_aux_loss_coeff=0.1 needs a mixture of experts"):
+        resolve.layout(config, dense, "cpu")
+    config.model.tensor_model_parallel_size = config.trainer.devices = 2
+    with pytest.raises(ConfigError, match="model.sequence_parallel=true"):
+        resolve.layout(config, MixtralConfig(), "cpu")
 
 
 def make_config(tmp_path: Path, folder: Path | None = None) -> KTOConfig:

@@ -1,4 +1,4 @@
-"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Qwen2 and Qwen3.
+"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
 
 Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this rank.
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -23,10 +24,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kto.errors import ConfigError
+from nemo_kto.models import moe
 from nemo_kto.models.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
 from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
 from nemo_kto.runtime import parallel
@@ -96,11 +99,15 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
     Attributes:
         vocab_size: Number of real tokens; rows of the output weight from there on are padding.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+        family: Hugging Face's name of the architecture.
         attends_by_document: Whether its attention is `DocumentAttention` rather than Transformer Engine's.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, attends_by_document: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, real_vocab_size: int, family: str, attends_by_document: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.family = family
         self.padded_vocab_size: int = self.vocab_size
         self.vocab_size = real_vocab_size
         self.attends_by_document = attends_by_document
@@ -121,12 +128,23 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         return hidden
 
     def _preprocess(
-        self, input_ids: Any, position_ids: Any, *args: Any, packed_seq_params: PackedSeqParams, **kwargs: Any
+        self,
+        input_ids: Any,
+        position_ids: Any,
+        *args: Any,
+        packed_seq_params: PackedSeqParams,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """Return Megatron's inputs of the first layer, with the rotary embedding of each token's own position."""
+        """Return Megatron's inputs of the first layer, with the rotary embedding of each token's own position.
+
+        `padding_mask` `[1, T]` is divided as the tokens are; Megatron does so on the first stage only.
+        """
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
         described = replace(packed_seq_params, qkv_format="thd")  # else Megatron cuts the table into zigzag parts
         decoder_input, rotary, *rest = super()._preprocess(
-            input_ids, position_ids, *args, packed_seq_params=described, **kwargs
+            input_ids, position_ids, *args, packed_seq_params=described, padding_mask=padding_mask, **kwargs
         )
         if self.attends_by_document:
             rotary = rotary[position_ids[0]]
@@ -158,6 +176,7 @@ def build_gpt(
     vocab_pad_multiple: int = 128,
     params_dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
+    moe_aux_loss_coeff: float = 0.0,
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
@@ -174,6 +193,7 @@ def build_gpt(
         vocab_pad_multiple: The vocabulary is padded to a multiple of this, the same for every layout.
         params_dtype: Dtype of parameters and activations.
         recompute: What is computed again in the backward pass instead of being kept; None for nothing.
+        moe_aux_loss_coeff: Weight of the loss that balances the experts' loads, in a mixture of experts.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
@@ -189,6 +209,11 @@ def build_gpt(
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
         **_architecture(hf_config),
+        **moe.transformer_fields(
+            hf_config,
+            grouped_gemm=check_transformer_impl(transformer_impl),
+            aux_loss_coeff=moe_aux_loss_coeff,
+        ),
         **_execution(recompute),
     )
     place = parallel.position()
@@ -199,9 +224,10 @@ def build_gpt(
     model = KTOGPTModel(
         config,
         _block_spec(config, transformer_impl, chunk_number),
-        attends_by_document=_attends_by_document(config, transformer_impl),
+        attends_by_document=_attends_by_document(config, check_transformer_impl(transformer_impl)),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
+        family=hf_config.model_type,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
@@ -212,6 +238,7 @@ def build_gpt(
         vp_stage=chunk_number,
     )
     _mark_tensor_parallel_weights(model)
+    moe.mark_expert_weights(model)
     _clear_vocabulary(model)
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
@@ -270,7 +297,7 @@ def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": hf.model_type == "qwen2",
-        "qk_layernorm": hf.model_type == "qwen3",
+        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **_sliding_window(hf),
@@ -322,6 +349,8 @@ def _division(layout: parallel.Layout) -> dict[str, Any]:
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence,
         "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
@@ -350,34 +379,43 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
 def _block_spec(config: TransformerConfig, transformer_impl: str, chunk: int | None) -> TransformerBlockSubmodules:
     """Return the layers of one chunk of a pipeline stage."""
     use_transformer_engine = check_transformer_impl(transformer_impl)
+    norm = SequenceParallelRMSNorm
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm = TENorm
+    first = get_transformer_layer_offset(config, vp_stage=chunk)
+    last = first + get_num_layers_to_build(config, vp_stage=chunk)
+    experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
+    layers = {number: _layer_spec(config, use_transformer_engine, number) for number in set(experts)}
+    return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
+
+
+def _layer_spec(config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None) -> ModuleSpec:
+    """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
+    if use_transformer_engine:
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+            num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
-        norm = SequenceParallelRMSNorm
         _replace_norms(layer)
-    if _attends_by_document(config, transformer_impl):
+        if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    if _attends_by_document(config, use_transformer_engine):
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
-    layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return layer
 
 
-def _attends_by_document(config: TransformerConfig, transformer_impl: str) -> bool:
+def _attends_by_document(config: TransformerConfig, use_transformer_engine: bool) -> bool:
     """Return whether attention is `DocumentAttention`.
 
     None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
     tokens.
     """
-    return (
-        not check_transformer_impl(transformer_impl)
-        or config.params_dtype == torch.float32
-        or config.context_parallel_size > 1
-    )
+    return not use_transformer_engine or config.params_dtype == torch.float32 or config.context_parallel_size > 1
 
 
 def _replace_norms(layer: ModuleSpec) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.models import moe
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 _SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -49,13 +50,15 @@ def check_hf_config(config: PretrainedConfig) -> None:
         "hidden_act": config.hidden_act != "silu",
         "rope_parameters.rope_type": rope_parameters(config).get("rope_type", "default") not in _SUPPORTED_ROPE_TYPES,
         "partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0,
+        **moe.unsupported_fields(config),
     }
     for field, found in unsupported.items():
         if found:
             value = getattr(config, field.split(".")[0], None)
             raise ConfigError(
                 f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
-                f"output and feed-forward biases, hidden_act=silu and rope types {', '.join(_SUPPORTED_ROPE_TYPES)}."
+                f"output and feed-forward biases, hidden_act=silu, rope types {', '.join(_SUPPORTED_ROPE_TYPES)}, and "
+                "experts chosen without noise, two or more for each token where their probabilities are normalised."
             )
 
 

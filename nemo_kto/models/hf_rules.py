@@ -5,11 +5,12 @@ place in the full tensor and, for the fused gate and up projections, its half; t
 the Transformer Engine layers. So nothing here knows about tensor or pipeline parallelism.
 
 Tensor legend: `h` hidden size, `f` feed-forward size, `a` query heads, `g` key/value heads, `d` channels of a head,
-`v` vocabulary.
+`v` vocabulary, `e` experts, `m` feed-forward size of an expert.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from nemo_kto.models import moe
 
 Region = tuple[slice, ...]
 """A block of a full tensor, one slice with start and stop per dimension."""
@@ -150,38 +153,43 @@ class Rule:
     """One line of the table.
 
     Attributes:
-        key: Name of the Megatron tensor; `{layer}` stands for the layer's number, from 0.
+        key: Name of the Megatron tensor; `{layer}` and `{expert}` stand for numbers from 0.
         names: Names of the Hugging Face tensors.
         shapes: Their shapes.
         layout: How they make up the Megatron tensor.
+        layers: The layers that have it; for a name without `{layer}`, one number that does not matter.
+        experts: Number of experts that have it; for a name without `{expert}`, 1.
     """
 
     key: str
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     layout: Layout
+    layers: Sequence[int] = (0,)
+    experts: int = 1
 
-    def at(self, layer: str) -> Rule:
-        """Return the rule of one layer."""
-        names = tuple(name.format(layer=layer) for name in self.names)
-        return Rule(self.key.format(layer=layer), names, self.shapes, self.layout)
+    def at(self, layer: int | str, expert: int | str) -> Rule:
+        """Return the rule of one tensor."""
+        names = tuple(name.format(layer=layer, expert=expert) for name in self.names)
+        return Rule(self.key.format(layer=layer, expert=expert), names, self.shapes, self.layout)
 
 
 def rules_for(model: Any) -> list[Rule]:
     """Return the table of `model`, a KTOGPTModel on any rank: it covers all layers of all stages."""
     c = model.config
-    h, f, d = c.hidden_size, c.ffn_hidden_size, c.kv_channels
+    h, d = c.hidden_size, c.kv_channels
     queries, keys = c.num_attention_heads * d, c.num_query_groups * d
     vocab, qkv = PaddedVocab(model.vocab_size), FusedQKV(c.num_attention_heads // c.num_query_groups, d)
     ours, theirs = "decoder.layers.{layer}.", "model.layers.{layer}."
-    attention, mlp = ours + "self_attention.", ours + "mlp."
+    attention = ours + "self_attention."
+    layers = range(c.num_layers)
 
     def one(key: str, name: str, *shape: int, layout: Layout | None = None) -> Rule:
-        return Rule(key, (name,), (shape,), layout or Same())
+        return Rule(key, (name,), (shape,), layout or Same(), layers if "{layer}" in key else (0,))
 
     def fused(key: str, suffix: str, *columns: int) -> Rule:
         names = tuple(f"{theirs}self_attn.{part}_proj.{suffix}" for part in "qkv")
-        return Rule(key, names, ((queries, *columns), (keys, *columns), (keys, *columns)), qkv)
+        return Rule(key, names, ((queries, *columns), (keys, *columns), (keys, *columns)), qkv, layers)
 
     rules = [
         one("embedding.word_embeddings.weight", "model.embed_tokens.weight", model.vocab_size, h, layout=vocab),
@@ -189,10 +197,7 @@ def rules_for(model: Any) -> list[Rule]:
         one(attention + "linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", h),
         fused(attention + "linear_qkv.weight", "weight", h),
         one(attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", h, queries),
-        one(mlp + "linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", h),
-        one(mlp + "linear_fc1.weight_w", theirs + "mlp.gate_proj.weight", f, h),
-        one(mlp + "linear_fc1.weight_v", theirs + "mlp.up_proj.weight", f, h),
-        one(mlp + "linear_fc2.weight", theirs + "mlp.down_proj.weight", h, f),
+        *_feed_forward_rules(model),
     ]
     if not model.share_embeddings_and_output_weights:
         rules.append(one("output_layer.weight", "lm_head.weight", model.vocab_size, h, layout=vocab))
@@ -204,20 +209,54 @@ def rules_for(model: Any) -> list[Rule]:
     return rules
 
 
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe.", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp.", "gate_proj", "up_proj", "down_proj"),
+}
+"""Family -> its names of a mixture of experts and of an expert's gate, up and down projections."""
+
+
+def _feed_forward_rules(model: Any) -> Iterator[Rule]:
+    """Yield the rules of what follows attention in each layer: one feed-forward network, or a router and experts."""
+    c = model.config
+    h, f, m, e = c.hidden_size, c.ffn_hidden_size, c.moe_ffn_hidden_size, c.num_moe_experts
+    ours, theirs = "decoder.layers.{layer}.", "model.layers.{layer}."
+    sparse = [layer for layer, has_experts in enumerate(moe.pattern(c)) if has_experts]
+    dense = [layer for layer in range(c.num_layers) if layer not in sparse]
+
+    def one(layers: list[int], key: str, name: str, *shape: int, experts: int = 1) -> Rule:
+        return Rule(ours + key, (theirs + name,), (shape,), Same(), layers, experts)
+
+    if dense:
+        yield one(dense, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", h)
+        yield one(dense, "mlp.linear_fc1.weight_w", "mlp.gate_proj.weight", f, h)
+        yield one(dense, "mlp.linear_fc1.weight_v", "mlp.up_proj.weight", f, h)
+        yield one(dense, "mlp.linear_fc2.weight", "mlp.down_proj.weight", h, f)
+    if sparse:
+        mixture, gate, up, down = _EXPERT_NAMES[model.family]
+        expert, name = "mlp.experts.experts.{expert}.", mixture + "experts.{expert}."
+        yield one(sparse, "pre_mlp_layernorm.weight", "post_attention_layernorm.weight", h)
+        yield one(sparse, "mlp.router.weight", f"{mixture}gate.weight", e, h)
+        yield one(sparse, expert + "linear_fc1.weight_w", f"{name}{gate}.weight", m, h, experts=e)
+        yield one(sparse, expert + "linear_fc1.weight_v", f"{name}{up}.weight", m, h, experts=e)
+        yield one(sparse, expert + "linear_fc2.weight", f"{name}{down}.weight", h, m, experts=e)
+
+
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 def match(rules: Sequence[Rule], key: str) -> Rule:
-    """Return the rule of the Megatron tensor `key`, with the layer's number filled in.
+    """Return the rule of the Megatron tensor `key`, with the numbers of layer and expert filled in.
 
     Raises:
         KeyError: The table has no rule for `key`: it does not describe this model.
     """
-    found = _LAYER.search(key)
-    generic = _LAYER.sub("{layer}", key)
+    layer, expert = _LAYER.search(key), _EXPERT.search(key)
+    generic = _EXPERT.sub("{expert}", _LAYER.sub("{layer}", key))
     for rule in rules:
         if rule.key == generic:
-            return rule.at(found[0]) if found else rule
+            return rule.at(layer[0] if layer else 0, expert[0] if expert else 0)
     raise KeyError(f"no rule for the Megatron tensor {key}")
 
 
@@ -225,7 +264,6 @@ def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a Hugging Face folder of `model` must hold, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in rules_for(model):
-        layers = range(model.config.num_layers) if "{layer}" in rule.key else [0]
-        for layer in layers:
-            shapes.update(zip(rule.at(str(layer)).names, rule.shapes, strict=True))
+        for layer, expert in itertools.product(rule.layers, range(rule.experts)):
+            shapes.update(zip(rule.at(layer, expert).names, rule.shapes, strict=True))
     return shapes

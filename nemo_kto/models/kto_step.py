@@ -83,12 +83,17 @@ class RowScorer:
         self, loss: LossFunction, rows: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
         index, whole = next(rows)
-        row = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
-        row = row.shard(self.place.cp_rank, self.layout.context).to(self._device)
+        padded = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
+        row = padded.shard(self.place.cp_rank, self.layout.context).to(self._device)
+        padding_mask = None
+        if padded is not whole:  # for the balance of the experts' loads: tokens that only fill up the row do not count
+            first = self.place.cp_rank * row.tokens.numel()
+            padding_mask = torch.arange(first, first + row.tokens.numel(), device=self._device) >= whole.tokens.numel()
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
             attention_mask=None,
+            padding_mask=None if padding_mask is None else padding_mask[None],
             packed_seq_params=PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=row.cu_seqlens,

@@ -32,8 +32,9 @@ from nemo_kto.errors import DivergenceError
 from nemo_kto.models.gpt import Recompute, build_gpt, initialize_weights
 from nemo_kto.models.hf_weights import import_hf
 from nemo_kto.models.kto_step import RowScorer
+from nemo_kto.models.moe import expert_layers
 from nemo_kto.models.reference import ReferencePolicy, make_reference
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import parallel, router_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ class MegatronGPTKTOModel(LightningModule):
                 vocab_pad_multiple=model.make_vocab_size_divisible_by,
                 params_dtype=self.params_dtype,
                 recompute=self.recompute,
+                moe_aux_loss_coeff=model.moe_aux_loss_coeff,
             )
             for chunk in range(self.layout.virtual)
         )
@@ -170,6 +172,10 @@ class MegatronGPTKTOModel(LightningModule):
         self._add_metrics(sums, batch, baseline, logps)
         sums.reduce_()
         metrics = sums.means()
+        if self.config.model.moe_aux_loss_coeff:
+            metrics["moe_aux_loss"] = router_loss.take_mean(
+                num_layers=sum(expert_layers(self.hf_config)), num_micro_batches=len(rows), place=scorer.place
+            )
         seconds = time.perf_counter() - started
         metrics |= {
             **({"grad_norm": float(grad_norm)} if updated else {}),

@@ -2,18 +2,20 @@
 
 Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator
 states kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense
-models, tensor, pipeline and data parallelism, the plain optimizer and sharded checkpoints reach; nothing happens on
-import. The files named below are those of Megatron-Core 0.16.
+models and mixtures of experts, tensor, pipeline, expert and data parallelism, the optimizers and sharded checkpoints
+reach; nothing happens on import. The files named below are those of Megatron-Core 0.16.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nemo_kto.errors import ConfigError
 
@@ -51,6 +53,9 @@ def enable_cpu() -> None:
     patch_gradient_clipping()
     patch_tensor_types()
     patch_distributed_optimizer_load()
+    patch_token_dispatcher()
+    patch_router_compilation()
+    patch_uneven_exchanges()
     setattr(torch.cuda, _DONE_MARK, True)
 
 
@@ -121,6 +126,43 @@ def patch_distributed_optimizer_load() -> None:
     module.DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_the_step
 
 
+def patch_token_dispatcher() -> None:
+    """Leave out the CUDA stream on which the expert dispatcher brings token counts to the CPU.
+
+    Reason: `MoEAlltoAllTokenDispatcher` (transformer/moe/token_dispatcher.py) makes a stream for those copies when it
+    is built. Here the counts are on the CPU already; only the arrays that the exchange expects are made of them.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher = module.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = _CPU  # whatever is not None: a stream is made only then
+    dispatcher._maybe_dtoh_and_synchronize = _counts_as_arrays
+
+
+def patch_router_compilation() -> None:
+    """Run the router's method for biases, which nothing here uses, without compiling it first.
+
+    Reason: `TopKRouter._apply_expert_bias` (transformer/moe/router.py) is a `torch.compile`d function, called for
+    every micro-batch and layer; torch's compiler starts for it, which takes seconds and a C++ compiler.
+    """
+    router = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
+    compiled = router._apply_expert_bias
+    router._apply_expert_bias = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def patch_uneven_exchanges() -> None:
+    """Gather and scatter parts of different lengths by summing whole tensors.
+
+    Reason: processes that share experts and differ in the tokens sent to them exchange them by `all_gather` and
+    `reduce_scatter` with a length for each rank (tensor_parallel/mappings.py); gloo takes equal lengths only.
+    """
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, uneven in (
+        ("_gather_along_first_dim", _gather_uneven),
+        ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
+    ):
+        setattr(mappings, name, functools.partial(_even_or, uneven, getattr(mappings, name)))
+
+
 class _TorchOnCpu(types.ModuleType):
     """`torch`, except that the tensor factories read the device "cuda" as "cpu"."""
 
@@ -168,6 +210,42 @@ def _set_states_but_the_step(self: Any, model_param: torch.Tensor, tensors: dict
     for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
         if name != "step":
             target.copy_(tensors[name])
+
+
+def _counts_as_arrays(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    for name in ("input_splits", "output_splits", "output_splits_tp"):
+        counts = getattr(self, name)
+        if torch.is_tensor(counts):
+            setattr(self, name, counts.numpy())
+    return tokens_per_expert
+
+
+def _even_or(
+    uneven: Callable[..., torch.Tensor],
+    even: Callable[..., torch.Tensor],
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    if split_sizes is None or group.size() == 1:
+        return even(input_, group, None, use_global_buffer)
+    return uneven(input_, group, split_sizes)
+
+
+def _gather_uneven(input_: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return all ranks' parts, of `sizes` along the first dimension: one all-reduce."""
+    output = input_.new_zeros(sum(sizes), *input_.shape[1:])
+    output.split(sizes)[group.rank()].copy_(input_)
+    dist.all_reduce(output, group=group)
+    return output
+
+
+def _reduce_scatter_uneven(input_: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return this rank's part, of `sizes` along the first dimension, of the sum: one all-reduce."""
+    total = input_.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].contiguous()
 
 
 def _current_device() -> torch.device:

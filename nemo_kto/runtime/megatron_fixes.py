@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.transformer.moe import moe_utils
 
 
 def exchange_shapes_in_order() -> None:
@@ -22,6 +23,16 @@ def exchange_shapes_in_order() -> None:
       neighbour one after the other, each then waits for the other for ever. Only what is received has to be there.
     """
     p2p_communication.P2PCommunicator._communicate_shapes = _communicate_shapes
+
+
+def route_without_transformer_engine() -> None:
+    """Let a router multiply with torch where Transformer Engine cannot be imported; idempotent.
+
+    `RouterGatingLinearFunction` (transformer/moe/moe_utils.py, Megatron-Core 0.16) asks whether Transformer Engine's
+    kernel is None. Where its import has failed there is no such name at all, and the router ends in a NameError.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _communicate_shapes(

@@ -6,7 +6,7 @@ Everything outside `runtime/` receives groups, ranks and sizes from here and nev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ class Layout:
         virtual: Model chunks of each pipeline stage; more than one interleaves the stages.
         first_stage_layers: Layers of the first pipeline stage; None for as many as the others.
         last_stage_layers: Layers of the last pipeline stage; None for as many as the others.
+        expert: Expert-model-parallel size: among how many processes the experts of a layer are dealt.
+        expert_tensor: Tensor-model-parallel size of the experts; None for that of everything else.
     """
 
     world_size: int
@@ -41,6 +43,8 @@ class Layout:
     virtual: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def data(self) -> int:
@@ -52,24 +56,46 @@ class Layout:
         """Processes that hold one model together and work on the same samples."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def expert_tensor_size(self) -> int:
+        """Number of processes that share each expert."""
+        return self.expert_tensor or self.tensor
+
     def __str__(self) -> str:
         """Return the layout as one readable line."""
         tensor = f"tensor {self.tensor}{' with sequence parallelism' if self.sequence else ''}"
         pipeline = f"pipeline {self.pipeline}{f' ({self.virtual} chunks each)' if self.virtual > 1 else ''}"
+        experts = ""
+        if self.expert > 1 or self.expert_tensor_size != self.tensor:
+            experts = f", experts: expert {self.expert} x tensor {self.expert_tensor_size}"
         return (
             f"{self.world_size} process{'es' if self.world_size != 1 else ''}: "
             f"{tensor} x {pipeline}{f' x context {self.context}' if self.context > 1 else ''} x data {self.data}"
+            f"{experts}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The sizes of a model that a layout has to divide."""
+    """The sizes of a model that a layout has to divide.
+
+    Attributes:
+        num_layers: Transformer layers.
+        num_attention_heads: Query heads.
+        num_query_groups: Key/value heads.
+        ffn_hidden_size: Channels inside the dense feed-forward layers; None without any.
+        num_experts: Experts of each layer that has some; 0 for a dense model.
+        expert_layers: Numbers of those layers, from 0.
+        expert_ffn_hidden_size: Channels inside an expert.
+    """
 
     num_layers: int
     num_attention_heads: int
     num_query_groups: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int | None
+    num_experts: int = 0
+    expert_layers: Sequence[int] = ()
+    expert_ffn_hidden_size: int = 0
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
@@ -87,7 +113,7 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
         ("key/value heads (query groups)", sizes.num_query_groups),
         ("feed-forward units", sizes.ffn_hidden_size),
     ):
-        if value % layout.tensor:
+        if value is not None and value % layout.tensor:
             raise ConfigError(
                 f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor}. "
                 f"Choose a tensor-parallel size that divides {value}."
@@ -99,6 +125,7 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
             "heads that tensor parallelism leaves to each. Choose a smaller context-parallel size."
         )
     _check_stages(layout, sizes.num_layers)
+    _check_experts(layout, sizes)
 
 
 def _check_stages(layout: Layout, num_layers: int) -> None:
@@ -127,6 +154,65 @@ def _check_stages(layout: Layout, num_layers: int) -> None:
                 f"A pipeline stage's {layers} layers cannot be divided into "
                 f"model.virtual_pipeline_model_parallel_size={layout.virtual} chunks. Choose a divisor of {layers}."
             )
+
+
+def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
+    """Raise a ConfigError when the experts cannot be divided as the layout says, or there are none."""
+    expert, tensor = layout.expert, layout.expert_tensor_size
+    if not sizes.num_experts:
+        for key, value in (
+            ("model.expert_model_parallel_size", expert if expert > 1 else None),
+            ("model.expert_tensor_parallel_size", layout.expert_tensor),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key}={value} needs a mixture of experts; this model is dense. Leave it out.")
+        return
+    if layout.tensor > 1 and not layout.sequence:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={layout.tensor} needs model.sequence_parallel=true with a mixture of "
+            "experts: otherwise each of the processes would route every token."
+        )
+    if sizes.num_experts % expert:
+        raise ConfigError(
+            f"The model's {sizes.num_experts} experts cannot be divided by model.expert_model_parallel_size={expert}. "
+            f"Choose a divisor of {sizes.num_experts}."
+        )
+    if sizes.expert_ffn_hidden_size % tensor:
+        raise ConfigError(
+            f"The {sizes.expert_ffn_hidden_size} channels of an expert cannot be divided by the experts' tensor-"
+            f"parallel size {tensor}. Set model.expert_tensor_parallel_size to a divisor."
+        )
+    together = expert * tensor * layout.pipeline
+    if layout.world_size % together:
+        raise ConfigError(
+            f"{layout.world_size} processes (trainer.devices x trainer.num_nodes) cannot be divided by "
+            f"model.expert_model_parallel_size={expert} x the experts' tensor-parallel size {tensor} "
+            f"(model.expert_tensor_parallel_size) x model.pipeline_model_parallel_size={layout.pipeline} = "
+            f"{together}. Use a multiple of {together} processes or smaller parallel sizes."
+        )
+    for stage, layers in enumerate(_stages(layout, sizes.num_layers)):
+        if not set(layers) & set(sizes.expert_layers):
+            # Megatron would not restore the experts' optimizer: a stage without any does not know its number of steps
+            raise ConfigError(
+                f"Pipeline stage {stage} would hold dense layers only ({', '.join(map(str, layers))}); each has to "
+                "hold experts. Lower model.pipeline_model_parallel_size, or shift the layers with "
+                "model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
+            )
+
+
+def _stages(layout: Layout, num_layers: int) -> list[list[int]]:
+    """Return the layers of each pipeline stage of a checked `layout`, whose chunks take turns."""
+    given = {0: layout.first_stage_layers, layout.pipeline - 1: layout.last_stage_layers}
+    known = {stage: layers for stage, layers in given.items() if layers is not None}
+    others = (num_layers - sum(known.values())) // max(layout.pipeline - len(known), 1)
+    stages: list[list[int]] = [[] for _ in range(layout.pipeline)]
+    start = 0
+    for _ in range(layout.virtual):
+        for stage, layers in enumerate(stages):
+            end = start + known.get(stage, others) // layout.virtual
+            layers.extend(range(start, end))
+            start = end
+    return stages
 
 
 def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
@@ -193,6 +279,7 @@ def check_launched(layout: Layout) -> None:
 
 def initialize(layout: Layout, *, seed: int) -> None:
     """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group."""
+    megatron_fixes.route_without_transformer_engine()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():
@@ -201,6 +288,8 @@ def initialize(layout: Layout, *, seed: int) -> None:
             pipeline_model_parallel_size=layout.pipeline,
             context_parallel_size=layout.context,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor_size,
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -9,15 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
 GLOBAL_BATCH_SIZE = 8
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "head_dim": 8,
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,21 +37,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Save a tiny Llama with its tokenizer."""
+def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False) -> Path:
+    """Save a tiny Llama, or with `experts` a Qwen3-MoE of three sparse layers and a dense one, with its tokenizer."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # far from uniform predictions, so that numbers differ between samples
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
+        "initializer_range": 0.2,
+    }
+    config = Qwen3MoeConfig(**sizes, **EXPERTS) if experts else LlamaConfig(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -124,3 +135,16 @@ def read_series(log_dir: Path) -> dict[str, dict[int, float]]:
         for name in events.Tags()["scalars"]:
             series.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
     return series
+
+
+RELATIVE = ("train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected", "val/loss")
+SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins", "val/kl")
+"""Differences of nearly equal log-probs: their error is that of the log-probs, not of their own size."""
+
+
+def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
+    """Compare two series as closely as float32 allows."""
+    for name in RELATIVE:
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
+    for name in SMALL:
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=2e-5), name

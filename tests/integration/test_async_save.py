@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from lightning.pytorch import Callback
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_kto.runtime.checkpoint import is_finished, newest_last
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
+from tests.integration.assets import read_series, settings, train_on_rank
 
 SAVING = {
     "exp_manager__create_checkpoint_callback": True,
@@ -24,14 +23,6 @@ SAVING = {
     "trainer__kto__save_interval": 2,
 }
 SECONDS_TO_WRITE = 0.7
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("async")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    return folder
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""One result for every layout: real training runs on real gloo ranks against one process; the first step."""
+"""The plain layouts over ten steps and all micro-batch sizes, and what must hold for single batches.
+
+Every other layout: tests/integration/test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_harness import free_port
-from tests.integration.assets import (
-    make_model_folder,
-    read_series,
-    settings,
-    train_on_rank,
-    write_feedback,
-)
+from tests.integration.assets import assert_alike, read_series, write_feedback
 
 LAYOUTS = {
     "one": (1, {}),
@@ -24,64 +20,20 @@ LAYOUTS = {
     "tp2": (2, {"model__tensor_model_parallel_size": 2}),
     "pp2": (2, {"model__pipeline_model_parallel_size": 2}),
     "tp2pp2": (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
-}
-TP2_SP = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
-VPP2 = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
-UNEVEN = {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1}
-OVERLAP = {"model__optim__overlap_grad_sync": True, "model__optim__overlap_param_sync": True}
-CP2 = {"model__context_parallel_size": 2}
-MORE_LAYOUTS = {
-    "cp2": (2, CP2),
-    "tp2sp_cp2": (4, {**TP2_SP, **CP2}),
-    "cp2_dp2_overlap": (4, {**CP2, **OVERLAP}),
-    "tp2sp": (2, TP2_SP),
-    "dp2_overlap": (2, OVERLAP),
-    "tp2sp_dp2_overlap": (4, {**TP2_SP, **OVERLAP}),
-    # as many micro-batches as stages: stages that only warm up talk to others that exchange both directions at once
-    "pp2vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
-    "pp2vpp2": (2, VPP2),
-    "pp2uneven": (2, UNEVEN),
-    "tp2sp_pp2vpp2": (4, {**TP2_SP, **VPP2}),
-}
-RECOMPUTE = {
-    "selective": {"model__activations_checkpoint_granularity": "selective"},
-    "uniform": {
-        "model__activations_checkpoint_granularity": "full",
-        "model__activations_checkpoint_method": "uniform",
-        "model__activations_checkpoint_num_layers": 1,
-    },
-    "block": {
-        "model__activations_checkpoint_granularity": "full",
-        "model__activations_checkpoint_method": "block",
-        "model__activations_checkpoint_num_layers": 1,
-    },
+    "cp2": (2, {"model__context_parallel_size": 2}),
 }
 CASES = list(itertools.product(LAYOUTS, (1, 2, 4)))
-RELATIVE = ("train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected", "val/loss")
-SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins", "val/kl")
-"""Differences of nearly equal log-probs: their error is that of the log-probs, not of their own size."""
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    write_feedback(folder / "validation.jsonl", number=11, seed=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Callable[..., Any]:
+def run(train: Callable[..., Path]) -> Callable[..., Any]:
     """Return `run(layout, **changes)`: the series of a run under that layout."""
 
-    def train(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
-        log_dir = tmp_path_factory.mktemp("run")
-        world_size, sizes = {**LAYOUTS, **MORE_LAYOUTS}[layout]
-        run_ranks(train_on_rank, world_size, free_port(), settings(root, log_dir, **sizes, **changes))
-        return read_series(log_dir)
+    def get(layout: str, **changes: Any) -> dict[str, dict[int, float]]:
+        world_size, sizes = LAYOUTS[layout]
+        return read_series(train(world_size, **sizes, **changes))
 
-    return train
+    return get
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +60,6 @@ def test_every_layout_trains_alike(series: Any, layout: str, micro_batch_size: i
     actual = series(layout, micro_batch_size)
     assert len(actual["train/loss"]) == 10 and len(actual["val/loss"]) == 2
     assert_alike(actual, series("one", 1))
-
-
-@pytest.mark.parametrize("layout", MORE_LAYOUTS)
-def test_divided_sequences_and_stages_and_overlap_train_alike(series: Any, layout: str) -> None:
-    assert_alike(series(layout, 2), series("one", 1))
-
-
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("layout", ["one", pytest.param("tp2sp_pp2vpp2", marks=pytest.mark.slow)])
-def test_recomputing_changes_nothing(run: Any, series: Any, layout: str, recompute: str) -> None:
-    actual = run(layout, **RECOMPUTE[recompute], model__micro_batch_size=2, trainer__kto__max_steps=10)
-    for name in ("train/loss", "train/grad_norm"):
-        assert actual[name] == pytest.approx(series("one", 1)[name], rel=1e-5), name
-
-
-def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
-    for name in RELATIVE:
-        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
-    for name in SMALL:
-        assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=2e-5), name
 
 
 def test_the_run_learns_something(series: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo_kto.data.batching import Document, KTOBatch
 from nemo_kto.data.datamodule import KTODataModule
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
+    EXPERTS,
     GLOBAL_BATCH_SIZE,
     make_model_folder,
     make_tokenizer,
@@ -36,6 +38,7 @@ NAMES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "grad_norm")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("oracle")
     make_model_folder(folder / "hf")
+    make_model_folder(folder / "experts", experts=True)
     write_feedback(folder / "train.jsonl", number=40, seed=5)
     write_feedback(folder / "validation.jsonl", number=11, seed=6)
     return folder
@@ -71,9 +74,9 @@ def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
 class Pair:
     """Policy and reference, and what the paper computes from them for one batch, in the most direct way."""
 
-    def __init__(self, root: Path, *, average: bool, kl_group: int) -> None:
+    def __init__(self, folder: Path, *, average: bool, kl_group: int) -> None:
         self.policy, self.reference = (
-            AutoModelForCausalLM.from_pretrained(root / "hf", dtype=torch.float32, attn_implementation="eager")
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
             for _ in range(2)
         )
         self.average = average
@@ -102,10 +105,52 @@ class Pair:
         return losses, r, z
 
 
-def oracle(root: Path, *, average: bool, class_mean: bool, kl_group: int) -> dict[str, list[float]]:
+class LoadBalance:
+    """The load-balancing loss of a policy's routers (Switch Transformer, arXiv 2101.03961, eq. 4 to 6).
+
+    Attributes:
+        logits: For each router, the logits of each document that was scored with gradients.
+    """
+
+    def __init__(self, policy: torch.nn.Module) -> None:
+        routers = [module for name, module in policy.named_modules() if name.endswith("mlp.gate")]
+        self.logits: list[list[torch.Tensor]] = [[] for _ in routers]
+        for documents, router in zip(self.logits, routers, strict=True):
+            router.register_forward_hook(partial(self.keep, documents))
+
+    @staticmethod
+    def keep(documents: list[torch.Tensor], router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            documents.append(output[0])
+
+    def take(self) -> torch.Tensor:
+        """Return the loss `[layers, micro-batches]` and forget the logits."""
+        losses = [
+            self.of_micro_batch(torch.cat(documents[start : start + MICRO_BATCH_SIZE]))
+            for documents in self.logits
+            for start in range(0, len(documents), MICRO_BATCH_SIZE)
+        ]
+        number = len(self.logits)
+        for documents in self.logits:
+            documents.clear()
+        return torch.stack(losses).reshape(number, -1)
+
+    @staticmethod
+    def of_micro_batch(logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of `[T, experts]`: experts x sum of (share of the choices x mean probability)."""
+        probabilities = logits.softmax(-1)
+        number, chosen = logits.shape[1], EXPERTS["num_experts_per_tok"]
+        choices = torch.bincount(logits.topk(chosen).indices.flatten(), minlength=number)
+        return number * (choices / choices.sum() * probabilities.mean(0)).sum()
+
+
+def oracle(
+    root: Path, *, model: str = "hf", average: bool, class_mean: bool, kl_group: int, aux_coeff: float = 0.0
+) -> dict[str, list[float]]:
     """Train, then validate, and return the series."""
-    pair = Pair(root, average=average, kl_group=kl_group)
+    pair = Pair(root / model, average=average, kl_group=kl_group)
     policy = pair.policy
+    balance = LoadBalance(policy) if aux_coeff else None
     training, validation = batches(root)
     matrices = [p for p in policy.parameters() if p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.dim() == 1]
@@ -120,7 +165,12 @@ def oracle(root: Path, *, average: bool, class_mean: bool, kl_group: int) -> dic
         good = batch.desirable
         loss = losses[good].mean() + losses[~good].mean() if class_mean else losses.mean()
         optimizer.zero_grad()
-        loss.backward()
+        objective = loss
+        if balance is not None:
+            aux_losses = balance.take()
+            objective = loss + aux_coeff * aux_losses.sum(0).mean()
+            series.setdefault("moe_aux_loss", []).append(aux_losses.mean().item())
+        objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         rate = MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * step / STEPS)) / 2
         for group in optimizer.param_groups:
@@ -175,3 +225,24 @@ def test_ten_steps_equal_the_oracle(
     assert (
         max(expected["kl"]) > 0 and (average or expected["val/kl"][0] > 0) and min(expected["grad_norm"]) > CLIP / 10
     )
+
+
+def test_experts_and_their_balance_equal_the_oracle(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    coeff = 0.1
+    changes = {
+        "pretrained_checkpoint__restore_from_path": str(root / "experts"),
+        "model__micro_batch_size": MICRO_BATCH_SIZE,
+        "model__moe_aux_loss_coeff": coeff,
+        "model__kto__desirable_loss_weight": DESIRABLE_WEIGHT,
+        "model__kto__undesirable_loss_weight": UNDESIRABLE_WEIGHT,
+        "model__optim__weight_decay": WEIGHT_DECAY,
+        "trainer__kto__gradient_clip_val": CLIP,
+    }
+    run_ranks(train_on_rank, 2, free_port(), settings(root, tmp_path, **changes, model__expert_model_parallel_size=2))
+    actual = read_series(tmp_path)
+    expected = oracle(
+        root, model="experts", average=False, class_mean=False, kl_group=GLOBAL_BATCH_SIZE, aux_coeff=coeff
+    )
+    for name in (*NAMES, "moe_aux_loss"):
+        tolerance = 2e-5 if "kl" in name or "rewards" in name else 0.0
+        assert list(actual[f"train/{name}"].values()) == pytest.approx(expected[name], rel=1e-4, abs=tolerance), name

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
+from tests.integration.assets import read_series, settings, train_on_rank
 
 TENSOR = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
 PIPELINE = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
@@ -20,26 +20,15 @@ LAYOUTS = {"one": (1, {}), "tp2sp": (2, TENSOR), "pp2vpp2": (2, PIPELINE), "dp2_
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("precision")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Callable[..., Any]:
+def run(train: Callable[..., Path]) -> Callable[..., Path]:
     """Return `run(layout, precision, **changes)`: the log folder of a run of five steps."""
 
-    def train(layout: str, precision: str, **changes: Any) -> Path:
+    def get(layout: str, precision: str, **changes: Any) -> Path:
         world_size, sizes = LAYOUTS[layout]
         changes = {"trainer__kto__max_steps": 5, "model__micro_batch_size": 2, **sizes, **changes}
-        log_dir = changes.pop("log_dir", None) or tmp_path_factory.mktemp("run")
-        values = settings(root, log_dir, trainer__precision=precision, **changes)
-        run_ranks(train_on_rank, world_size, free_port(), values)
-        return Path(log_dir)
+        return train(world_size, trainer__precision=precision, **changes)
 
-    return train
+    return get
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

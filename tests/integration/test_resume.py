@@ -17,7 +17,6 @@ from tests.integration.assets import (
     refusal_on_rank,
     settings,
     train_on_rank,
-    write_feedback,
 )
 
 LEARNING_RATE = 1e-3
@@ -28,13 +27,8 @@ CONSTANT = {
     "trainer__kto__save_interval": 1,
 }
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    return folder
+TP2_SP = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
+EP2 = {"model__expert_model_parallel_size": 2}
 
 
 @pytest.fixture
@@ -90,7 +84,7 @@ def test_another_run_is_not_resumed(
 CHAINS = {
     "layouts": [
         (1, {}),
-        (2, {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}),
+        (2, TP2_SP),
         (2, {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}),
         (2, {}),
     ],
@@ -100,18 +94,36 @@ CHAINS = {
         (2, {"model__context_parallel_size": 2}),
         (1, {}),
     ],
+    "experts": [
+        (2, EP2),
+        (2, TP2_SP),
+        (1, {}),
+        (2, {"model__pipeline_model_parallel_size": 2}),
+    ],
+    "experts, whole ones": [
+        (2, EP2),
+        (2, {**TP2_SP, **EP2, "model__expert_tensor_parallel_size": 1}),
+        (1, {}),
+        (2, {"model__pipeline_model_parallel_size": 2}),
+    ],
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "chain",
+    [pytest.param(name, marks=pytest.mark.slow if name == "experts, whole ones" else ()) for name in CHAINS],
+)
 def test_a_run_goes_on_under_one_layout_after_the_other(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], chain: str
 ) -> None:
     """Two steps under each, against eight in one process."""
+    model = {"pretrained_checkpoint__restore_from_path": str(root / ("experts" if "experts" in chain else "hf"))}
     for index, (world_size, changes) in enumerate(CHAINS[chain]):
-        values = settings(root, tmp_path / "chain", **CONSTANT, **changes, trainer__kto__max_steps=2 * index + 2)
+        steps = {"trainer__kto__max_steps": 2 * index + 2}
+        values = settings(root, tmp_path / "chain", **CONSTANT, **model, **changes, **steps)
         run_ranks(train_on_rank, world_size, free_port(), values)
-    run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path / "one", **CONSTANT, trainer__kto__max_steps=8))
+    alone = settings(root, tmp_path / "one", **CONSTANT, **model, trainer__kto__max_steps=8)
+    run_ranks(train_on_rank, 1, free_port(), alone)
     actual, expected = read_series(tmp_path / "chain"), read_series(tmp_path / "one")
     for name in ("train/loss", "train/grad_norm"):
         assert len(actual[name]) == 8

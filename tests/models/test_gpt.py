@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.models import moe
 from nemo_kto.models.gpt import (
     KTOGPTModel,
+    SequenceParallelRMSNorm,
     build_gpt,
     hf_config_from_sizes,
     initialize_weights,
@@ -19,6 +22,7 @@ from nemo_kto.models.gpt import (
     padded_vocabulary,
 )
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.attention import DocumentAttention
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from tests.models import tiny_hf
 
@@ -73,7 +77,9 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
-    with pytest.raises(ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    ):
         load_hf_config(write_config(tmp_path, {**OLD_STYLE, "model_type": model_type}))
 
 
@@ -94,6 +100,55 @@ def test_unsupported_feature_is_named(tmp_path: Path, field: str, value: object)
         del config["rope_scaling"], config["rope_theta"]
     with pytest.raises(ConfigError, match="partial_rotary|rope_type" if "rope" in field else field[:5]):
         load_hf_config(write_config(tmp_path, config))
+
+
+SPARSE: dict[str, Any] = {
+    **{key: value for key, value in OLD_STYLE.items() if not key.startswith("rope")},
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("router_jitter_noise", 0.1), ("num_experts_per_tok", 1), ("num_experts_per_tok", 5)]
+)
+def test_unsupported_feature_of_a_router_is_named(tmp_path: Path, field: str, value: object) -> None:
+    load_hf_config(write_config(tmp_path, SPARSE))
+    with pytest.raises(ConfigError, match=f"{field} is not supported with the value {value}"):
+        load_hf_config(write_config(tmp_path, {**SPARSE, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [True, True, True, True]),
+        ({"mlp_only_layers": [0, 2]}, [False, True, False, True]),
+        ({"decoder_sparse_step": 2}, [False, True, False, True]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, [False, True, False, False]),
+        ({"num_experts": 0}, [False] * 4),
+    ],
+)
+def test_which_layers_of_qwen3_moe_hold_experts(fields: dict[str, Any], expected: list[bool]) -> None:
+    """As Qwen3MoeDecoderLayer of transformers chooses."""
+    config = Qwen3MoeConfig(**tiny_hf.SIZES, **fields)
+    assert list(moe.expert_layers(config)) == expected
+    assert moe.num_experts(config) == (128 if any(expected) else 0)
+
+
+def test_configuration_of_qwen3_moe_as_published_is_understood(tmp_path: Path) -> None:
+    """Published folders say `num_experts`; transformers 5 writes `num_local_experts`."""
+    published = {
+        **{key: value for key, value in SPARSE.items() if key != "num_local_experts"},
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+        "mlp_only_layers": [],
+    }
+    config = load_hf_config(write_config(tmp_path, published))
+    assert (moe.num_experts(config), moe.expert_ffn_hidden_size(config)) == (16, 24)
 
 
 # making
@@ -188,17 +243,36 @@ def check_construction() -> None:
     with pytest.raises(ConfigError, match="transformer_impl=transformer_engine needs .*Use auto or local"):
         build(sizes["llama"], transformer_impl="transformer_engine")
     check_shard_marks(sizes["qwen2_tied"])
+    check_shard_marks(sizes["qwen3_moe_mixed"])
+    check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
+    check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
 
 
 def check_shard_marks(config: Any) -> None:
     """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
     for name, parameter in build(config).named_parameters():
-        is_norm = "norm" in name
-        assert getattr(parameter, "tensor_model_parallel", False) is not is_norm, name
-        if not is_norm:
+        is_whole = "norm" in name or "router" in name
+        assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
+        # every rank of the data-parallel group holds a copy, but of experts
+        assert getattr(parameter, "allreduce", True) is ("experts" not in name), name
+        if not is_whole:
             row_parallel = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             assert parameter.partition_dim == int(row_parallel), name
+
+
+def check_experts(config: Any, *, norms_chosen: bool) -> None:
+    """Every layer scores documents apart; sparse ones route in float32, without dropping tokens."""
+    layers = build(config, moe_aux_loss_coeff=0.1).decoder.layers
+    assert [isinstance(layer.mlp, MoELayer) for layer in layers] == list(moe.expert_layers(config))
+    for layer in layers:
+        assert isinstance(layer.self_attention.core_attention, DocumentAttention)
+        assert isinstance(layer.pre_mlp_layernorm, SequenceParallelRMSNorm)
+    router = layers[-1].mlp.router.config
+    assert (router.moe_router_dtype, router.moe_expert_capacity_factor) == ("fp32", None)
+    assert router.moe_router_pre_softmax is not norms_chosen
+    assert (router.moe_router_load_balancing_type, router.moe_aux_loss_coeff) == ("aux_loss", 0.1)
+    assert build(config).config.moe_router_load_balancing_type == "none"
 
 
 def check_random_weights(config: Any) -> None:

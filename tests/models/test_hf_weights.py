@@ -15,23 +15,48 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.models import hf_weights
 from nemo_kto.models.gpt import KTOGPTModel, build_gpt, hf_config_from_sizes, initialize_weights, load_hf_config
 from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf, import_hf
+from nemo_kto.models.moe import num_experts
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from tests.models import tiny_hf
 
-LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP1": {},
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "EP2": {"expert": 2},
+    "TP2EP2": {"tensor": 2, "expert": 2, "expert_tensor": 1},
+    "ETP2": {"expert_tensor": 2},
+}
 FOLDERS = [*tiny_hf.families(), "llama_files", "llama_bf16"]
+SPARSE = [name for name, config in tiny_hf.families().items() if num_experts(config)]
+
+
+def folders_of(layout: str) -> list[str]:
+    """Return the folders that can be divided so: only mixtures of experts have experts to divide."""
+    return SPARSE if LAYOUTS[layout].keys() & {"expert", "expert_tensor"} else FOLDERS
+
+
+CASES = [(layout, name) for layout in LAYOUTS for name in folders_of(layout)]
 SMALL_FILE = 20_000
 
 
-def build(hf_config: Any, layout: str, **options: Any) -> KTOGPTModel:
-    """Make the groups of `layout` and this rank's part of a model, filled with NaN."""
-    tensor, pipeline = LAYOUTS[layout]
+def division(layout: str, *, sequence: bool = False) -> parallel.Layout:
+    """Return a layout by its name."""
+    return parallel.Layout(world_size=1 if layout == "TP1" else 2, sequence=sequence, **LAYOUTS[layout])
+
+
+def divide(layout: str) -> None:
+    """Make the groups of `layout`: once for many models, as every group keeps threads."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    division = parallel.Layout(world_size=tensor * pipeline, tensor=tensor, pipeline=pipeline)
-    parallel.initialize(division, seed=1)
-    model = build_gpt(hf_config, division, **options)
+    parallel.initialize(division(layout), seed=1)
+
+
+def build(hf_config: Any, layout: str) -> KTOGPTModel:
+    """Make this rank's part of a model, filled with NaN; its groups exist."""
+    sequence = "tensor" in LAYOUTS[layout] and num_experts(hf_config) > 0
+    model = build_gpt(hf_config, division(layout, sequence=sequence))
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
@@ -44,7 +69,8 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
     """Import every folder, save its logits, export it again, and note what was read."""
     enable_cpu()
     for layout in layouts:
-        for name in FOLDERS:
+        divide(layout)
+        for name in folders_of(layout):
             hf_config = load_hf_config(source / name)
             model = build(hf_config, layout)
             with count_reads() as reads:
@@ -69,8 +95,8 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
 
 
 def export_random(folder: Path, layout: str) -> None:
-    """Export a model with random weights."""
-    sizes = hf_config_from_sizes(
+    """Export models with random weights."""
+    dense = hf_config_from_sizes(
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=48,
@@ -79,10 +105,13 @@ def export_random(folder: Path, layout: str) -> None:
         vocab_size=tiny_hf.VOCAB_SIZE,
         max_position_embeddings=64,
     )
-    model = build(sizes, layout)
-    initialize_weights(model, seed=5, std=0.02)
-    assert not any(parameter.isnan().any() for parameter in model.parameters())
-    export_hf([model], sizes, folder)
+    for name, sizes in {"dense": dense, "experts": tiny_hf.families()["qwen3_moe_mixed"]}.items():
+        if name == "dense" and folders_of(layout) == SPARSE:
+            continue
+        model = build(sizes, layout)
+        initialize_weights(model, seed=5, std=0.02)
+        assert not any(parameter.isnan().any() for parameter in model.parameters())
+        export_hf([model], sizes, folder / name)
 
 
 class count_reads:
@@ -124,22 +153,20 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     """Folder of what each layout made of the folders in `source`."""
     root = tmp_path_factory.mktemp("results")
     run_ranks(convert_folders, 1, source, root, ["TP1"])
-    run_ranks(convert_folders, 2, source, root, ["TP2", "PP2"])
+    run_ranks(convert_folders, 2, source, root, [layout for layout in LAYOUTS if layout != "TP1"])
     return root
 
 
 # what must come out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(("layout", "name"), CASES)
 def test_logits_equal_transformers(source: Path, results: Path, name: str, layout: str) -> None:
     ours = torch.load(results / layout / name / "logits.pt")
     torch.testing.assert_close(ours, tiny_hf.transformers_logits(source / name), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(("layout", "name"), CASES)
 def test_export_returns_the_imported_file_bit_by_bit(source: Path, results: Path, name: str, layout: str) -> None:
     given, back = tiny_hf.stored_tensors(source / name), tiny_hf.stored_tensors(results / layout / name)
     assert back.keys() == given.keys()
@@ -157,7 +184,7 @@ def test_transformers_loads_the_export(source: Path, results: Path, name: str) -
     torch.testing.assert_close(exported, tiny_hf.transformers_logits(source / name), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2"])
 def test_export_divides_large_weights_into_files(results: Path, layout: str) -> None:
     folder = results / layout / "llama_files"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -173,7 +200,7 @@ def test_export_divides_large_weights_into_files(results: Path, layout: str) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_unfinished_is_left(results: Path, layout: str) -> None:
-    assert {path.name for path in (results / layout).iterdir()} == {*FOLDERS, "random"}
+    assert {path.name for path in (results / layout).iterdir()} == {*folders_of(layout), "random"}
 
 
 def test_tensor_parallel_ranks_read_only_their_rows_and_columns(source: Path, results: Path) -> None:
@@ -195,9 +222,25 @@ def test_pipeline_stages_read_only_their_layers(results: Path) -> None:
     assert outside == [{"model.embed_tokens.weight"}, {"model.norm.weight", "lm_head.weight"}]
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
-def test_random_weights_do_not_depend_on_the_layout(results: Path, layout: str) -> None:
-    one, other = (tiny_hf.stored_tensors(results / name / "random") for name in ("TP1", layout))
+@pytest.mark.parametrize("layout", ["EP2", "TP2EP2", "ETP2"])
+def test_ranks_read_only_their_experts(source: Path, results: Path, layout: str) -> None:
+    whole = {name: tensor.numel() for name, tensor in tiny_hf.stored_tensors(source / "mixtral").items()}
+    for rank, mine in enumerate(({"0", "1"}, {"2", "3"})):
+        reads = json.loads((results / layout / "mixtral" / f"reads{rank}.json").read_text())
+        experts = {name: elements for name, elements in reads.items() if ".experts." in name}
+        assert {name.split(".experts.")[1][0] for name in experts} == ({*"0123"} if layout == "ETP2" else mine)
+        shared = 2 if layout == "ETP2" else 1
+        assert all(elements == whole[name] // shared for name, elements in experts.items())
+        routers = [name for name in reads if name.endswith("block_sparse_moe.gate.weight")]
+        assert len(routers) == 4 and all(reads[name] == whole[name] for name in routers)
+
+
+RANDOM = [("dense", "TP2"), ("dense", "PP2"), *(("experts", layout) for layout in LAYOUTS if layout != "TP1")]
+
+
+@pytest.mark.parametrize(("kind", "layout"), RANDOM)
+def test_random_weights_do_not_depend_on_the_layout(results: Path, kind: str, layout: str) -> None:
+    one, other = (tiny_hf.stored_tensors(results / name / "random" / kind) for name in ("TP1", layout))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -205,8 +248,8 @@ def test_random_weights_do_not_depend_on_the_layout(results: Path, layout: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_existing_folder_is_refused_on_every_rank(results: Path, layout: str) -> None:
     for rank in range(1 if layout == "TP1" else 2):
-        message = (results / layout / "llama" / f"error{rank}.txt").read_text()
-        assert str(results / layout / "llama") in message and "not empty" in message
+        message = (results / layout / "mixtral" / f"error{rank}.txt").read_text()
+        assert str(results / layout / "mixtral") in message and "not empty" in message
 
 
 # bad folders
@@ -250,6 +293,7 @@ def import_broken(source: Path, root: Path) -> None:
     """Try to import each bad folder and compare the error; then import two unusual good ones."""
     enable_cpu()
     hf_config = load_hf_config(source / "llama")
+    divide("TP1")
     model = build(hf_config, "TP1")
     for folder, wanted in broken_folders(source, root):
         with pytest.raises(CheckpointError) as caught:

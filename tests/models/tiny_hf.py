@@ -11,21 +11,24 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from nemo_kto.models.gpt import KTOGPTModel
 from nemo_kto.runtime import parallel
 
 VOCAB_SIZE = 131
-DOCUMENT_LENGTHS = (9, 1, 23, 40)
+DOCUMENT_LENGTHS = (9, 1, 24, 40)  # 74 tokens: two ranks can divide them
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -45,6 +48,7 @@ _LLAMA3_OTHER = {
     "low_freq_factor": 2.0,
     "high_freq_factor": 6.5,
 }
+_QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def families() -> dict[str, PretrainedConfig]:
@@ -62,6 +66,14 @@ def families() -> dict[str, PretrainedConfig]:
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
         "qwen3": Qwen3Config(**SIZES, head_dim=16),
+        "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
+        "qwen3_moe": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True),
+        "qwen3_moe_mixed": Qwen3MoeConfig(
+            **SIZES, **_QWEN3_EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], decoder_sparse_step=2
+        ),
+        "qwen3_moe_one": Qwen3MoeConfig(
+            **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
     }
 
 
@@ -108,7 +120,10 @@ def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     )
     if not place.is_last_stage:
         return None
-    hidden = outputs[0][:, 0]
+    hidden = outputs[0]
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    hidden = hidden[:, 0]
     shard = hidden @ model.output_weight().T
     shards = [torch.empty_like(shard) for _ in range(place.tp_group.size())]
     dist.all_gather(shards, shard, group=place.tp_group)

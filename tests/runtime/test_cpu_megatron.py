@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import mappings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nemo_kto.errors import ConfigError
@@ -194,6 +195,54 @@ def test_checkpoint_of_one_layout_loads_into_another(results: Path, folder: Path
     assert not any(torch.equal(trained[name], before[name]) for name in trained)
 
 
+def exchange_unevenly() -> None:
+    """Gather and scatter parts of different lengths, and one of none, through autograd as Megatron's layers do."""
+    enable_cpu()
+    rank = dist.get_rank()
+    sizes = [3, 0]
+    group = dist.new_group([0, 1])
+    mine = torch.arange(6.0).reshape(3, 2) + 1 if rank == 0 else torch.zeros(0, 2)
+    mine.requires_grad_()
+    gathered = mappings.gather_from_sequence_parallel_region(mine, group=group, output_split_sizes=sizes)
+    assert gathered.tolist() == [[1, 2], [3, 4], [5, 6]]
+    scattered = mappings.reduce_scatter_to_sequence_parallel_region(gathered, group=group, input_split_sizes=sizes)
+    assert scattered.tolist() == (2 * mine).tolist()  # the sum of two equal copies
+    scattered.sum().backward()
+    assert mine.grad is not None and mine.grad.tolist() == torch.full_like(mine, 2.0).tolist()
+
+    even = mappings.gather_from_sequence_parallel_region(torch.full((1,), float(rank)), group=group)
+    assert even.tolist() == [0, 1]
+
+
+def test_parts_of_different_lengths_are_exchanged(run_ranks: Callable[..., None]) -> None:
+    run_ranks(exchange_unevenly, 2)
+
+
+def route_alone() -> None:
+    """Route and dispatch tokens in one process, without a stream and without starting torch's compiler."""
+    enable_cpu()
+    parallel.initialize(parallel.Layout(world_size=1), seed=SEED)
+    config = tiny_hf.families()["mixtral"]
+    layer = build_gpt(config, parallel.Layout(world_size=1)).decoder.layers[0].mlp
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(5, 1, config.hidden_size)
+    output, _ = layer(hidden)
+
+    logits = hidden[:, 0] @ layer.router.weight.T
+    weights, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
+    weights = weights / weights.sum(-1, keepdim=True)
+    for token, (row, shares, experts) in enumerate(zip(hidden[:, 0], weights, chosen, strict=True)):
+        parts = [layer.experts.local_experts[expert](row[None])[0] for expert in experts]
+        expected = sum(share * part[0] for share, part in zip(shares, parts, strict=True))
+        torch.testing.assert_close(output[token, 0], expected, rtol=1e-5, atol=1e-5)
+    assert not torch._dynamo.utils.compilation_time_metrics, "the compiler was started"
+
+
+def test_tokens_are_dispatched_without_a_stream_and_a_compiler(run_ranks: Callable[..., None]) -> None:
+    run_ranks(route_alone, 1)
+
+
 def test_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="trainer.accelerator=gpu"):
@@ -208,11 +257,12 @@ from nemo_kto.runtime.cpu_megatron import enable_cpu
 assert (torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.get_rng_state) == before
 enable_cpu()
 from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import mlp
-first = (torch.cuda.current_device, torch.Tensor.cuda, clip_grads.torch)
+first = (torch.cuda.current_device, torch.Tensor.cuda, clip_grads.torch, mappings._gather_along_first_dim)
 assert not set(first) & set(before)
 enable_cpu()
-assert (torch.cuda.current_device, torch.Tensor.cuda, clip_grads.torch) == first
+assert (torch.cuda.current_device, torch.Tensor.cuda, clip_grads.torch, mappings._gather_along_first_dim) == first
 assert mlp.torch is torch
 assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
 """

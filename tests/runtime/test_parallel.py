@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemo_kto.errors import ConfigError
@@ -56,6 +58,74 @@ def test_context_parallel_ranks_work_on_the_same_samples() -> None:
 def test_what_a_layout_must_divide(layout: Layout, sizes: ModelSizes, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_layout(layout, sizes)
+
+
+EXPERTS = ModelSizes(
+    num_layers=6,
+    num_attention_heads=8,
+    num_query_groups=4,
+    ffn_hidden_size=None,
+    num_experts=8,
+    expert_layers=range(6),
+    expert_ffn_hidden_size=12,
+)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(world_size=8, expert=8),
+        Layout(world_size=8, tensor=2, sequence=True, expert=4),
+        Layout(world_size=8, tensor=4, sequence=True, expert=8, expert_tensor=1),
+        Layout(world_size=8, pipeline=2, expert=2, expert_tensor=2),
+    ],
+)
+def test_experts_can_be_divided(layout: Layout) -> None:
+    check_layout(layout, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "sentence"),
+    [
+        (Layout(world_size=2, expert=2), SIZES, "expert_model_parallel_size=2 needs a mixture .* dense"),
+        (Layout(world_size=1, expert_tensor=1), SIZES, "expert_tensor_parallel_size=1 needs a mixture .* dense"),
+        (Layout(world_size=2, tensor=2), EXPERTS, "tensor_model_parallel_size=2 needs model.sequence_parallel=true"),
+        (Layout(world_size=3, expert=3), EXPERTS, "8 experts .*expert_model_parallel_size=3. .*divisor of 8"),
+        (Layout(world_size=8, expert_tensor=8), EXPERTS, "12 channels of an expert .* 8.*expert_tensor_parallel_size"),
+        (Layout(world_size=6, expert=4), EXPERTS, "6 processes .*expert_model_parallel_size=4 .* = 4. Use"),
+        (Layout(world_size=4, tensor=2, sequence=True, expert=4), EXPERTS, "4 processes .* size 2 .* = 8"),
+    ],
+)
+def test_what_experts_need(layout: Layout, sizes: ModelSizes, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_layout(layout, sizes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expert_layers", "dense"),
+    [
+        (Layout(world_size=2, pipeline=2), (0, 5), None),
+        (Layout(world_size=2, pipeline=2), (3, 4, 5), "0 would hold dense layers only .0, 1, 2."),
+        (Layout(world_size=2, pipeline=2, first_stage_layers=4), (3,), "1 would hold dense layers only .4, 5."),
+        (Layout(world_size=3, pipeline=3, last_stage_layers=4), (0, 2), "1 would hold dense layers only .1."),
+        # chunks take turns: 0 | 1 | 2 on the stages, then 3 | 4 | 5
+        (Layout(world_size=3, pipeline=3, virtual=2), (0, 1, 5), None),
+        (Layout(world_size=3, pipeline=3, virtual=2), (0, 1, 3), "2 would hold dense layers only .2, 5."),
+    ],
+)
+def test_every_stage_needs_experts(layout: Layout, expert_layers: tuple[int, ...], dense: str | None) -> None:
+    sizes = replace(EXPERTS, ffn_hidden_size=24, expert_layers=expert_layers)
+    if dense is None:
+        check_layout(layout, sizes)
+    else:
+        with pytest.raises(ConfigError, match=f"Pipeline stage {dense}"):
+            check_layout(layout, sizes)
+
+
+def test_a_layout_names_its_experts() -> None:
+    assert "expert" not in str(Layout(world_size=2, tensor=2))
+    assert str(Layout(world_size=4, tensor=2, sequence=True, expert=2)).endswith(", experts: expert 2 x tensor 2")
+    assert str(Layout(world_size=4, tensor=2, expert_tensor=1)).endswith(", experts: expert 1 x tensor 1")
 
 
 @pytest.mark.parametrize(

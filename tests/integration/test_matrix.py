@@ -1,0 +1,161 @@
+"""One result for every layout: all kinds of parallelism, dense and with experts, with and without recomputation.
+
+Every cell is five steps and a validation against one process. `make test` takes those in DEFAULT, `make test-slow` the
+rest. tests/integration/test_layouts.py has the plain layouts over ten steps and all micro-batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.assets import assert_alike, read_series
+
+Series = dict[str, dict[int, float]]
+
+TP2 = {"model__tensor_model_parallel_size": 2}
+SP2 = {**TP2, "model__sequence_parallel": True}
+PP2 = {"model__pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "model__virtual_pipeline_model_parallel_size": 2}
+CP2 = {"model__context_parallel_size": 2}
+EP2 = {"model__expert_model_parallel_size": 2}
+WHOLE = {"model__expert_tensor_parallel_size": 1}  # experts that tensor parallelism does not divide
+SHARED = {"model__expert_tensor_parallel_size": 2}  # experts divided among data-parallel ranks
+OVERLAP = {"model__optim__overlap_grad_sync": True, "model__optim__overlap_param_sync": True}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "dp2_overlap": (2, OVERLAP),
+    "tp2": (2, TP2),
+    "tp2sp": (2, SP2),
+    "tp2sp_dp2_overlap": (4, {**SP2, **OVERLAP}),
+    "pp2": (2, PP2),
+    "pp2uneven": (2, {**PP2, "model__num_layers_in_first_pipeline_stage": 1}),
+    "pp2vpp2": (2, VPP2),
+    # as many micro-batches as stages: a stage that only warms up meets one that exchanges both directions at once
+    "pp2vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
+    "tp2pp2": (4, {**TP2, **PP2}),
+    "tp2sp_pp2vpp2": (4, {**SP2, **VPP2}),
+    "cp2": (2, CP2),
+    "cp2_dp2_overlap": (4, {**CP2, **OVERLAP}),
+    "tp2sp_cp2": (4, {**SP2, **CP2}),
+    "pp2_cp2": (4, {**PP2, **CP2}),
+}
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{
+        name: layout for name, layout in LAYOUTS.items() if name not in ("tp2", "tp2pp2")
+    },  # these need SP with experts
+    "ep2": (2, EP2),
+    "ep2_dp2_overlap": (4, {**EP2, **OVERLAP}),
+    "ep2_pp2": (4, {**EP2, **PP2}),
+    "ep2_pp2vpp2": (4, {**EP2, **VPP2}),
+    "ep2_cp2": (2, {**EP2, **CP2}),
+    "tp2sp_ep2": (4, {**SP2, **EP2}),
+    "tp2sp_ep2_whole": (2, {**SP2, **EP2, **WHOLE}),
+    "tp2sp_whole": (2, {**SP2, **WHOLE}),
+    "dp2_shared": (2, SHARED),
+}
+MODELS = {"dense": ("hf", LAYOUTS), "experts": ("experts", EXPERT_LAYOUTS)}
+
+FULL = "model__activations_checkpoint_"
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "selective": {f"{FULL}granularity": "selective"},
+    "uniform": {f"{FULL}granularity": "full", f"{FULL}method": "uniform", f"{FULL}num_layers": 1},
+    "block": {f"{FULL}granularity": "full", f"{FULL}method": "block", f"{FULL}num_layers": 1},
+}
+DEFAULT = {
+    *{("dense", name, "kept") for name in ("dp2_overlap", "tp2sp", "pp2uneven", "pp2vpp2", "cp2")},
+    *{("dense", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2_dp2_overlap")},
+    *{("dense", "one", recompute) for recompute in ("selective", "uniform", "block")},
+    *{("dense", name, "uniform") for name in ("pp2vpp2", "cp2")},
+    *{("experts", name, "kept") for name in ("dp2", "pp2vpp2", "ep2", "ep2_cp2", "tp2sp_ep2_whole")},
+    ("experts", "ep2", "uniform"),
+}
+"""The cells of the default test run: each kind of parallelism, and the combinations that have gone wrong."""
+
+
+def cells() -> Iterator[Any]:
+    """Yield (model, layout, recompute) of every cell, slow unless in DEFAULT."""
+    for model, (_, layouts) in MODELS.items():
+        for layout in layouts:
+            for recompute in RECOMPUTE:
+                cell = (model, layout, recompute)
+                if layout == "one" and recompute == "kept":
+                    continue
+                # of the partial kinds of recomputation a few layouts tell enough
+                if recompute in ("selective", "block") and layout not in ("one", "tp2sp_pp2vpp2", "tp2sp_ep2"):
+                    continue
+                yield pytest.param(*cell, marks=() if cell in DEFAULT else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def series(train: Callable[..., Path], root: Path) -> Callable[..., Series]:
+    """Return `series(model, layout, **changes)`: what was logged in five steps and a validation; run once each.
+
+    The reference is exchanged in the one way with activations that are kept, in the other with recomputed ones.
+    """
+    done: dict[tuple[Any, ...], Series] = {}
+
+    def get(model: str, layout: str, **changes: Any) -> Series:
+        key = (model, layout, *changes.items())
+        if key not in done:
+            folder, layouts = MODELS[model]
+            world_size, sizes = layouts[layout]
+            done[key] = read_series(
+                train(
+                    world_size,
+                    pretrained_checkpoint__restore_from_path=str(root / folder),
+                    model__micro_batch_size=2,
+                    model__data__data_prefix__validation=str(root / "validation.jsonl"),
+                    model__kto__reference__mode="resident" if changes else "cpu_swap",
+                    trainer__kto__max_steps=5,
+                    trainer__kto__val_check_interval=5,
+                    **sizes,
+                    **changes,
+                )
+            )
+        return done[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("model", "layout", "recompute"), cells())
+def test_the_layout_does_not_change_the_result(series: Any, model: str, layout: str, recompute: str) -> None:
+    actual = series(model, layout, **RECOMPUTE[recompute])
+    assert len(actual["train/loss"]) == 5 and len(actual["val/loss"]) == 1
+    assert actual["train/loss"][0] == 0.5 and "train/moe_aux_loss" not in actual
+    assert_alike(actual, series(model, "one"))
+
+
+BALANCED = {"model__moe_aux_loss_coeff": 0.1}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2sp",  # rows of odd lengths are filled up, and what fills them must not count
+        "ep2_cp2",
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("dp2", "pp2vpp2", "ep2", "tp2sp_ep2", "cp2")),
+    ],
+)
+def test_balancing_the_experts_loads_does_not_depend_on_the_layout(series: Any, layout: str) -> None:
+    actual, expected = series("experts", layout, **BALANCED), series("experts", "one", **BALANCED)
+    assert_alike(actual, expected)
+    assert actual["train/moe_aux_loss"] == pytest.approx(expected["train/moe_aux_loss"], rel=1e-5)
+    assert actual["train/loss"][0] == 0.5
+    assert actual["train/loss"][4] != series("experts", "one")["train/loss"][4]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "uniform"])
+def test_recomputed_routers_count_their_loss_once(series: Any, recompute: str) -> None:
+    actual, expected = (
+        series("experts", "one", **BALANCED, **RECOMPUTE[recompute]),
+        series("experts", "one", **BALANCED),
+    )
+    for name in ("train/loss", "train/grad_norm", "train/moe_aux_loss"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
