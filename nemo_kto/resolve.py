@@ -16,14 +16,15 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.models.gpt import (
     Recompute,
-    check_transformer_impl,
     hf_config_from_sizes,
     load_hf_config,
     padded_vocabulary,
 )
 from nemo_kto.models.hf_weights import SafetensorsFolder
+from nemo_kto.models.layer_specs import check_transformer_impl
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.layout import Layout, ModelSizes, check_batch, check_layout, check_recompute_groups
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +108,14 @@ def model(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedCo
     return hf_config
 
 
-def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> parallel.Layout:
+def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> Layout:
     """Return the checked layout of the run.
 
     Raises:
         ConfigError: It does not fit the processes, the model or the batch.
     """
     settings = config.model
-    result = parallel.Layout(
+    result = Layout(
         world_size=parallel.device_count(config.trainer.devices, accelerator) * config.trainer.num_nodes,
         tensor=settings.tensor_model_parallel_size,
         sequence=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
@@ -127,9 +128,9 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         expert_tensor=settings.expert_tensor_parallel_size,
     )
     parallel.check_launched(result)
-    parallel.check_layout(
+    check_layout(
         result,
-        parallel.ModelSizes(
+        ModelSizes(
             num_layers=hf_config.num_hidden_layers,
             num_attention_heads=hf_config.num_attention_heads,
             num_query_groups=hf_config.num_key_value_heads,
@@ -147,12 +148,12 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
     if settings.activations_checkpoint_method == "uniform":
         group = settings.activations_checkpoint_num_layers
         assert group is not None, "parse_config has checked this"
-        parallel.check_recompute_groups(result, hf_config.num_hidden_layers, group)
+        check_recompute_groups(result, hf_config.num_hidden_layers, group)
     check_transformer_impl(settings.transformer_impl)
     padded_vocabulary(
         hf_config.vocab_size, multiple=settings.make_vocab_size_divisible_by, tensor_model_parallel_size=result.tensor
     )
-    parallel.check_batch(
+    check_batch(
         result,
         global_batch_size=settings.global_batch_size,
         micro_batch_size=settings.micro_batch_size,

@@ -27,8 +27,9 @@ from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
-from nemo_kto.runtime import cpu_megatron, parallel
+from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.checkpoint import step_of
+from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
 from nemo_kto.runtime.strategy import MegatronStrategy
 
@@ -160,7 +161,7 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_pos
 
 
 def _make_trainer(
-    config: KTOConfig, layout: parallel.Layout, accelerator: str, *, schedule: resolve.Schedule, source_folder: Path
+    config: KTOConfig, layout: Layout, accelerator: str, *, schedule: resolve.Schedule, source_folder: Path
 ) -> Trainer:
     params = config.exp_manager.checkpoint_callback_params
     strategy = MegatronStrategy(

@@ -18,6 +18,7 @@ from nemo_kto.models.hf_weights import copy_companions, export_hf
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished, sharding_metadata
+from nemo_kto.runtime.layout import Layout
 
 
 def write_source_folder(
@@ -102,7 +103,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 
 def _export(checkpoint: Path, folder: Path, hf_config: PretrainedConfig) -> None:
-    layout = parallel.Layout(world_size=1)
+    layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
     model = build_gpt(hf_config, layout)
     loaded = ShardedCheckpointIO().load_checkpoint(

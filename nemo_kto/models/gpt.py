@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
@@ -20,11 +20,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -32,14 +28,14 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.models.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
 from nemo_kto.models.hf_rules import PaddedVocab, match, rules_for, sharded_leaves
+from nemo_kto.models.layer_specs import attends_by_document, block_spec, check_transformer_impl
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.attention import DocumentAttention
+from nemo_kto.runtime.layout import Layout
 
 __all__ = [
     "KTOGPTModel",
     "Recompute",
     "build_gpt",
-    "check_transformer_impl",
     "hf_config_from_sizes",
     "initialize_weights",
     "load_hf_config",
@@ -68,23 +64,6 @@ class Recompute:
         if self.granularity == "full":
             fields |= {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
         return fields
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron adds up its gradient over the ranks that divide the tokens.
-
-    Megatron's own wrapper of torch's norms refuses sequence parallelism.
-
-    Args:
-        config: Megatron's configuration.
-        hidden_size: Channels.
-        eps: Added to the mean square.
-        kwargs: What Megatron passes to every norm besides.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -169,7 +148,7 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
 
 def build_gpt(
     hf_config: PretrainedConfig,
-    layout: parallel.Layout,
+    layout: Layout,
     *,
     chunk: int = 0,
     transformer_impl: str = "auto",
@@ -199,6 +178,7 @@ def build_gpt(
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
     """
     check_hf_config(hf_config)
+    use_transformer_engine = check_transformer_impl(transformer_impl)
     padded_vocab_size = padded_vocabulary(
         hf_config.vocab_size, multiple=vocab_pad_multiple, tensor_model_parallel_size=layout.tensor
     )
@@ -211,7 +191,7 @@ def build_gpt(
         **_architecture(hf_config),
         **moe.transformer_fields(
             hf_config,
-            grouped_gemm=check_transformer_impl(transformer_impl),
+            grouped_gemm=use_transformer_engine,
             aux_loss_coeff=moe_aux_loss_coeff,
         ),
         **_execution(recompute),
@@ -223,8 +203,8 @@ def build_gpt(
     rope = rope_parameters(hf_config)
     model = KTOGPTModel(
         config,
-        _block_spec(config, transformer_impl, chunk_number),
-        attends_by_document=_attends_by_document(config, check_transformer_impl(transformer_impl)),
+        block_spec(config, use_transformer_engine=use_transformer_engine, chunk=chunk_number),
+        attends_by_document=attends_by_document(config, use_transformer_engine),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
         family=hf_config.model_type,
@@ -343,7 +323,7 @@ def _sliding_window(hf: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _division(layout: parallel.Layout) -> dict[str, Any]:
+def _division(layout: Layout) -> dict[str, Any]:
     """Return the TransformerConfig fields that say how the model is divided."""
     return {
         "tensor_model_parallel_size": layout.tensor,
@@ -374,70 +354,3 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
     }
-
-
-def _block_spec(config: TransformerConfig, transformer_impl: str, chunk: int | None) -> TransformerBlockSubmodules:
-    """Return the layers of one chunk of a pipeline stage."""
-    use_transformer_engine = check_transformer_impl(transformer_impl)
-    norm = SequenceParallelRMSNorm
-    if use_transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm = TENorm
-    first = get_transformer_layer_offset(config, vp_stage=chunk)
-    last = first + get_num_layers_to_build(config, vp_stage=chunk)
-    experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
-    layers = {number: _layer_spec(config, use_transformer_engine, number) for number in set(experts)}
-    return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
-
-
-def _layer_spec(config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None) -> ModuleSpec:
-    """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
-    if use_transformer_engine:
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
-        )
-    else:
-        layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-        )
-        _replace_norms(layer)
-        if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
-            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    if _attends_by_document(config, use_transformer_engine):
-        layer.submodules.self_attention.submodules.core_attention = DocumentAttention
-    return layer
-
-
-def _attends_by_document(config: TransformerConfig, use_transformer_engine: bool) -> bool:
-    """Return whether attention is `DocumentAttention`.
-
-    None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
-    tokens.
-    """
-    return not use_transformer_engine or config.params_dtype == torch.float32 or config.context_parallel_size > 1
-
-
-def _replace_norms(layer: ModuleSpec) -> None:
-    """Put `SequenceParallelRMSNorm` where the local specification has torch's norms."""
-    for submodules in (layer.submodules, layer.submodules.self_attention.submodules):
-        for name, module in vars(submodules).items():
-            if module is WrappedTorchNorm:
-                setattr(submodules, name, SequenceParallelRMSNorm)
-
-
-def check_transformer_impl(transformer_impl: str) -> bool:
-    """Return whether `transformer_impl` (see `build_gpt`) means Transformer Engine here.
-
-    Raises:
-        ConfigError: It needs what this machine does not have, or is unknown.
-    """
-    available: bool = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
-    if transformer_impl == "transformer_engine" and not available:
-        missing = "a CUDA device" if gpt_layer_specs.HAVE_TE else "the package transformer_engine"
-        raise ConfigError(f"model.transformer_impl=transformer_engine needs {missing}. Use auto or local.")
-    if transformer_impl not in ("auto", "local", "transformer_engine"):
-        raise ConfigError(
-            f"model.transformer_impl={transformer_impl} is unknown. Use auto, local or transformer_engine."
-        )
-    return available and transformer_impl != "local"

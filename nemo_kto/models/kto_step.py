@@ -22,7 +22,8 @@ from megatron.core.tensor_parallel import (
 
 from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
 from nemo_kto.data.batching import PackedRow
-from nemo_kto.runtime.parallel import Layout, RankPosition
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.parallel import RankPosition
 
 LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
 """Maps a micro-batch's log-probs `[b]` and its index to its share of the global batch's loss, a scalar."""

@@ -35,6 +35,7 @@ from nemo_kto.models.kto_step import RowScorer
 from nemo_kto.models.moe import expert_layers
 from nemo_kto.models.reference import ReferencePolicy, make_reference
 from nemo_kto.runtime import parallel, router_loss
+from nemo_kto.runtime.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class MegatronGPTKTOModel(LightningModule):
         config: KTOConfig,
         hf_config: PretrainedConfig,
         *,
-        layout: parallel.Layout,
+        layout: Layout,
         params_dtype: torch.dtype,
         recompute: Recompute | None,
         steps_per_epoch: int,

@@ -30,6 +30,7 @@ from nemo.utils import AppState
 from nemo_kto.config import OptimConfig
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.layout import Layout
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
 
@@ -57,7 +58,7 @@ class MegatronStrategy(DDPStrategy):
 
     def __init__(
         self,
-        layout: parallel.Layout,
+        layout: Layout,
         optim: OptimConfig,
         *,
         params_dtype: torch.dtype,

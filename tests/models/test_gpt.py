@@ -14,16 +14,17 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models import moe
 from nemo_kto.models.gpt import (
     KTOGPTModel,
-    SequenceParallelRMSNorm,
     build_gpt,
     hf_config_from_sizes,
     initialize_weights,
     load_hf_config,
     padded_vocabulary,
 )
+from nemo_kto.models.layer_specs import SequenceParallelRMSNorm
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.attention import DocumentAttention
 from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
 from tests.models import tiny_hf
 
 # a Llama 3.1 configuration as transformers 4 wrote it
@@ -207,13 +208,13 @@ def test_vocabulary_must_be_divisible() -> None:
 
 def build(config: Any, **options: Any) -> KTOGPTModel:
     """Build the whole model in this process."""
-    return build_gpt(config, parallel.Layout(world_size=1), **options)
+    return build_gpt(config, Layout(world_size=1), **options)
 
 
 def check_construction() -> None:
     """Everything about one rank's model, in one process."""
     enable_cpu()
-    parallel.initialize(parallel.Layout(world_size=1), seed=1)
+    parallel.initialize(Layout(world_size=1), seed=1)
     sizes = tiny_hf.families()
 
     model = build(sizes["llama"])

@@ -18,6 +18,7 @@ from nemo_kto.models.hf_weights import SafetensorsFolder, export_hf, import_hf
 from nemo_kto.models.moe import num_experts
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
 from tests.models import tiny_hf
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -41,9 +42,9 @@ CASES = [(layout, name) for layout in LAYOUTS for name in folders_of(layout)]
 SMALL_FILE = 20_000
 
 
-def division(layout: str, *, sequence: bool = False) -> parallel.Layout:
+def division(layout: str, *, sequence: bool = False) -> Layout:
     """Return a layout by its name."""
-    return parallel.Layout(world_size=1 if layout == "TP1" else 2, sequence=sequence, **LAYOUTS[layout])
+    return Layout(world_size=1 if layout == "TP1" else 2, sequence=sequence, **LAYOUTS[layout])
 
 
 def divide(layout: str) -> None:

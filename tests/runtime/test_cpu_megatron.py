@@ -24,6 +24,7 @@ from nemo_kto.models.gpt import KTOGPTModel, build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import export_hf, import_hf
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
 from tests.models import tiny_hf
 
 LAYOUTS = {"one": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "PP2": (2, 1, 2)}  # processes, tensor, pipeline
@@ -113,7 +114,7 @@ def build(folder: Path, layout: str) -> KTOGPTModel:
     processes, tensor, pipeline = LAYOUTS[layout]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    division = parallel.Layout(world_size=processes, tensor=tensor, pipeline=pipeline)
+    division = Layout(world_size=processes, tensor=tensor, pipeline=pipeline)
     parallel.initialize(division, seed=SEED)
     return build_gpt(load_hf_config(folder), division)
 
@@ -221,9 +222,9 @@ def test_parts_of_different_lengths_are_exchanged(run_ranks: Callable[..., None]
 def route_alone() -> None:
     """Route and dispatch tokens in one process, without a stream and without starting torch's compiler."""
     enable_cpu()
-    parallel.initialize(parallel.Layout(world_size=1), seed=SEED)
+    parallel.initialize(Layout(world_size=1), seed=SEED)
     config = tiny_hf.families()["mixtral"]
-    layer = build_gpt(config, parallel.Layout(world_size=1)).decoder.layers[0].mlp
+    layer = build_gpt(config, Layout(world_size=1)).decoder.layers[0].mlp
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     hidden = torch.randn(5, 1, config.hidden_size)
