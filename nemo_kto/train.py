@@ -67,7 +67,8 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         ConfigError: The configuration or layout cannot work.
         DataError: A data file cannot be used.
-        CheckpointError: The model folder or a checkpoint cannot be used.
+        CheckpointError: The model folder or a checkpoint cannot be used, or a checkpoint not be written.
+        DivergenceError: A gradient is not finite.
     """
     stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))  # its time begins here
     accelerator = resolve.accelerator(config)
