@@ -37,8 +37,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False) -> Path:
-    """Save a tiny Llama, or with `experts` a Qwen3-MoE of three sparse layers and a dense one, with its tokenizer."""
+def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False, tied: bool = False) -> Path:
+    """Save a tiny Llama, or with `experts` a Qwen3-MoE of three sparse layers and a dense one, with its tokenizer.
+
+    With `tied` its output layer is the embedding.
+    """
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -51,6 +54,7 @@ def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False) -> 
         "max_position_embeddings": 64,
         # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
         "initializer_range": 0.2,
+        "tie_word_embeddings": tied,
     }
     config = Qwen3MoeConfig(**sizes, **EXPERTS) if experts else LlamaConfig(**sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What the runs on ranks of this process share: a dense model, a mixture of experts, feedback, and how to train."""
+"""What the runs on ranks of this process share: three models, feedback, and how to train."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tests.integration.assets import make_model_folder, settings, train_on_rank,
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the models `hf` and `experts`, train.jsonl and validation.jsonl."""
+    """Return a folder with the models `hf`, `tied` and `experts`, train.jsonl and validation.jsonl."""
     folder = tmp_path_factory.mktemp("assets")
     make_model_folder(folder / "hf")
+    make_model_folder(folder / "tied", tied=True)
     make_model_folder(folder / "experts", experts=True)
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=11, seed=2)

@@ -59,7 +59,9 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp_whole": (2, {**SP2, **WHOLE}),
     "dp2_shared": (2, SHARED),
 }
-MODELS = {"dense": ("hf", LAYOUTS), "experts": ("experts", EXPERT_LAYOUTS)}
+# stages that hold the embedding and the output layer exchange the gradients of what is one matrix
+TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
+MODELS = {"dense": ("hf", LAYOUTS), "tied": ("tied", TIED_LAYOUTS), "experts": ("experts", EXPERT_LAYOUTS)}
 
 FULL = "model__activations_checkpoint_"
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -75,6 +77,7 @@ DEFAULT = {
     *{("dense", name, "uniform") for name in ("pp2vpp2", "cp2")},
     *{("experts", name, "kept") for name in ("dp2", "pp2vpp2", "ep2", "ep2_cp2", "tp2sp_ep2_whole")},
     ("experts", "ep2", "uniform"),
+    ("tied", "pp2", "kept"),
 }
 """The cells of the default test run: each kind of parallelism, and the combinations that have gone wrong."""
 

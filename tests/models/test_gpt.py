@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.models import moe
+from nemo_kto.models import gpt, moe
 from nemo_kto.models.gpt import (
     KTOGPTModel,
     build_gpt,
@@ -307,3 +307,12 @@ def check_random_weights(config: Any) -> None:
 
 def test_construction(run_ranks: Callable[..., None]) -> None:
     run_ranks(check_construction, 1)
+
+
+@pytest.mark.parametrize(("cuda", "virtual", "batched"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_stages_exchange_in_batches_where_that_is_right(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, virtual: int, batched: bool
+) -> None:
+    """In a batch, interleaved stages take each other's activations for gradients, without an error; gloo has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert gpt._division(Layout(world_size=2, pipeline=2, virtual=virtual))["batch_p2p_comm"] is batched
