@@ -127,7 +127,7 @@ def series(train: Callable[..., Path], root: Path) -> Callable[..., Series]:
     return get
 
 
-@pytest.mark.parametrize(("model", "layout", "recompute"), cells())
+@pytest.mark.parametrize(("model", "layout", "recompute"), [*cells()])
 def test_the_layout_does_not_change_the_result(series: Any, model: str, layout: str, recompute: str) -> None:
     actual = series(model, layout, **RECOMPUTE[recompute])
     assert len(actual["train/loss"]) == 5 and len(actual["val/loss"]) == 1
