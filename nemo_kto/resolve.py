@@ -145,6 +145,11 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
             f"model.moe_aux_loss_coeff={settings.moe_aux_loss_coeff} needs a mixture of experts; this model is dense. "
             "Set it to 0."
         )
+    if params_dtype(config) == torch.float16 and moe.num_experts(hf_config):
+        # Megatron gives the experts' optimizer a loss scale of its own, and scales the loss with the other's
+        raise ConfigError(
+            f"trainer.precision={config.trainer.precision} cannot be used with a mixture of experts. Use bf16-mixed."
+        )
     if settings.activations_checkpoint_method == "uniform":
         group = settings.activations_checkpoint_num_layers
         assert group is not None, "parse_config has checked this"

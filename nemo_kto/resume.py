@@ -17,6 +17,16 @@ from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, newest_last
 _IDENTITY_FILE = "run.json"
 _DIGEST_BYTES = 16
 _SAMPLED_BYTES = 1 << 16
+_OBJECTIVE = (
+    "loss",
+    "ref_policy_kl_penalty",
+    "desirable_loss_weight",
+    "undesirable_loss_weight",
+    "kl_scope",
+    "loss_reduction",
+    "preference_average_log_probs",
+)
+"""Keys of `model.kto` that say what is optimised."""
 
 
 def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
@@ -48,10 +58,16 @@ def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
 def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> dict[str, Any]:
     """Return what has to stay the same for a resumed run to be the one that was stopped: key -> value or digest.
 
-    The layout, the micro-batch size, the length of the run and the optimizer's settings may change.
+    The layout, the micro-batch size (unless the objective depends on it), the length of the run and the optimizer's
+    settings may change.
     """
     folder = config.pretrained_checkpoint.restore_from_path
+    model, kto = config.model, config.model.kto
+    depends_on_micro_batch = kto.kl_scope == "micro_batch" or model.moe_aux_loss_coeff > 0
     return {
+        **{f"model.kto.{name}": getattr(kto, name) for name in _OBJECTIVE},
+        "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
         "pretrained_checkpoint.restore_from_path": _model_digest(hf_config, Path(folder) if folder else None),
         "model.data.data_prefix.train": data.digest("train"),
         "model.data.shuffle": config.model.data.shuffle,

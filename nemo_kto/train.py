@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from nemo.core.config import hydra_runner
-from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +27,7 @@ from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
 from nemo_kto.runtime import cpu_megatron
-from nemo_kto.runtime.checkpoint import step_of
+from nemo_kto.runtime.checkpoint import FinishBackgroundSaves, step_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
 from nemo_kto.runtime.strategy import MegatronStrategy
@@ -186,7 +185,7 @@ def _make_trainer(
         check_val_every_n_epoch=None,
         log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
-        callbacks=[ProgressBar(), *([AsyncFinalizerCallback()] if params.async_save else [])],
+        callbacks=[ProgressBar(), *([FinishBackgroundSaves()] if params.async_save else [])],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

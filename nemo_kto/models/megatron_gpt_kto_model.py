@@ -163,8 +163,8 @@ class MegatronGPTKTOModel(LightningModule):
         baseline = self._baseline(scorer, batch, rows)
         logps = scorer.train(rows, partial(self._micro_batch_loss, batch, baseline))
         learning_rate = optimizer.param_groups[0]["lr"]
+        loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
         updated, grad_norm, _ = optimizer.step()
-        loss_scale = float(optimizer.get_loss_scale())
         self._check_gradient(grad_norm if updated else math.inf, loss_scale)
         if updated:
             scheduler.step(increment=1)

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
-from nemo.utils.callbacks.dist_ckpt_io import AsyncCompatibleCheckpointIO, AsyncFinalizableCheckpointIO
+from nemo.utils.callbacks.dist_ckpt_io import (
+    AsyncCompatibleCheckpointIO,
+    AsyncFinalizableCheckpointIO,
+    AsyncFinalizerCallback,
+)
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, DivergenceError
 from nemo_kto.runtime import parallel
 
 SOURCE_FOLDER = "hf"
@@ -122,13 +127,27 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
     """Saves while training goes on: a process forked from each rank writes a copy of its shards.
 
     A checkpoint gets its `metadata.json`, and loses NeMo's mark of an unfinished one, when every rank has written its
-    part; only then the checkpoints it replaces are removed. `AsyncFinalizerCallback` looks after that.
+    part; only then the checkpoints it replaces are removed. `FinishBackgroundSaves` looks after that.
     """
 
     def __init__(self) -> None:
         # not NeMo's own: it refuses to work without a module that Megatron-Core 0.16 has no more
         _WrappingCheckpointIO.__init__(self, ShardedCheckpointIO(background=True))
         self.async_calls_queue = AsyncCallsQueue(persistent=False)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Start writing `checkpoint` to the folder `path`, once the one before is finished.
+
+        Two at a time would each take a copy in memory; and Megatron's writers report to one queue, where the success
+        of one could be taken for the other's.
+
+        Raises:
+            CheckpointError: The folder cannot be made, or the checkpoint before could not be written.
+        """
+        self.maybe_finalize_save_checkpoint(blocking=True)
+        super().save_checkpoint(checkpoint, path, storage_options)
 
     def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
         """Finish the checkpoints that all ranks have written; with `blocking` wait for all that are under way.
@@ -142,6 +161,15 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
             return bool(super().maybe_finalize_save_checkpoint(blocking))
         except CheckpointException as error:
             raise CheckpointError(f"A checkpoint could not be written: {error}") from error
+
+
+class FinishBackgroundSaves(AsyncFinalizerCallback):  # type: ignore[misc]
+    """Finishes what `BackgroundCheckpointIO` has under way: after each step if it is ready, and at the end."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Wait for it when the run diverges, which all ranks find in the same step: it is the one to go on from."""
+        if isinstance(exception, DivergenceError):
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)  # type: ignore[attr-defined]
 
 
 def sharding_metadata() -> dict[str, Any]:

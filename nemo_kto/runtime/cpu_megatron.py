@@ -2,8 +2,8 @@
 
 Megatron-Core assumes CUDA in a few dozen places: `device="cuda"` literals, `torch.cuda.current_device()`, generator
 states kept per CUDA device. None of them matters to what is computed. `enable_cpu` redirects exactly those that dense
-models and mixtures of experts, tensor, pipeline, expert and data parallelism, the optimizers and sharded checkpoints
-reach; nothing happens on import. The files named below are those of Megatron-Core 0.16.
+models and mixtures of experts, every kind of parallelism, the optimizers and sharded checkpoints reach; nothing
+happens on import. The files named below are those of Megatron-Core 0.16.
 """
 
 from __future__ import annotations

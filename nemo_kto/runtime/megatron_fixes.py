@@ -49,7 +49,7 @@ def _communicate_shapes(
         return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
 
     for request, _ in getattr(self, "_shapes_on_their_way", ()):
-        request.wait()  # the tensors that followed them have arrived: so have they
+        request.wait()
     to_prev, to_next = shape_of(tensor_send_prev), shape_of(tensor_send_next)
     from_prev, from_next = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
     requests = p2p_communication._p2p_ops(
@@ -64,7 +64,8 @@ def _communicate_shapes(
     for name, request in requests.items():
         if name.startswith("recv"):
             request.wait()
-    # kept until then: a tensor must not be freed while it is sent
+    # A tensor must not be freed while it is sent. Nobody waits for the shapes of a pass's last exchange; they have
+    # arrived with the tensors that followed them, which the schedule does wait for.
     self._shapes_on_their_way = [
         (requests[name], tensor)
         for name, tensor in (("send_prev", to_prev), ("send_next", to_next))

@@ -206,6 +206,9 @@ class MegatronStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the sharded state dict of every chunk; in the checkpoint the tensors' names know of no chunks."""
         self.complete_parameters()
+        return self._sharded_model()
+
+    def _sharded_model(self) -> dict[str, Any]:
         metadata = ckpt.sharding_metadata()
         return {
             f"chunk{i}": chunk.module.sharded_state_dict(metadata=metadata)
@@ -215,10 +218,10 @@ class MegatronStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
         """Return the optimizer's sharded state dict."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        if is_loading:
-            ckpt.allocate_optimizer_state(optimizer)
+        # for loading, and for a run under float16 that has skipped all its steps so far
+        ckpt.allocate_optimizer_state(optimizer)
         state: dict[str, Any] = optimizer.sharded_state_dict(
-            self.lightning_module_state_dict(), is_loading=is_loading, metadata=ckpt.sharding_metadata()
+            self._sharded_model(), is_loading=is_loading, metadata=ckpt.sharding_metadata()
         )
         return state
 
@@ -236,7 +239,7 @@ class MegatronStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
         """Read a checkpoint written under any layout into this one's shards."""
-        sharded: dict[str, Any] = {"state_dict": self.lightning_module_state_dict()}
+        sharded: dict[str, Any] = {"state_dict": self._sharded_model()}
         if load_optimizer_states and self.optimizers:
             sharded["optimizer_states"] = [self.optimizer_state(o, is_loading=True) for o in self.optimizers]
         return self.checkpoint_io.load_checkpoint(_folder(checkpoint_path), sharded_state_dict=sharded)  # type: ignore[call-arg]

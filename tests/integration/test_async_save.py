@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -25,15 +27,29 @@ SAVING = {
 SECONDS_TO_WRITE = 0.7
 
 
+Writer = Callable[..., None]
+
+
+def pass_on(original: Writer, *args: Any, **kwargs: Any) -> None:
+    """Write as if nothing had been changed."""
+    original(*args, **kwargs)
+
+
+def slowly(original: Writer, *args: Any, **kwargs: Any) -> None:
+    """Take longer than a step of training."""
+    time.sleep(SECONDS_TO_WRITE)
+    original(*args, **kwargs)
+
+
 @contextmanager
-def writing(write: Callable[..., None]) -> Iterator[None]:
-    """Have every rank's writer call `write(original, *arguments)` in its place."""
+def writing(*, choose: Callable[[], Writer]) -> Iterator[None]:
+    """Have the process of each save call `choose()(original, *arguments)` instead of `original(*arguments)`."""
     schedule = AsyncCallsQueue.schedule_async_request
 
     def changed(self: Any, request: Any) -> int:
         original = request.async_fn
         if original is not None:
-            request = request._replace(async_fn=lambda *args, **kwargs: write(original, *args, **kwargs))
+            request = request._replace(async_fn=partial(choose(), original))
         return schedule(self, request)
 
     AsyncCallsQueue.schedule_async_request = changed
@@ -60,12 +76,8 @@ class Witness(Callback):
 def slow_run(port: int, overrides: dict[str, Any]) -> list[tuple[str | None, bool]]:
     """Train with writers that take longer than a step; return what the witness saw."""
 
-    def slowly(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        time.sleep(SECONDS_TO_WRITE)
-        original(*args, **kwargs)
-
     witness = Witness(Path(overrides["exp_manager.explicit_log_dir"]) / "checkpoints")
-    with writing(slowly):
+    with writing(choose=lambda: slowly):
         train_on_rank(port, overrides, callbacks=[witness])
     return witness.seen
 
@@ -91,13 +103,16 @@ def test_a_run_resumed_from_it_is_the_uninterrupted_one(root: Path, tmp_path: Pa
 
 
 def failing_run(port: int, overrides: dict[str, Any]) -> str:
-    """Train with a writer that fails on one rank; return the error."""
+    """Train; the first checkpoint's writer of rank 1 takes its time and dies. Return the error."""
     from nemo_kto.errors import CheckpointError
 
+    dies = iter([dist.get_rank() == 1])
+
     def fail(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        time.sleep(SECONDS_TO_WRITE)
         os._exit(1)
 
-    with writing(fail):
+    with writing(choose=lambda: fail if next(dies, False) else pass_on):
         try:
             train_on_rank(port, overrides)
         except CheckpointError as error:
@@ -108,7 +123,29 @@ def failing_run(port: int, overrides: dict[str, Any]) -> str:
 def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
     root: Path, tmp_path: Path, run_ranks: Any
 ) -> None:
-    values = settings(root, tmp_path / "log", **SAVING, trainer__kto__max_steps=4)
-    (message,) = run_ranks(failing_run, 1, free_port(), values)
-    assert "could not be written" in message
+    """Its successor, whose writers are done long before, must not be taken for it."""
+    tensor = {"model__tensor_model_parallel_size": 2}  # both ranks have something to write
+    values = settings(root, tmp_path / "log", **SAVING, **tensor, trainer__kto__max_steps=8)
+    for message in run_ranks(failing_run, 2, free_port(), values):
+        assert "could not be written" in message
     assert newest_last(tmp_path / "log" / "checkpoints") is None
+
+
+def diverging_run(port: int, overrides: dict[str, Any]) -> str:
+    """Train at a ruinous learning rate with slow writers; return the error."""
+    from nemo_kto.errors import DivergenceError
+
+    with writing(choose=lambda: slowly):
+        try:
+            train_on_rank(port, overrides)
+        except DivergenceError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_run_that_diverges_finishes_the_checkpoint_under_way(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    changes = {**SAVING, "trainer__kto__save_interval": 1, "model__optim__lr": 1e30, "trainer__kto__max_steps": 4}
+    (message,) = run_ranks(diverging_run, 1, free_port(), settings(root, tmp_path / "log", **changes))
+    assert "gradient of step 2 is not finite" in message
+    last = newest_last(tmp_path / "log" / "checkpoints")
+    assert last is not None and last.name == "megatron_gpt-step=1-last"

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed_harness import free_port
-from tests.integration.assets import read_series, settings, train_on_rank
+from tests.integration.assets import read_series, refusal_on_rank, settings, train_on_rank
 
 TENSOR = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
 PIPELINE = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
 OVERLAP = {"model__optim__overlap_grad_sync": True, "model__optim__overlap_param_sync": True}
+CONTEXT = {"model__context_parallel_size": 2}
+EXPERTS = {**CONTEXT, "model__expert_model_parallel_size": 2}
 LAYOUTS = {"one": (1, {}), "tp2sp": (2, TENSOR), "pp2vpp2": (2, PIPELINE), "dp2_overlap": (2, OVERLAP)}
 
 
@@ -41,6 +43,35 @@ def test_half_precision_follows_float32(run: Any, layout: str, precision: str, n
     for name in ("train/loss", "train/grad_norm"):
         assert actual[name] != expected[name]
         assert actual[name] == pytest.approx(expected[name], rel=near), name
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout", "near"),
+    [
+        ("tied", 2, PIPELINE, 0.03),
+        ("experts", 2, EXPERTS, 0.1),  # a token whose experts are nearly equal may get others
+        ("hf", 4, {**TENSOR, **CONTEXT}, 0.03),
+    ],
+)
+def test_more_models_and_layouts_in_bfloat16(
+    train: Callable[..., Path], root: Path, model: str, world_size: int, layout: dict[str, Any], near: float
+) -> None:
+    settings = {
+        "pretrained_checkpoint__restore_from_path": str(root / model),
+        "trainer__kto__max_steps": 5,
+        "model__micro_batch_size": 2,
+    }
+    actual = read_series(train(world_size, **settings, **layout, trainer__precision="bf16"))
+    expected = read_series(train(1, **settings))
+    assert actual["train/loss"][0] == 0.5 and actual["train/kl"][0] == 0.0
+    for name in ("train/loss", "train/grad_norm"):
+        assert actual[name] == pytest.approx(expected[name], rel=near), name
+
+
+def test_float16_and_experts_are_refused(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    changes = {"pretrained_checkpoint__restore_from_path": str(root / "experts"), "trainer__precision": "16-mixed"}
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), settings(root, tmp_path, **changes))
+    assert kind == "ConfigError" and "trainer.precision=16-mixed" in message and "bf16-mixed" in message
 
 
 @pytest.mark.parametrize("layout", ["one", "dp2_overlap"])
@@ -76,7 +107,7 @@ def overflowing(port: int, overrides: dict[str, Any]) -> None:
 
 
 def test_float16_skips_steps_until_the_loss_scale_fits(root: Path, tmp_path: Path, run_ranks: Any) -> None:
-    """The loss stays at one half as long as nothing is updated; Megatron halves the scale at every second overflow."""
+    """The loss stays at one half as long as nothing is updated; from the second overflow on each halves the scale."""
     values = settings(root, tmp_path / "log", trainer__precision="16-mixed", trainer__kto__max_steps=30)
     run_ranks(overflowing, 1, free_port(), values)
     series = read_series(tmp_path / "log")
@@ -87,7 +118,21 @@ def test_float16_skips_steps_until_the_loss_scale_fits(root: Path, tmp_path: Pat
     assert series["train/loss"][first + 1] != 0.5
     assert series["train/lr"][first] == series["train/lr"][0]
     scales = series["train/loss_scale"]
-    assert scales[0] == 2.0**24 and scales[first] < 2.0**24 and scales[29] == scales[first]
+    assert [scales[step] for step in range(first + 1)] == [2.0**24, *(2.0 ** (24 - step) for step in range(first))]
+    assert scales[29] == scales[first]
+
+
+def test_the_loss_scale_survives_a_stop(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    """A run stopped before its first update, and again after it, is the uninterrupted one."""
+    saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant"}
+    for log_dir, stops in (("stopped", (3, 22, 26)), ("whole", (26,))):
+        for steps in stops:
+            changes = {**saving, "trainer__precision": "16-mixed", "trainer__kto__max_steps": steps}
+            run_ranks(overflowing, 1, free_port(), settings(root, tmp_path / log_dir, **changes))
+    stopped, whole = read_series(tmp_path / "stopped"), read_series(tmp_path / "whole")
+    assert min(whole["train/grad_norm"]) > 3
+    for name in ("train/loss", "train/grad_norm", "train/loss_scale"):
+        assert stopped[name] == whole[name]
 
 
 @pytest.mark.parametrize(("layout", "precision"), [("one", "bf16"), ("dp2_overlap", "bf16"), ("one", "16-mixed")])

@@ -64,6 +64,7 @@ def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks
     [
         ({"model__global_batch_size": 4}, "model.global_batch_size (8, now 4)"),
         ({"model__seed": 7}, "model.seed (1234, now 7)"),
+        ({"model__kto__ref_policy_kl_penalty": 0.1}, "model.kto.ref_policy_kl_penalty (0.5, now 0.1)"),
         ({"trainer__precision": "bf16"}, "trainer.precision (32, now bf16-mixed)"),
         ({"model__data__shuffle": False}, "model.data.shuffle (True, now False)"),
         ({"model__data__append_eod": False}, "model.data.data_prefix.train"),
