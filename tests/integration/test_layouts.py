@@ -22,7 +22,7 @@ LAYOUTS = {
     "tp2pp2": (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
     "cp2": (2, {"model__context_parallel_size": 2}),
 }
-CASES = list(itertools.product(LAYOUTS, (1, 2, 4)))
+CASES = [case for case in itertools.product(LAYOUTS, (1, 2, 4)) if case[0] != "cp2"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,11 @@ def test_the_run_learns_something(series: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cpu_swap", "resident"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    # the cells of the matrix look at the first loss too
+    "layout",
+    ["one", "tp2pp2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("dp2", "tp2", "pp2", "cp2"))],
+)
 def test_first_loss_is_one_half_to_the_last_bit(run: Any, layout: str, mode: str) -> None:
     """Policy equals reference, so each r = 0 and z = 0: every loss is 1 - sigmoid(0) = 0.5."""
     metrics = run(layout, model__kto__reference__mode=mode, trainer__kto__max_steps=1, model__micro_batch_size=2)

@@ -33,8 +33,14 @@ def run(train: Callable[..., Path]) -> Callable[..., Path]:
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("precision", "near"), [("bf16", 0.03), ("16-mixed", 0.004)])
+@pytest.mark.parametrize(
+    ("layout", "precision", "near"),
+    [
+        *((layout, "bf16", 0.03) for layout in LAYOUTS),
+        ("one", "16-mixed", 0.004),
+        *(pytest.param(layout, "16-mixed", 0.004, marks=pytest.mark.slow) for layout in LAYOUTS if layout != "one"),
+    ],
+)
 def test_half_precision_follows_float32(run: Any, layout: str, precision: str, near: float) -> None:
     """Log-ratios of equal weights are exactly zero; then the distance is that of the dtype's 8 or 11 bits."""
     actual, expected = (read_series(run(*which)) for which in ((layout, precision), ("one", "32")))
