@@ -17,6 +17,9 @@ from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, newest_last
 _IDENTITY_FILE = "run.json"
 _DIGEST_BYTES = 16
 _SAMPLED_BYTES = 1 << 16
+_DIGESTED = ("pretrained_checkpoint.restore_from_path", "model.data.data_prefix.train")
+"""Keys whose digests tell a reader nothing."""
+
 _OBJECTIVE = (
     "loss",
     "ref_policy_kl_penalty",
@@ -97,7 +100,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{checkpoint} does not say which run it is of ({error}).") from error
     for key, value in identity.items():
         if found.get(key) != value:
-            values = "" if isinstance(value, str) else f" ({found.get(key)}, now {value})"
+            values = "" if key in _DIGESTED else f" ({found.get(key)}, now {value})"
             raise ConfigError(
                 f"{checkpoint} was written with another {key}{values}; what follows would not be the same run. Set it "
                 "as it was, or name another folder in exp_manager.explicit_log_dir."
