@@ -123,7 +123,7 @@ def failing_run(port: int, overrides: dict[str, Any]) -> str:
 def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
     root: Path, tmp_path: Path, run_ranks: Any
 ) -> None:
-    """Its successor, whose writers are done long before, must not be taken for it."""
+    """No rank waits for it in vain, and a checkpoint that lacks a part does not count."""
     tensor = {"model__tensor_model_parallel_size": 2}  # both ranks have something to write
     values = settings(root, tmp_path / "log", **SAVING, **tensor, trainer__kto__max_steps=8)
     for message in run_ranks(failing_run, 2, free_port(), values):
