@@ -71,7 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("checkpoint", type=Path, help="checkpoint folder: <log dir>/checkpoints/<name>")
     export.add_argument("folder", type=Path, help="folder to create")
+    export.add_argument(
+        "--merge", action="store_true", help="of a run with LoRA, write the whole model instead of an adapter for PEFT"
+    )
     export.set_defaults(run=_export_hf)
+    cache = commands.add_parser(
+        "cache-reference",
+        help="compute the reference's log-probs that a training run will look up",
+        description="Score the data of a run with its reference policy and keep the log-probs on disk. Takes the keys "
+        "of that run's command line; model.kto.reference.mode=cached is implied, the parallel layout may be another.",
+    )
+    cache.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
+    cache.set_defaults(run=_cache_reference)
     return parser
 
 
@@ -81,8 +92,15 @@ def _export_hf(options: argparse.Namespace) -> None:
     from nemo_kto.quiet import silence_loaded_packages
 
     silence_loaded_packages()
-    export_checkpoint(options.checkpoint, options.folder)
+    export_checkpoint(options.checkpoint, options.folder, merge=options.merge)
     print(f"Wrote {options.folder}")
+
+
+def _cache_reference(options: argparse.Namespace) -> None:
+    silence_startup_noise()
+    from nemo_kto.train import cache_reference, run_configured
+
+    run_configured(cache_reference, [*options.overrides, "model.kto.reference.mode=cached"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ docs/configuration.md explains every key.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_kto.config_checks import check_values
 from nemo_kto.config_legacy import take_legacy_keys
 from nemo_kto.config_reader import build, flatten, leaf_values, unknown_key_message
 from nemo_kto.errors import ConfigError
@@ -87,10 +87,11 @@ class PretrainedCheckpointConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """`export`: the Hugging Face folder written at the end."""
+    """`export`: the Hugging Face folder, or the adapter's, written at the end."""
 
     enabled: bool = True
     folder: str | None = None
+    merge_adapters: bool = False
 
 
 @dataclass(kw_only=True)
@@ -104,7 +105,11 @@ class TokenizerConfig:
 class ReferenceConfig:
     """`model.kto.reference`: how the reference policy is held."""
 
-    mode: Literal["auto", "cpu_swap", "resident"] = "auto"
+    mode: Literal["auto", "cpu_swap", "resident", "adapter_off", "cached"] = "auto"
+    checkpoint: str | None = None
+    cache_dir: str | None = None
+    sync_every_n_steps: int | None = None
+    sync_mixup_alpha: float = 0.6
 
 
 @dataclass(kw_only=True)
@@ -120,6 +125,27 @@ class KTOLossConfig:
     preference_average_log_probs: bool = False
     log_prob_forward_micro_batch_size: int | None = None
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """`model.peft.lora_tuning`: adapters of low rank beside frozen projections."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["attention_qkv"])
+    adapter_dim: int = 32
+    alpha: float | None = None
+    adapter_dropout: float = 0.0
+    layer_selection: list[int] | None = None
+    rslora: bool = False
+    restore_from_path: str | None = None
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """`model.peft`: which parameters are trained."""
+
+    peft_scheme: Literal["none", "lora"] | None = "none"
+    lora_tuning: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass(kw_only=True)
@@ -162,7 +188,7 @@ class DataConfig:
     format: Literal["auto", "nemo_aligner", "trl"] = "auto"
     seq_length: int = 4096
     overlong: Literal["drop"] = "drop"
-    shuffle: bool = True
+    shuffle: bool | Literal["batches"] = True
     append_eod: bool = True
     num_workers: int = 0
 
@@ -202,6 +228,7 @@ class ModelConfig:
     init_method_std: float = 0.02
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     kto: KTOLossConfig = field(default_factory=KTOLossConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -252,7 +279,7 @@ def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
     config.trainer.precision = _canonical_precision(config.trainer.precision)
     callback = config.exp_manager.checkpoint_callback_params
     callback.monitor = callback.monitor.replace("/", "_")  # val/loss in the logs, val_loss in file names
-    _check_values(config)
+    check_values(config)
     return config
 
 
@@ -269,148 +296,3 @@ def _canonical_precision(given: int | str) -> int | str:
         if str(given) in spellings:
             return canonical
     raise ConfigError(f"trainer.precision={given} is not available. Use one of {', '.join(map(str, _PRECISIONS))}.")
-
-
-_LEAST = {
-    "trainer.devices": 1,
-    "trainer.num_nodes": 1,
-    "trainer.log_every_n_steps": 1,
-    "trainer.kto.save_interval": 0,
-    "trainer.kto.gradient_clip_val": 0,
-    "exp_manager.checkpoint_callback_params.save_top_k": -1,
-    "model.seed": 0,
-    "model.micro_batch_size": 1,
-    "model.global_batch_size": 1,
-    "model.tensor_model_parallel_size": 1,
-    "model.pipeline_model_parallel_size": 1,
-    "model.virtual_pipeline_model_parallel_size": 1,
-    "model.context_parallel_size": 1,
-    "model.expert_model_parallel_size": 1,
-    "model.expert_tensor_parallel_size": 1,
-    "model.moe_aux_loss_coeff": 0,
-    "model.num_layers_in_first_pipeline_stage": 1,
-    "model.num_layers_in_last_pipeline_stage": 1,
-    "model.activations_checkpoint_num_layers": 1,
-    "model.make_vocab_size_divisible_by": 1,
-    "model.num_layers": 1,
-    "model.hidden_size": 1,
-    "model.ffn_hidden_size": 1,
-    "model.num_attention_heads": 1,
-    "model.num_query_groups": 1,
-    "model.kv_channels": 1,
-    "model.max_position_embeddings": 1,
-    "model.init_method_std": 0,
-    "model.kto.desirable_loss_weight": 0,
-    "model.kto.undesirable_loss_weight": 0,
-    "model.kto.log_prob_forward_micro_batch_size": 1,
-    "model.optim.lr": 0,
-    "model.optim.weight_decay": 0,
-    "model.optim.eps": 0,
-    "model.optim.sched.min_lr": 0,
-    "model.optim.sched.warmup_steps": 0,
-    "model.optim.sched.constant_steps": 0,
-    "model.data.seq_length": 2,  # one token of the prompt, one of the response
-    "model.data.num_workers": 0,
-}
-"""Key -> the least value it may have."""
-
-_MONITORS = ("val_loss", "val_kl", "val_rewards_accuracies", "val_rewards_margins")
-"""Validation metrics that every run has, as the checkpoint callback knows them."""
-
-_NEEDED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-"""Sizes without which no model can be made."""
-
-
-def _check_values(config: KTOConfig) -> None:
-    """Raise a ConfigError for a value that is of the right type and still impossible."""
-    values = leaf_values(config)
-    for key, least in _LEAST.items():
-        value = values[key]
-        if value is not None and not isinstance(value, str) and value < least:
-            raise ConfigError(f"{key}={value} is too small. It must be at least {least}.")
-    if config.model.kto.ref_policy_kl_penalty <= 0:
-        raise ConfigError(
-            f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."
-        )
-    _check_length(config.trainer.kto)
-    _check_exp_manager(config.exp_manager)
-    _check_model_source(config)
-    _check_recompute(config.model)
-    _check_optimizer(config.model.optim)
-
-
-def _check_length(kto: TrainerKTOConfig) -> None:
-    for name in ("max_steps", "max_epochs"):
-        limit = getattr(kto, name)
-        if limit is not None and limit != -1 and limit < 1:
-            raise ConfigError(f"trainer.kto.{name}={limit} must be at least 1, or -1 for no limit.")
-    for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
-        value = getattr(kto, name)
-        if value <= 0 or (isinstance(value, float) and value > 1):
-            advice = " To train without validation, give no validation files." if value == 0 else ""
-            raise ConfigError(
-                f"trainer.kto.{name}={value} must be a positive integer (batches) or a fraction above 0 and up to 1.0."
-                + advice
-            )
-
-
-def _check_exp_manager(manager: ExpManagerConfig) -> None:
-    monitor = manager.checkpoint_callback_params.monitor
-    if monitor not in _MONITORS:
-        raise ConfigError(
-            f"exp_manager.checkpoint_callback_params.monitor={monitor} is not a validation metric. "
-            f"Use one of {', '.join(_MONITORS)}."
-        )
-    if manager.max_time_per_run and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", manager.max_time_per_run):
-        raise ConfigError(
-            f"exp_manager.max_time_per_run={manager.max_time_per_run} must be written DD:HH:MM:SS, like 00:03:50:00."
-        )
-    if manager.create_wandb_logger and not {"name", "project"} & set(manager.wandb_logger_kwargs or {}):
-        raise ConfigError(
-            "exp_manager.create_wandb_logger=true needs a project and a run name. "
-            "Set exp_manager.wandb_logger_kwargs={project: ..., name: ...}."
-        )
-
-
-def _check_model_source(config: KTOConfig) -> None:
-    path = config.pretrained_checkpoint.restore_from_path
-    if path is None:
-        given = [name for name in _NEEDED_SIZES if getattr(config.model, name) is not None]
-        if (given or config.model.tokenizer.path) and len(given) < len(_NEEDED_SIZES):
-            missing = ", ".join(f"model.{name}" for name in _NEEDED_SIZES if name not in given)
-            raise ConfigError(
-                f"A model with random weights also needs {missing}. To start from a trained model, set "
-                "pretrained_checkpoint.restore_from_path to its Hugging Face folder."
-            )
-    elif path.endswith(".nemo"):
-        raise ConfigError(
-            f"pretrained_checkpoint.restore_from_path={path}: .nemo files cannot be read. Convert the model to a "
-            "Hugging Face folder (NeMo's scripts/checkpoint_converters) and name that folder."
-        )
-    elif not Path(path).is_dir():
-        raise ConfigError(f"pretrained_checkpoint.restore_from_path={path} is not a folder.")
-
-
-def _check_recompute(model: ModelConfig) -> None:
-    prefix = "model.activations_checkpoint_"
-    details = {
-        "method": model.activations_checkpoint_method,
-        "num_layers": model.activations_checkpoint_num_layers,
-    }
-    if model.activations_checkpoint_granularity == "full":
-        missing = [prefix + name for name, value in details.items() if value is None]
-        if missing:
-            raise ConfigError(f"{prefix}granularity=full also needs {' and '.join(missing)}, like uniform and 1.")
-        return
-    for name, value in details.items():
-        if value is not None:
-            raise ConfigError(f"{prefix}{name}={value} needs {prefix}granularity=full.")
-
-
-def _check_optimizer(optim: OptimConfig) -> None:
-    if optim.sched.min_lr > optim.lr:
-        raise ConfigError(
-            f"model.optim.sched.min_lr={optim.sched.min_lr} is above model.optim.lr={optim.lr}. Lower min_lr."
-        )
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"model.optim.betas={optim.betas} must be two numbers of at least 0 and below 1.")

@@ -10,6 +10,7 @@ from nemo_kto.errors import ConfigError
 RENAMED = {
     "model.encoder_seq_length": "model.data.seq_length",
     "model.kto.preference_loss": "model.kto.loss",
+    "model.peft.restore_from_path": "model.peft.lora_tuning.restore_from_path",
     "precision": "trainer.precision",
     "trainer.gradient_clip_val": "trainer.kto.gradient_clip_val",
     "trainer.limit_train_batches": "trainer.kto.limit_train_batches",
@@ -48,7 +49,9 @@ IGNORED = (
     "model.data.index_mapping_dir",
     "model.overwrite_base_config",
     "model.ub_tp_comm_overlap_cfg",
-    "model.peft.lora_tuning",
+    "model.peft.lora_tuning.column_init_method",
+    "model.peft.lora_tuning.position_embedding_strategy",
+    "model.peft.lora_tuning.row_init_method",
     "name",
 )
 """Keys, with everything below them, that change nothing today: Megatron decides about buffers, checkpoints are named
@@ -61,23 +64,18 @@ LATER_VALUES = {
     "model.kto.desirable_loss_weight": ("auto",),
     "model.kto.undesirable_loss_weight": ("auto",),
     "model.kto.loss": ("apo_zero_unpaired", "bco"),
-    "model.kto.reference.mode": ("adapter_off", "cached"),
 }
 """Known keys -> values of features that do not exist yet."""
 
+_ADAPTER_FOLDER = "Name a folder with a PEFT adapter in model.peft.lora_tuning.restore_from_path."
 _ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.peft.peft_scheme": ((None, "none"), "LoRA comes with a later version; set it to none."),
-    "model.peft.restore_from_path": ((None,), "LoRA comes with a later version."),
-    "model.peft.restore_from_ckpt.checkpoint_dir": ((None,), "LoRA comes with a later version."),
-    "model.peft.restore_from_ckpt.checkpoint_name": ((None,), "LoRA comes with a later version."),
+    "model.peft.restore_from_ckpt.checkpoint_dir": ((None,), _ADAPTER_FOLDER),
+    "model.peft.restore_from_ckpt.checkpoint_name": ((None,), _ADAPTER_FOLDER),
+    "model.peft.lora_tuning.weight_tying": ((False,), "Every layer has adapters of its own; leave it out."),
     "model.kto.sft_loss_weight": ((0,), "An SFT term comes with a later version; set it to 0."),
     "model.kto.preference_loss_weight": ((1,), "The KTO loss is all there is, with weight 1; scale model.optim.lr."),
     "model.kto.gt_reward_scale": ((1,), "Ground-truth rewards are not part of KTO; leave it out."),
-    "model.kto.reference.checkpoint": ((None,), "The reference is the model that training starts from."),
-    "model.kto.reference.cache_dir": ((None,), "Cached reference log-probs come with a later version."),
-    "model.kto.reference.sync_every_n_steps": ((None,), "A moving reference comes with a later version."),
-    "model.kto.reference.sync_mixup_alpha": ((None,), "A moving reference comes with a later version."),
     "model.data.data_impl": ((None, "jsonl"), "Feedback is read from JSONL files."),
     "model.data.splits_string": ((None,), "Name the files of each split in model.data.data_prefix."),
     "model.data.reset_position_ids": ((False,), _ONE_DOCUMENT),

@@ -136,6 +136,7 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(kind))
     if origin is list:
-        return {float: "a list of numbers", str: "text or a list of texts"}[typing.get_args(kind)[0]]
+        lists = {float: "a list of numbers", int: "an integer or a list of integers", str: "text or a list of texts"}
+        return lists[typing.get_args(kind)[0]]
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return "null" if kind is type(None) else names[origin or kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,18 @@ from transformers import PretrainedConfig
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.models.hf_weights import weights_digest
+from nemo_kto.models.lora import LoRASettings
+from nemo_kto.models.reference import ReferenceSettings
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, newest_last
 
 _IDENTITY_FILE = "run.json"
-_DIGEST_BYTES = 16
-_SAMPLED_BYTES = 1 << 16
-_DIGESTED = ("pretrained_checkpoint.restore_from_path", "model.data.data_prefix.train")
+_DIGESTED = (
+    "pretrained_checkpoint.restore_from_path",
+    "model.data.data_prefix.train",
+    "model.kto.reference.checkpoint",
+    "model.peft.lora_tuning.restore_from_path",
+)
 """Keys whose digests tell a reader nothing."""
 
 _OBJECTIVE = (
@@ -58,26 +63,59 @@ def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
     return None
 
 
-def run_identity(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> dict[str, Any]:
+def run_identity(
+    config: KTOConfig,
+    hf_config: PretrainedConfig,
+    data: KTODataModule,
+    *,
+    lora: LoRASettings | None,
+    reference: ReferenceSettings,
+) -> dict[str, Any]:
     """Return what has to stay the same for a resumed run to be the one that was stopped: key -> value or digest.
 
-    The layout, the micro-batch size (unless the objective depends on it), the length of the run and the optimizer's
-    settings may change.
+    The layout, the micro-batch size (unless the objective depends on it), how the reference is held, the length of the
+    run and the optimizer's settings may change.
     """
     folder = config.pretrained_checkpoint.restore_from_path
     model, kto = config.model, config.model.kto
     depends_on_micro_batch = kto.kl_scope == "micro_batch" or model.moe_aux_loss_coeff > 0
     return {
         **{f"model.kto.{name}": getattr(kto, name) for name in _OBJECTIVE},
+        **_reference_identity(reference),
+        **_lora_identity(config, lora),
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
-        "pretrained_checkpoint.restore_from_path": _model_digest(hf_config, Path(folder) if folder else None),
+        "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
         "model.data.data_prefix.train": data.digest("train"),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
         "model.seed": config.model.seed,
         "trainer.precision": config.trainer.precision,
         "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,
+    }
+
+
+def _reference_identity(reference: ReferenceSettings) -> dict[str, Any]:
+    folder = reference.model_folder or reference.adapter_folder
+    return {
+        "model.kto.reference.checkpoint": None if folder is None else weights_digest(None, folder),
+        "model.kto.reference.sync_every_n_steps": reference.sync_every,
+        "model.kto.reference.sync_mixup_alpha": reference.sync_alpha if reference.sync_every else None,
+    }
+
+
+def _lora_identity(config: KTOConfig, lora: LoRASettings | None) -> dict[str, Any]:
+    start = config.model.peft.lora_tuning.restore_from_path
+    prefix = "model.peft.lora_tuning."
+    return {
+        "model.peft.peft_scheme": "none" if lora is None else "lora",
+        f"{prefix}target_modules": None if lora is None else list(lora.projections),
+        f"{prefix}adapter_dim": None if lora is None else lora.rank,
+        f"{prefix}alpha": None if lora is None else lora.alpha,
+        f"{prefix}adapter_dropout": None if lora is None else lora.dropout,
+        f"{prefix}layer_selection": None if lora is None else [layer + 1 for layer in lora.layers],
+        f"{prefix}rslora": None if lora is None else lora.rslora,
+        f"{prefix}restore_from_path": None if lora is None or start is None else weights_digest(None, Path(start)),
     }
 
 
@@ -105,19 +143,3 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
                 f"{checkpoint} was written with another {key}{values}; what follows would not be the same run. Set it "
                 "as it was, or name another folder in exp_manager.explicit_log_dir."
             )
-
-
-def _model_digest(hf_config: PretrainedConfig, folder: Path | None) -> str:
-    """Return a digest of the configuration and of the end of each weight file."""
-    description = {
-        key: value
-        for key, value in hf_config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version")
-    }
-    digest = hashlib.blake2b(json.dumps(description, sort_keys=True, default=str).encode(), digest_size=_DIGEST_BYTES)
-    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(f"{file.name}:{size}:".encode() + stream.read())
-    return digest.hexdigest()

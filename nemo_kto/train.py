@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto import resolve
 from nemo_kto.cli import run_guarded
@@ -23,8 +25,11 @@ from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.tokenization import load_tokenizer
 from nemo_kto.errors import ConfigError
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
+from nemo_kto.models.lora import LoRASettings
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.models.reference import ReferenceSettings
 from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
+from nemo_kto.resolve_reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
 from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves, step_of
@@ -37,9 +42,21 @@ _PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 def main() -> None:
     """Run the training command: configuration from conf/gpt_kto.yaml and the command line."""
+    run_configured(train, sys.argv[1:])
+
+
+def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]) -> None:
+    """Run `action` with the configuration from conf/gpt_kto.yaml and `overrides` of the command line."""
     silence_loaded_packages()
-    sys.argv[1:] = [_forced(argument) for argument in sys.argv[1:]]
-    run_guarded(hydra_runner(config_path=str(config_dir()), config_name="gpt_kto")(_train_from_hydra))
+    command = list(sys.argv)
+
+    def act(raw: DictConfig) -> None:
+        sys.argv = command  # Lightning starts the other processes with it
+        # Hydra turns exceptions into its own report: ours must not reach it
+        run_guarded(lambda: action(parse_config(raw)))
+
+    sys.argv = [command[0], *(_forced(argument) for argument in overrides)]
+    run_guarded(hydra_runner(config_path=str(config_dir()), config_name="gpt_kto")(act))
 
 
 def _forced(argument: str) -> str:
@@ -48,9 +65,56 @@ def _forced(argument: str) -> str:
     return "++" + plain if _PLAIN_OVERRIDE.match(argument) and not plain.startswith("hydra.") else argument
 
 
-def _train_from_hydra(raw: DictConfig) -> None:
-    # Hydra turns exceptions into its own report: ours must not reach it
-    run_guarded(lambda: train(parse_config(raw)))
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a configuration was found to mean."""
+
+    config: KTOConfig
+    accelerator: str
+    layout: Layout
+    hf_config: PretrainedConfig
+    lora: LoRASettings | None
+    reference: ReferenceSettings
+    data: KTODataModule
+    schedule: resolve.Schedule
+
+    def model(self) -> MegatronGPTKTOModel:
+        return MegatronGPTKTOModel(
+            self.config,
+            self.hf_config,
+            layout=self.layout,
+            params_dtype=resolve.params_dtype(self.config),
+            recompute=resolve.recompute(self.config),
+            lora=self.lora,
+            reference=self.reference,
+            steps_per_epoch=self.schedule.per_epoch,
+        )
+
+
+def _prepare(config: KTOConfig) -> _Run:
+    """Check the configuration and read the data, as every process does."""
+    accelerator = resolve.accelerator(config)
+    if accelerator == "cpu":
+        cpu_megatron.enable_cpu()
+    tokenizer = load_tokenizer(resolve.tokenizer_folder(config))
+    hf_config = resolve.model(config, tokenizer)
+    layout = resolve.layout(config, hf_config, accelerator)
+    lora = lora_settings(config, hf_config)
+    reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
+    data = _read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
+    if reference.mode == "cached":
+        cache = cache_settings(config, hf_config, reference, data, tokenizer)
+        reference = dataclasses.replace(reference, cache=cache)
+    return _Run(
+        config=config,
+        accelerator=accelerator,
+        layout=layout,
+        hf_config=hf_config,
+        lora=lora,
+        reference=reference,
+        data=data,
+        schedule=resolve.plan_schedule(config, data),
+    )
 
 
 def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
@@ -70,23 +134,15 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         DivergenceError: A gradient is not finite.
     """
     stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))  # its time begins here
-    accelerator = resolve.accelerator(config)
-    if accelerator == "cpu":
-        cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(resolve.tokenizer_folder(config))
-    hf_config = resolve.model(config, tokenizer)
-    layout = resolve.layout(config, hf_config, accelerator)
-    data = _read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
-    schedule = resolve.plan_schedule(config, data)
-    resolve.warn_about_rates(config, schedule)
-
+    run = _prepare(config)
+    resolve.warn_about_rates(config, run.schedule)
     log_dir = resolve.log_directory(config)
-    identity = run_identity(config, hf_config, data)
+    identity = run_identity(config, run.hf_config, run.data, lora=run.lora, reference=run.reference)
     last = resumable_checkpoint(config, log_dir)
     if last is not None:
         check_same_run(last, identity)
-        if step_of(last) >= schedule.total:
-            _finish(config, last, schedule)
+        if step_of(last) >= run.schedule.total:
+            _finish(config, last, run.schedule)
             return
     export_folder = resolve.export_folder(config, resumes=last is not None)
 
@@ -95,28 +151,50 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         if is_global_rank_zero():
             write_source_folder(
                 source_folder,
-                hf_config,
+                run.hf_config,
                 model_folder=resolve.model_folder(config),
                 tokenizer_folder=resolve.tokenizer_folder(config),
+                lora=run.lora,
             )
             write_identity(source_folder, identity)
-            print(f"{schedule.total} steps, {schedule.per_epoch} per epoch, on {accelerator}, {layout}", flush=True)
-        trainer = _make_trainer(config, layout, accelerator, schedule=schedule, source_folder=source_folder)
+            steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
+            print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
+        trainer = _make_trainer(run, source_folder=source_folder)
         trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
         if export_folder is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_folder, source_folder, replace=replace))  # type: ignore[attr-defined]
-        model = MegatronGPTKTOModel(
-            config,
-            hf_config,
-            layout=layout,
-            params_dtype=resolve.params_dtype(config),
-            recompute=resolve.recompute(config),
-            steps_per_epoch=schedule.per_epoch,
-        )
-        trainer.fit(model, datamodule=data, ckpt_path=last)
+        trainer.fit(run.model(), datamodule=run.data, ckpt_path=last)
     if is_global_rank_zero():
         print(f"Logs and checkpoints: {log_dir}", flush=True)
+
+
+def cache_reference(config: KTOConfig) -> None:
+    """Compute the reference's log-probs that a run needs and keep them on disk; the run then looks them up.
+
+    Args:
+        config: The configuration of that run, with `model.kto.reference.mode=cached`; its layout may be another.
+
+    Raises:
+        ConfigError: See `train`; also when the folder's log-probs were computed from something else.
+        DataError: See `train`.
+        CheckpointError: See `train`.
+    """
+    run = _prepare(config)
+    assert run.reference.cache is not None, "reference.mode is cached"
+    trainer = Trainer(
+        **_trainer_settings(run),
+        strategy=MegatronStrategy(
+            run.layout,
+            config.model.optim,
+            params_dtype=resolve.params_dtype(config),
+            seed=config.model.seed,
+            gradient_clip=0.0,
+        ),
+    )
+    trainer.predict(run.model(), datamodule=run.data)  # there is nothing to predict: setting the model up does it
+    if is_global_rank_zero():
+        print(f"Reference log-probs: {run.reference.cache.folder}", flush=True)
 
 
 def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:
@@ -127,7 +205,7 @@ def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:
     if config.export.enabled:
         folder = resolve.export_directory(config)
         if not folder.exists():
-            export_checkpoint(last, folder)
+            export_checkpoint(last, folder, merge=config.export.merge_adapters)
         print(f"Aligned model: {folder}", flush=True)
 
 
@@ -160,12 +238,30 @@ def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_pos
     return module
 
 
-def _make_trainer(
-    config: KTOConfig, layout: Layout, accelerator: str, *, schedule: resolve.Schedule, source_folder: Path
-) -> Trainer:
+def _trainer_settings(run: _Run) -> dict[str, Any]:
+    """Return the Trainer's settings that do not depend on what it is to do."""
+    return {
+        "accelerator": run.accelerator,
+        "devices": run.layout.world_size // run.config.trainer.num_nodes,
+        "num_nodes": run.config.trainer.num_nodes,
+        "precision": "32-true",  # Lightning's part only: Megatron's is in the model and the strategy
+        "max_steps": run.schedule.total,
+        "max_epochs": -1,
+        "limit_val_batches": run.schedule.val_batches,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+
+
+def _make_trainer(run: _Run, *, source_folder: Path) -> Trainer:
+    config, schedule = run.config, run.schedule
     params = config.exp_manager.checkpoint_callback_params
     strategy = MegatronStrategy(
-        layout,
+        run.layout,
         config.model.optim,
         params_dtype=resolve.params_dtype(config),
         seed=config.model.seed,
@@ -174,22 +270,10 @@ def _make_trainer(
         source_folder=source_folder,
     )
     trainer = Trainer(
-        accelerator=accelerator,
-        devices=layout.world_size // config.trainer.num_nodes,
-        num_nodes=config.trainer.num_nodes,
+        **_trainer_settings(run),
         strategy=strategy,
-        precision="32-true",  # Lightning's part only: Megatron's is in the model and the strategy
-        max_steps=schedule.total,
-        max_epochs=-1,
-        limit_val_batches=schedule.val_batches,
-        check_val_every_n_epoch=None,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        num_sanity_val_steps=0,
         callbacks=[ProgressBar(), *([FinishBackgroundSaves()] if params.async_save else [])],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     trainer.fit_loop.epoch_loop = StepLoop(
         trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0

@@ -14,6 +14,7 @@ LAYERS = {
     "errors": 0,
     "quiet": 0,
     "config": 0,
+    "config_checks": 0,
     "config_legacy": 0,
     "config_reader": 0,
     "algorithms": 1,
@@ -22,6 +23,7 @@ LAYERS = {
     "models": 4,
     "cli": 5,
     "resolve": 5,
+    "resolve_reference": 5,
     "resume": 5,
     "train": 5,
 }

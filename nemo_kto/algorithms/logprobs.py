@@ -95,12 +95,14 @@ class _ResponseLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         first_id, real_rows, tp_group, chunk_size = ctx.settings
         rows = weight[:real_rows]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = None  # stays so where the output layer is frozen
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, targets.numel(), chunk_size):
             part = slice(start, start + chunk_size)
             # d logp / d logits = one_hot(target) - softmax
@@ -111,10 +113,11 @@ class _ResponseLogps(torch.autograd.Function):
                 grad_logits.scatter_add_(1, local_targets[:, None], (grad_logps[part] * is_local)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ rows
-            grad_weight[:real_rows] += grad_logits.T @ hidden[part]
+            if grad_weight is not None:
+                grad_weight[:real_rows] += grad_logits.T @ hidden[part]
         if grad_hidden.numel():
             _all_reduce(grad_hidden, tp_group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _first_id(weight: Tensor, tp_group: dist.ProcessGroup | None) -> int:

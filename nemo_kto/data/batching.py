@@ -143,14 +143,14 @@ class KTOItem:
         response: [r] int64.
         kl_response: [k] int64, the response of another sample.
         desirable: True for thumbs up.
-        weight: 1 for a sample that counts, 0 for one that only fills a place.
+        index: Which samples these are, and 1 for a sample that counts, 0 for one that only fills a place.
     """
 
     prompt: Tensor
     response: Tensor
     kl_response: Tensor
     desirable: bool
-    weight: float
+    index: PairIndex
 
 
 class KTODataset(Dataset[KTOItem]):
@@ -175,7 +175,7 @@ class KTODataset(Dataset[KTOItem]):
         kl_response = self._samples[index.kl].response
         if self._max_positions is not None:
             kl_response = kl_response[: self._max_positions - sample.prompt.numel()]
-        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index.weight)
+        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +185,23 @@ class KTOBatch:
     Attributes:
         samples: n (prompt, response).
         kl_samples: n (prompt, response of another sample), in the same order.
+        pairs: [n, 2] int64, the numbers of the sample and of the one whose response joins its prompt; always on the
+            CPU.
         desirable: [n] bool.
         weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
     """
 
     samples: list[Document]
     kl_samples: list[Document]
+    pairs: Tensor
     desirable: Tensor
     weights: Tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels between processes as four tensors: each tensor sent costs a file descriptor on both sides."""
+        """Travels between processes as five tensors: each tensor sent costs a file descriptor on both sides."""
         parts = [part for document in self.samples + self.kl_samples for part in document]
         lengths = torch.tensor([part.numel() for part in parts])
-        return _batch_from_flat, (torch.cat(parts), lengths, self.desirable, self.weights)
+        return _batch_from_flat, (torch.cat(parts), lengths, self.pairs, self.desirable, self.weights)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -218,15 +221,16 @@ def collate_pairs(items: Sequence[KTOItem]) -> KTOBatch:
     return KTOBatch(
         samples=[(item.prompt, item.response) for item in items],
         kl_samples=[(item.prompt, item.kl_response) for item in items],
+        pairs=torch.tensor([(item.index.sample, item.index.kl) for item in items]),
         desirable=torch.tensor([item.desirable for item in items], dtype=torch.bool),
-        weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
+        weights=torch.tensor([item.index.weight for item in items], dtype=torch.float32),
     )
 
 
-def _batch_from_flat(tokens: Tensor, lengths: Tensor, desirable: Tensor, weights: Tensor) -> KTOBatch:
+def _batch_from_flat(tokens: Tensor, lengths: Tensor, pairs: Tensor, desirable: Tensor, weights: Tensor) -> KTOBatch:
     parts = torch.split(tokens, lengths.tolist())
     documents = list(zip(parts[::2], parts[1::2], strict=True))
-    return KTOBatch(documents[: len(documents) // 2], documents[len(documents) // 2 :], desirable, weights)
+    return KTOBatch(documents[: len(documents) // 2], documents[len(documents) // 2 :], pairs, desirable, weights)
 
 
 def _rows(documents: list[Document], micro_batch_size: int) -> list[PackedRow]:

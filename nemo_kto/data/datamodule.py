@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kto.data.batching import KTODataset, KTOItem, collate_pairs
+from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_pairs
 from nemo_kto.data.records import read_feedback
-from nemo_kto.data.sampling import GlobalBatchSampler, ValidationBatchSampler, epoch_length
+from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, Shuffle, ValidationBatchSampler, epoch_length
 from nemo_kto.data.tokenization import TokenizationResult, tokenize_records
 from nemo_kto.errors import DataError
 
@@ -56,7 +56,7 @@ class KTODataModule(LightningDataModule):
         max_positions: int | None = None,
         append_eod: bool,
         global_batch_size: int,
-        shuffle: bool,
+        shuffle: Shuffle,
         seed: int,
         num_workers: int,
     ) -> None:
@@ -71,7 +71,7 @@ class KTODataModule(LightningDataModule):
             max_positions: See `KTODataset`.
             append_eod: See `tokenize_records`.
             global_batch_size: Samples per step over all ranks, in training and in validation.
-            shuffle: Shuffle the training data anew in every epoch.
+            shuffle: How the training data is shuffled.
             seed: Non-negative seed of that order.
             num_workers: Processes that build batches; 0 builds them in the training process.
         """
@@ -130,9 +130,37 @@ class KTODataModule(LightningDataModule):
         """
         if "train" not in self.splits:
             raise DataError("No training data was given; name at least one JSONL file to train on.")
+        return self._loader("train", self._sampler("train", self._known_position()))
+
+    def val_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
+        """Batches that hold every validation sample once; an empty list when no validation files were given."""
+        if "validation" not in self.splits:
+            return []
+        return self._loader("validation", self._sampler("validation", self._known_position()))
+
+    def global_batches(self, split: str) -> Iterable[list[PairIndex]]:
+        """What every global batch of the whole run (of "train") or of one validation holds, over all ranks."""
+        everything = replace(self._known_position(), dp_rank=0, dp_size=1, start_step=int)
+        return self._sampler(split, everything)
+
+    def rank_batch(self, split: str, pairs: Sequence[PairIndex]) -> KTOBatch:
+        """This rank's share of a global batch."""
         position = self._known_position()
-        sampler = GlobalBatchSampler(
-            self._prompt_keys("train"),
+        share = len(pairs) // position.dp_size
+        start = position.dp_rank * share
+        dataset = self._dataset(split)
+        return collate_pairs([dataset[pair] for pair in pairs[start : start + share]])
+
+    def _sampler(self, split: str, position: _Position) -> GlobalBatchSampler | ValidationBatchSampler:
+        if split == "validation":
+            return ValidationBatchSampler(
+                self._prompt_keys(split),
+                global_batch_size=self._global_batch_size,
+                dp_rank=position.dp_rank,
+                dp_size=position.dp_size,
+            )
+        return GlobalBatchSampler(
+            self._prompt_keys(split),
             global_batch_size=self._global_batch_size,
             dp_rank=position.dp_rank,
             dp_size=position.dp_size,
@@ -142,20 +170,6 @@ class KTODataModule(LightningDataModule):
             steps_per_epoch=position.steps_per_epoch,
             start_step=position.start_step,
         )
-        return self._loader("train", sampler)
-
-    def val_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
-        """Batches that hold every validation sample once; an empty list when no validation files were given."""
-        if "validation" not in self.splits:
-            return []
-        position = self._known_position()
-        sampler = ValidationBatchSampler(
-            self._prompt_keys("validation"),
-            global_batch_size=self._global_batch_size,
-            dp_rank=position.dp_rank,
-            dp_size=position.dp_size,
-        )
-        return self._loader("validation", sampler)
 
     def _prepare_split(self, split: str, files: Files) -> TokenizationResult:
         try:
@@ -185,9 +199,12 @@ class KTODataModule(LightningDataModule):
         assert self._position is not None, "set_position(...) must be called before a loader is asked for"
         return self._position
 
+    def _dataset(self, split: str) -> KTODataset:
+        return KTODataset(self.splits[split].samples, max_positions=self._max_positions)
+
     def _loader(self, split: str, sampler: GlobalBatchSampler | ValidationBatchSampler) -> DataLoader[KTOItem]:
         return DataLoader(
-            KTODataset(self.splits[split].samples, max_positions=self._max_positions),
+            self._dataset(split),
             batch_sampler=sampler,
             collate_fn=collate_pairs,
             num_workers=self._num_workers,

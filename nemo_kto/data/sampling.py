@@ -6,12 +6,16 @@ a rank takes its share of a global batch that is already fixed.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from nemo_kto.errors import ConfigError, DataError
+
+Shuffle = bool | Literal["batches"]
+"""True: every epoch deals the samples anew. "batches": every epoch deals the batches of the first one, and so the same
+pairs, in an order of its own. False: the order of the data."""
 
 
 class PairIndex(NamedTuple):
@@ -99,7 +103,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         dp_rank: int,
         dp_size: int,
         seed: int,
-        shuffle: bool,
+        shuffle: Shuffle,
         num_steps: int,
         steps_per_epoch: int | None = None,
         start_step: Callable[[], int] = int,
@@ -112,7 +116,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
             dp_rank: This rank's place among the data-parallel ranks.
             dp_size: Number of data-parallel ranks.
             seed: Non-negative seed of the order.
-            shuffle: False keeps the order of the data in every epoch.
+            shuffle: See `Shuffle`.
             num_steps: Steps of the whole run.
             steps_per_epoch: Steps after which the next epoch begins; None for all whole batches of the data.
             start_step: Returns the number of steps taken before, where a resumed run goes on; asked when iteration
@@ -153,8 +157,13 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         num_samples = len(self._prompt_keys)
         if not self._shuffle:
             return list(range(num_samples))
-        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(num_samples).tolist()
-        return order
+        dealt = 0 if self._shuffle == "batches" else epoch
+        order: list[int] = np.random.default_rng([self._seed, dealt]).permutation(num_samples).tolist()
+        if epoch == dealt:
+            return order
+        size = self._global_batch_size
+        batches = np.random.default_rng([self._seed, epoch]).permutation(self._steps_per_epoch).tolist()
+        return [sample for batch in batches for sample in order[batch * size : (batch + 1) * size]]
 
 
 class ValidationBatchSampler(Sampler[list[PairIndex]]):

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from megatron.core import dist_checkpointing
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.gpt import build_gpt, load_hf_config
-from nemo_kto.models.hf_weights import copy_companions, export_hf
+from nemo_kto.models.hf_rules import ADAPTERS
+from nemo_kto.models.hf_weights import copy_companions, export_hf, import_hf
+from nemo_kto.models.lora import LoRASettings, adapters_merged, add_adapters
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.models.peft_adapter import (
+    CONFIG_FILE,
+    adapter_config,
+    base_folder,
+    export_adapter,
+    is_adapter,
+    read_adapter_config,
+    write_adapter,
+)
 from nemo_kto.runtime import cpu_megatron, parallel
-from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, ShardedCheckpointIO, is_finished, sharding_metadata
+from nemo_kto.runtime.checkpoint import (
+    SOURCE_FOLDER,
+    ShardedCheckpointIO,
+    is_finished,
+    sharded_trained,
+    sharding_metadata,
+)
 from nemo_kto.runtime.layout import Layout
 
 
 def write_source_folder(
-    folder: Path, hf_config: PretrainedConfig, *, model_folder: Path | None, tokenizer_folder: Path
+    folder: Path,
+    hf_config: PretrainedConfig,
+    *,
+    model_folder: Path | None,
+    tokenizer_folder: Path,
+    lora: LoRASettings | None = None,
 ) -> None:
     """Keep in `folder` what an exported model needs besides weights: configuration, tokenizer, chat template.
 
@@ -32,8 +57,13 @@ def write_source_folder(
         model_folder: The Hugging Face folder training starts from, whose configuration is kept byte by byte; None for
             a model with random weights.
         tokenizer_folder: The folder the run's tokenizer comes from.
+        lora: The adapters of the run, whose description is kept, with the base model's place.
     """
     copy_companions(tokenizer_folder, folder)
+    if lora is not None:
+        assert model_folder is not None, "parse_config has checked this"
+        description = adapter_config(lora, base_folder=model_folder.absolute(), num_layers=hf_config.num_hidden_layers)
+        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if model_folder is None:
         hf_config.save_pretrained(folder)
         return
@@ -43,7 +73,7 @@ def write_source_folder(
 
 
 class ExportAtEnd(Callback):
-    """Writes the Hugging Face folder when the last step has been taken; not when the run was stopped earlier.
+    """Writes the Hugging Face or PEFT folder when the last step has been taken; not when the run was stopped earlier.
 
     Args:
         folder: Folder to write.
@@ -65,50 +95,74 @@ class ExportAtEnd(Callback):
         if self.replace:
             remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
             parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")
-        export_hf(
-            [chunk.module for chunk in pl_module.chunks],
-            pl_module.hf_config,
-            self.folder,
-            tokenizer_folder=self.source_folder,
-        )
+        model, lora = pl_module, pl_module.lora
+        merge = model.config.export.merge_adapters
+        if lora is not None and not merge:
+            export_adapter(model.models, self.source_folder, self.folder)
+        else:
+            with adapters_merged(model.models) if merge else nullcontext():
+                export_hf(model.models, model.hf_config, self.folder, tokenizer_folder=self.source_folder)
         if trainer.is_global_zero:
-            print(f"Aligned model: {self.folder}", flush=True)
+            print(f"Aligned {'adapter' if lora is not None and not merge else 'model'}: {self.folder}", flush=True)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> None:
     """Write the weights of a checkpoint, saved under any layout, as a Hugging Face folder, in this one process.
 
     Args:
         checkpoint: A checkpoint folder of a run (`<log dir>/checkpoints/<name>`).
         folder: Folder to create.
+        merge: Of a run with LoRA, write the whole model instead of an adapter for PEFT.
 
     Raises:
-        CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty.
+        CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty, or the
+            base model is not where it was.
+        ConfigError: `merge` without LoRA.
     """
     source = checkpoint / SOURCE_FOLDER
     if not is_finished(checkpoint) or not source.is_dir():
         raise CheckpointError(
             f"{checkpoint} is not a finished nemo_kto checkpoint. Name one of the folders in <log dir>/checkpoints."
         )
+    if merge and not is_adapter(source):
+        raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
     if not torch.cuda.is_available():
         cpu_megatron.enable_cpu()
-    hf_config = load_hf_config(source)
     with tempfile.TemporaryDirectory() as rendezvous:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
         try:
-            _export(checkpoint, folder, hf_config)
+            if is_adapter(source) and not merge:
+                _export_adapters(checkpoint, folder)
+            else:
+                _export_model(checkpoint, folder)
         finally:
             parallel.destroy()
 
 
-def _export(checkpoint: Path, folder: Path, hf_config: PretrainedConfig) -> None:
-    layout = Layout(world_size=1)
+def _export_adapters(checkpoint: Path, folder: Path) -> None:
+    """Write the adapters of a checkpoint without building the model they belong to."""
+    tensors = {
+        key: tensor
+        for key, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint)).items()
+        if ADAPTERS in key and key.startswith("decoder.")  # the optimizer's have names of their own
+    }
+    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder)
+    parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
+
+
+def _export_model(checkpoint: Path, folder: Path) -> None:
+    source, layout = checkpoint / SOURCE_FOLDER, Layout(world_size=1)
+    hf_config = load_hf_config(source)
     parallel.initialize(layout, seed=0)
-    model = build_gpt(hf_config, layout)
+    has_adapters = is_adapter(source)
+    model = build_gpt(hf_config, layout, unfused=has_adapters)
+    if has_adapters:
+        import_hf(model, base_folder(source))
+        add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
     loaded = ShardedCheckpointIO().load_checkpoint(
-        checkpoint,
-        sharded_state_dict={"state_dict": {"chunk0": model.sharded_state_dict(metadata=sharding_metadata())}},
+        checkpoint, sharded_state_dict={"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
     )
-    model.load_state_dict(loaded["state_dict"]["chunk0"])
-    export_hf([model], hf_config, folder, tokenizer_folder=checkpoint / SOURCE_FOLDER)
+    model.load_state_dict(loaded["state_dict"]["chunk0"], strict=not has_adapters)
+    with adapters_merged([model]) if has_adapters else nullcontext():
+        export_hf([model], hf_config, folder, tokenizer_folder=source)

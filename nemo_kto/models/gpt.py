@@ -156,6 +156,7 @@ def build_gpt(
     params_dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
     moe_aux_loss_coeff: float = 0.0,
+    unfused: bool = False,
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
@@ -173,6 +174,8 @@ def build_gpt(
         params_dtype: Dtype of parameters and activations.
         recompute: What is computed again in the backward pass instead of being kept; None for nothing.
         moe_aux_loss_coeff: Weight of the loss that balances the experts' loads, in a mixture of experts.
+        unfused: Build every projection outside the experts from Megatron's own linear layers, also with Transformer
+            Engine, as adapters need them.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
@@ -203,7 +206,7 @@ def build_gpt(
     rope = rope_parameters(hf_config)
     model = KTOGPTModel(
         config,
-        block_spec(config, use_transformer_engine=use_transformer_engine, chunk=chunk_number),
+        block_spec(config, use_transformer_engine=use_transformer_engine, chunk=chunk_number, unfused=unfused),
         attends_by_document=attends_by_document(config, use_transformer_engine),
         vocab_size=padded_vocab_size,
         real_vocab_size=hf_config.vocab_size,
@@ -253,12 +256,17 @@ def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
         if len(leaf.global_shape) == 1:
             leaf.data.fill_(0.0 if leaf.key.endswith("bias") else 1.0)
             continue
-        digest = hashlib.blake2b(f"{seed}:{leaf.key}".encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        generator = tensor_generator(seed, leaf.key)
         full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
         if isinstance(layout, PaddedVocab):
             full[layout.vocab_size :] = 0.0
         leaf.data.copy_(full[leaf.region])
+
+
+def tensor_generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator that the tensor `name` is drawn from, on whichever rank."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
 def _architecture(hf: PretrainedConfig) -> dict[str, Any]:

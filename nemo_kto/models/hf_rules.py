@@ -29,6 +29,10 @@ Reader = Callable[[str, Region], torch.Tensor]
 """Reads a block of the named Hugging Face tensor."""
 
 
+ADAPTERS = ".adapters."
+"""What the names of all adapters' parameters hold."""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One block of one full Megatron tensor, as this rank holds it.
@@ -46,15 +50,19 @@ class Leaf:
     data: torch.Tensor
 
 
-def sharded_leaves(model: Any) -> Iterator[Leaf]:
+def sharded_leaves(model: Any, *, adapters: bool = False) -> Iterator[Leaf]:
     """Yield every block of `model`'s parameters that this rank holds, in the model's order.
 
     The metadata gives every layer its own name instead of one stacked tensor, and the gate and up halves theirs.
+
+    Args:
+        model: A KTOGPTModel.
+        adapters: Yield the parameters of its adapters (`models/lora.py`) instead of its own.
     """
     metadata = {"singleton_local_shards": True, "non_homogeneous_layers": True}
     for value in model.sharded_state_dict(metadata=metadata).values():
         for tensor in value.build() if isinstance(value, ShardedTensorFactory) else [value]:
-            if isinstance(tensor, ShardedTensor):
+            if isinstance(tensor, ShardedTensor) and (ADAPTERS in tensor.key) == adapters:
                 region = tuple(
                     slice(start, start + size)
                     for start, size in zip(tensor.global_offset, tensor.local_shape, strict=True)

@@ -7,6 +7,7 @@ travel to rank 0, which writes them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -47,6 +48,7 @@ _COMPANIONS = (
     "additional_chat_templates",
 )
 _NAMES_SHOWN = 5
+_SAMPLED_BYTES = 1 << 12
 
 
 class SafetensorsFolder:
@@ -142,13 +144,13 @@ def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
     missing = sorted(expected.keys() - source.names)
     if missing:
         raise CheckpointError(
-            f"{source.folder} lacks {_listed(missing)}. Its weights are incomplete or belong to another config.json."
+            f"{source.folder} lacks {listed(missing)}. Its weights are incomplete or belong to another config.json."
         )
     surplus = sorted(name for name in source.names - expected.keys() if not _IGNORED.search(name))
     if model.share_embeddings_and_output_weights and "lm_head.weight" in surplus:
         surplus.remove("lm_head.weight")  # some folders store the tied matrix a second time
     if surplus:
-        raise CheckpointError(f"{source.folder} holds tensors its config.json has no place for: {_listed(surplus)}.")
+        raise CheckpointError(f"{source.folder} holds tensors its config.json has no place for: {listed(surplus)}.")
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise CheckpointError(
@@ -156,7 +158,8 @@ def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
             )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first few of many names, as a text."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more tensors" if more > 0 else "")
 
@@ -188,33 +191,49 @@ def export_hf(
     Raises:
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
-    folder = Path(folder)
+    new = NewFolder(Path(folder))
     dtype = dtype or configured_dtype(hf_config) or next(chunks[0].parameters()).dtype
-    partial = folder.with_name(folder.name + ".partial")
-    writer = _ShardWriter(partial, max_shard_bytes)
+    writer = _ShardWriter(new.partial, max_shard_bytes)
     failure = f"The model cannot be written to {folder}"
-
-    def start() -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError("it exists already and is not empty. Name another folder or remove it.")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
     def finish() -> None:
         writer.finish()
-        _write_companions(partial, hf_config, dtype, Path(tokenizer_folder) if tokenizer_folder else None)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        _write_companions(new.partial, hf_config, dtype, Path(tokenizer_folder) if tokenizer_folder else None)
+        new.finish()
 
-    parallel.run_on_rank_zero(start, failure)
+    parallel.run_on_rank_zero(new.start, failure)
     rules = rules_for(chunks[0])
-    for key, full in _gathered_tensors(chunks):
+    for key, full in gathered_tensors(chunks):
         if full is not None:
             rule = match(rules, key)
             for name, tensor in zip(rule.names, rule.layout.split(full), strict=True):
                 writer.add(name, tensor.to(device="cpu", dtype=dtype))
     parallel.run_on_rank_zero(finish, failure)
+
+
+class NewFolder:
+    """A folder that appears under its name when it is complete.
+
+    Attributes:
+        partial: Where its files are written until then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+
+    def start(self) -> None:
+        """Make room; an OSError if there is something already."""
+        if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            raise FileExistsError("it exists already and is not empty. Name another folder or remove it.")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        if self._folder.exists():
+            self._folder.rmdir()
+        self.partial.rename(self._folder)
 
 
 def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
@@ -223,14 +242,20 @@ def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
     return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
 
 
-def _gathered_tensors(chunks: Sequence[KTOGPTModel]) -> Iterator[tuple[str, torch.Tensor | None]]:
+def gathered_tensors(
+    chunks: Sequence[KTOGPTModel], *, adapters: bool = False
+) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield (key, full tensor) of all stages in turn, on rank 0; (key, None) elsewhere.
 
     One exchange of names and places, then one message per block that rank 0 does not hold itself. Of equal blocks on
     several ranks (data parallelism, norms, tied embeddings) the lowest rank's is taken.
+
+    Args:
+        chunks: This rank's chunks of the model, not wrapped.
+        adapters: See `sharded_leaves`.
     """
     rank = dist.get_rank()
-    leaves = {(leaf.key, _corner(leaf)): leaf for chunk in chunks for leaf in sharded_leaves(chunk)}
+    leaves = {(leaf.key, _corner(leaf)): leaf for chunk in chunks for leaf in sharded_leaves(chunk, adapters=adapters)}
     mine = {place: (leaf.global_shape, leaf.region) for place, leaf in leaves.items()}
     everyone: list[dict[tuple[str, tuple[int, ...]], Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -314,6 +339,30 @@ class _ShardWriter:
 
     def _unnamed(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
+
+
+def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
+    """Return a digest of a model's configuration and of some of the bytes of each of its tensors.
+
+    Args:
+        config: The configuration, if it counts.
+        folder: Folder with safetensors files, of a model or an adapter; None for none.
+    """
+    fields = {} if config is None else config.to_dict()
+    description = {key: value for key, value in fields.items() if key not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True, default=str).encode(), digest_size=16)
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        # a file is the length of its header (8 bytes), the header, and the tensors at the offsets it names
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            for name, tensor in sorted(header.items()):
+                if name != "__metadata__":
+                    start, end = tensor["data_offsets"]
+                    stream.seek(8 + length + (start + end) // 2)
+                    sample = stream.read(min(_SAMPLED_BYTES, (end - start) // 2))
+                    digest.update(f"{name}:{end - start}:".encode() + sample)
+    return digest.hexdigest()
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -7,26 +7,54 @@ size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 
+from nemo_kto.algorithms.dropout import token_keys
 from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
 from nemo_kto.data.batching import PackedRow
+from nemo_kto.models.gpt import KTOGPTModel
+from nemo_kto.models.lora import RowParams
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.parallel import RankPosition
 
 LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
 """Maps a micro-batch's log-probs `[b]` and its index to its share of the global batch's loss, a scalar."""
+
+
+def unwrapped(chunk: torch.nn.Module) -> KTOGPTModel:
+    """Return the model inside a chunk that may be wrapped for data parallelism."""
+    inner = chunk if isinstance(chunk, KTOGPTModel) else chunk.module
+    assert isinstance(inner, KTOGPTModel)
+    return inner
+
+
+@dataclass(frozen=True)
+class _Dropout:
+    """What the adapters' dropout of one step depends on.
+
+    Attributes:
+        step: Number of the step.
+        places: For each micro-batch, the place of its first document in the global batch.
+    """
+
+    step: int
+    places: list[int]
+
+    def keys(self, index: int, row: PackedRow, in_row: torch.Tensor) -> torch.Tensor:
+        """Return a key for each token `[T/c]` of micro-batch `index`; `in_row` `[T/c]` are their places in the row."""
+        documents = torch.bucketize(in_row, row.cu_seqlens[1:], right=True)
+        return token_keys(row.position_ids, self.places[index] + documents, step=self.step)
 
 
 @dataclass(kw_only=True)
@@ -37,7 +65,7 @@ class RowScorer:
     equal weights give bit-equal log-probs.
 
     Attributes:
-        chunks: The chunks of the live model on this rank, wrapped for data parallelism.
+        chunks: The chunks of the live model on this rank; to `train` they must be wrapped for data parallelism.
         place: This process's place in the layout.
         layout: The layout.
         average: Mean instead of sum over a response's tokens.
@@ -58,19 +86,35 @@ class RowScorer:
         """Return the log-probs `[n]` of the rows' documents, float32, natural log; None except on the last stage."""
         return self._run(rows, _no_loss, forward_only=True)
 
-    def train(self, rows: Sequence[PackedRow], loss: LossFunction) -> torch.Tensor | None:
+    def train(
+        self, rows: Sequence[PackedRow], loss: LossFunction, *, dropout_step: int | None = None
+    ) -> torch.Tensor | None:
         """Accumulate the gradients of the summed `loss` of all micro-batches of all data-parallel ranks.
+
+        Args:
+            rows: This rank's share of the global batch.
+            loss: See `LossFunction`.
+            dropout_step: Number of the step, on which the adapters' dropout depends; None for no dropout.
 
         Returns:
             The policy's log-probs `[n]` as in `score`, detached.
         """
         # The schedule divides by the number of micro-batches, Megatron's data-parallel wrapper by the ranks.
         scale = len(rows) * self.place.dp_size
-        return self._run(rows, lambda logps, index: loss(logps, index) * scale, forward_only=False)
+        return self._run(
+            rows, lambda logps, index: loss(logps, index) * scale, forward_only=False, dropout_step=dropout_step
+        )
 
-    def _run(self, rows: Sequence[PackedRow], loss: LossFunction, *, forward_only: bool) -> torch.Tensor | None:
+    def _run(
+        self, rows: Sequence[PackedRow], loss: LossFunction, *, forward_only: bool, dropout_step: int | None = None
+    ) -> torch.Tensor | None:
+        dropout = None
+        if dropout_step is not None:
+            documents = [row.num_documents for row in rows]
+            first = self.place.dp_rank * sum(documents)
+            dropout = _Dropout(dropout_step, [first, *(first + before for before in itertools.accumulate(documents))])
         outputs: list[torch.Tensor] = self._backend(
-            forward_step_func=partial(self._forward_step, loss),
+            forward_step_func=partial(self._forward_step, loss, dropout),
             data_iterator=[iter(enumerate(rows)) for _ in self.chunks],
             model=list(self.chunks),
             num_microbatches=len(rows),
@@ -81,21 +125,26 @@ class RowScorer:
         return torch.cat(outputs) if self.place.is_last_stage else None
 
     def _forward_step(
-        self, loss: LossFunction, rows: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
+        self,
+        loss: LossFunction,
+        dropout: _Dropout | None,
+        rows: Iterator[tuple[int, PackedRow]],
+        model: torch.nn.Module,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
         index, whole = next(rows)
         padded = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
         row = padded.shard(self.place.cp_rank, self.layout.context).to(self._device)
-        padding_mask = None
-        if padded is not whole:  # for the balance of the experts' loads: tokens that only fill up the row do not count
-            first = self.place.cp_rank * row.tokens.numel()
-            padding_mask = torch.arange(first, first + row.tokens.numel(), device=self._device) >= whole.tokens.numel()
+        first = self.place.cp_rank * row.tokens.numel()
+        in_row = torch.arange(first, first + row.tokens.numel(), device=self._device)
+        # for the balance of the experts' loads: tokens that only fill up the row do not count
+        padding_mask = None if padded is whole else in_row >= whole.tokens.numel()
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
             attention_mask=None,
             padding_mask=None if padding_mask is None else padding_mask[None],
-            packed_seq_params=PackedSeqParams(
+            packed_seq_params=RowParams(
+                dropout_keys=None if dropout is None else dropout.keys(index, row, in_row),
                 qkv_format="thd",
                 cu_seqlens_q=row.cu_seqlens,
                 cu_seqlens_kv=row.cu_seqlens,
@@ -122,7 +171,7 @@ class RowScorer:
             lengths: `[b]` int64, response tokens of each document.
             hidden: `[T/c, 1, h]`, or this tensor-parallel rank's part of it.
         """
-        network: Any = self.chunks[-1].module
+        network: Any = unwrapped(self.chunks[-1])
         if self.layout.sequence:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.place.tp_group

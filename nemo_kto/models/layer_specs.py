@@ -35,9 +35,16 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    config: TransformerConfig, *, use_transformer_engine: bool, chunk: int | None
+    config: TransformerConfig, *, use_transformer_engine: bool, chunk: int | None, unfused: bool = False
 ) -> TransformerBlockSubmodules:
-    """Return the layers of one chunk of a pipeline stage; `chunk` is None unless stages are interleaved."""
+    """Return the layers of one chunk of a pipeline stage.
+
+    Args:
+        config: Megatron's configuration.
+        use_transformer_engine: Whether layers come from Transformer Engine.
+        chunk: Which one; None unless stages are interleaved.
+        unfused: See `build_gpt`.
+    """
     norm = SequenceParallelRMSNorm
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -46,16 +53,21 @@ def block_spec(
     first = get_transformer_layer_offset(config, vp_stage=chunk)
     last = first + get_num_layers_to_build(config, vp_stage=chunk)
     experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
-    layers = {number: _layer_spec(config, use_transformer_engine, number) for number in set(experts)}
+    layers = {number: _layer_spec(config, use_transformer_engine, number, unfused) for number in set(experts)}
     return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
 
 
-def _layer_spec(config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None) -> ModuleSpec:
+def _layer_spec(
+    config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None, unfused: bool
+) -> ModuleSpec:
     """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
+    engine = None
     if use_transformer_engine:
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        engine = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
+    if engine is not None and not unfused:
+        layer = engine
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
             num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -63,6 +75,13 @@ def _layer_spec(config: TransformerConfig, use_transformer_engine: bool, num_exp
         _replace_norms(layer)
         if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
             del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        if (
+            engine is not None
+        ):  # its linear layers have the norm inside; its attention and its experts are as good here
+            layer.submodules.self_attention.submodules.core_attention = (
+                engine.submodules.self_attention.submodules.core_attention
+            )
+            layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
     if attends_by_document(config, use_transformer_engine):
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
     return layer

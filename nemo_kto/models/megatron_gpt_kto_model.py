@@ -3,7 +3,8 @@
 One Lightning step is one global batch (KTO, arXiv 2402.01306, section 4.1):
 
 1. the policy scores the KL set (each prompt with another sample's response), forward only;
-2. the reference scores the KL set and the samples, forward only, in the live model (`models/reference.py`);
+2. the reference scores the KL set and the samples, forward only, in the live model, or its scores are looked up
+   (`models/reference.py`);
 3. the baseline z is formed from all data-parallel ranks;
 4. Megatron's 1F1B schedule scores the samples again, with gradients, and the optimizer steps.
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,22 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from transformers import PretrainedConfig
 
-from nemo_kto.algorithms.losses import LOSSES, KTOLossOutput, kl_baseline, sample_coefficients
+from nemo_kto.algorithms.losses import LOSSES, KTOLossOutput
 from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.batching import KTOBatch, PackedRow
+from nemo_kto.data.reference_cache import ReferenceCache
 from nemo_kto.errors import DivergenceError
-from nemo_kto.models.gpt import Recompute, build_gpt, initialize_weights
-from nemo_kto.models.hf_weights import import_hf
-from nemo_kto.models.kto_step import RowScorer
+from nemo_kto.models.baseline import Baseline, form_baseline
+from nemo_kto.models.cache_reference import fill, remaining_work
+from nemo_kto.models.gpt import KTOGPTModel, Recompute, build_gpt
+from nemo_kto.models.kto_step import RowScorer, unwrapped
+from nemo_kto.models.lora import LoRASettings, add_adapters
 from nemo_kto.models.moe import expert_layers
-from nemo_kto.models.reference import ReferencePolicy, make_reference
+from nemo_kto.models.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
+from nemo_kto.models.weights import Weights
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """What one loss needs to know of the whole global batch.
-
-    Attributes:
-        ref_logps: `[n]` float32, the reference's log-probs of this rank's samples.
-        kl_estimate: `[n]` float32, the clamped baseline z of each sample (one value under `kl_scope=global_batch`).
-        coefficients: `[n]` float32, what each sample's loss is multiplied with before the global sum.
-    """
-
-    ref_logps: torch.Tensor
-    kl_estimate: torch.Tensor
-    coefficients: torch.Tensor
 
 
 class MegatronGPTKTOModel(LightningModule):
@@ -62,6 +51,8 @@ class MegatronGPTKTOModel(LightningModule):
         layout: Division of the processes.
         params_dtype: Dtype of parameters and activations; log-probs and losses are float32 whatever it is.
         recompute: What the backward pass computes again.
+        lora: The adapters to train; None to train the whole model.
+        reference: The reference policy.
         steps_per_epoch: Steps of one pass over the training data.
 
     Attributes:
@@ -77,6 +68,8 @@ class MegatronGPTKTOModel(LightningModule):
         layout: Layout,
         params_dtype: torch.dtype,
         recompute: Recompute | None,
+        lora: LoRASettings | None,
+        reference: ReferenceSettings,
         steps_per_epoch: int,
     ) -> None:
         super().__init__()
@@ -88,14 +81,26 @@ class MegatronGPTKTOModel(LightningModule):
         self.layout = layout
         self.params_dtype = params_dtype
         self.recompute = recompute
+        self.lora = lora
+        self.reference_settings = reference
         self.chunks = torch.nn.ModuleList()
         self.reference: ReferencePolicy | None = None
         self._validation_sums = MetricSums()
+        folders = config.pretrained_checkpoint.restore_from_path, config.model.peft.lora_tuning.restore_from_path
+        model_folder, adapter_folder = (None if folder is None else Path(folder) for folder in folders)
+        self._weights = Weights(
+            model_folder=model_folder,
+            adapter_folder=adapter_folder,
+            seed=config.model.seed,
+            init_std=config.model.init_method_std,
+            has_adapters=lora is not None,
+            reference=reference,
+        )
 
     # model
 
     def configure_model(self) -> None:
-        """Build this rank's part of the model, load its weights and keep them as the reference; collective."""
+        """Build this rank's part of the model, load its weights and have the reference; collective."""
         if self.chunks:
             return
         model = self.config.model
@@ -109,17 +114,62 @@ class MegatronGPTKTOModel(LightningModule):
                 params_dtype=self.params_dtype,
                 recompute=self.recompute,
                 moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+                unfused=self.lora is not None,
             )
             for chunk in range(self.layout.virtual)
         )
-        folder = self.config.pretrained_checkpoint.restore_from_path
-        for chunk in self.chunks:
-            if folder is None:
-                initialize_weights(chunk, seed=model.seed, std=model.init_method_std)
-            else:
-                import_hf(chunk, Path(folder))
+        if self.lora is not None:
+            for chunk in self.chunks:
+                add_adapters(chunk, self.lora)
         self.chunks.to(self.trainer.strategy.root_device)
-        self.reference = make_reference(self.kto.reference.mode, self.chunks)
+        self._weights.load_model(self.models)
+        self._weights.load_adapters(self.models)
+        if self.reference_settings.mode == "cached":
+            self.reference = self._make_cached_reference()
+        else:
+            self.reference = self._weights.live_reference(self.models)
+
+    @property
+    def models(self) -> list[KTOGPTModel]:
+        """This rank's chunks without what they are wrapped in."""
+        return [unwrapped(chunk) for chunk in self.chunks]
+
+    def _make_cached_reference(self) -> CachedReference:
+        """Return the log-probs of the reference; those that are not in the cache yet are computed."""
+        settings, data = self.reference_settings, self.trainer.datamodule  # type: ignore[attr-defined]
+        assert settings.cache is not None
+        num_samples = {split: len(result.samples) for split, result in data.splits.items()}
+        cache = ReferenceCache(settings.cache.folder, key=settings.cache.key, num_samples=num_samples)
+        cache.read()
+        dist.barrier()  # nobody writes before everybody has read
+        work = remaining_work(cache, data, val_batches=int(self.trainer.limit_val_batches))
+        if work:
+            self._weights.load_reference(self.models)
+            fill(
+                cache,
+                work,
+                data,
+                self._scorer(),
+                micro_batch_size=self.config.model.micro_batch_size,
+                kl_micro_batch_size=self._kl_micro_batch_size,
+            )
+            self._weights.restore_policy(self.models)
+        return CachedReference(cache.tables)
+
+    def reference_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict of a reference that moves, which a resumed run needs; else nothing."""
+        if not isinstance(self.reference, ExchangedReference) or not self.reference_settings.sync_every:
+            return {}
+        return {
+            f"reference{i}": self.reference.sharded_state_dict(model, metadata) for i, model in enumerate(self.models)
+        }
+
+    def load_reference_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded by way of `reference_state`."""
+        for i, model in enumerate(self.models):
+            if f"reference{i}" in state:
+                assert isinstance(self.reference, ExchangedReference)
+                self.reference.load_state_dict(model, state[f"reference{i}"])
 
     def setup(self, stage: str) -> None:
         """Tell the data which share of each batch this process trains on, and where a resumed run stands."""
@@ -160,14 +210,19 @@ class MegatronGPTKTOModel(LightningModule):
 
         scorer = self._scorer()
         rows = batch.sample_rows(self.config.model.micro_batch_size)
-        baseline = self._baseline(scorer, batch, rows)
-        logps = scorer.train(rows, partial(self._micro_batch_loss, batch, baseline))
+        baseline = self._baseline(scorer, batch, rows, split="train")
+        logps = scorer.train(
+            rows,
+            partial(self._micro_batch_loss, batch, baseline),
+            dropout_step=self.trainer.global_step if self.lora is not None and self.lora.dropout else None,
+        )
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
         updated, grad_norm, _ = optimizer.step()
         self._check_gradient(grad_norm if updated else math.inf, loss_scale)
         if updated:
             scheduler.step(increment=1)
+        self._move_reference()
 
         sums = MetricSums(self.device)
         self._add_metrics(sums, batch, baseline, logps)
@@ -187,6 +242,15 @@ class MegatronGPTKTOModel(LightningModule):
             "step_time": seconds,
         }
         self._log("train", metrics)
+
+    def _move_reference(self) -> None:
+        """Move the reference towards the policy when it is due, after a step."""
+        every = self.reference_settings.sync_every
+        if every is None or self.trainer.global_step % every:
+            return
+        assert isinstance(self.reference, ExchangedReference)
+        self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
+        self.reference.move(self.reference_settings.sync_alpha)
 
     @property
     def _scales_loss(self) -> bool:
@@ -232,7 +296,7 @@ class MegatronGPTKTOModel(LightningModule):
         """Score this rank's share of one validation batch; samples of weight zero leave no trace."""
         scorer = self._scorer()
         rows = batch.sample_rows(self.config.model.micro_batch_size)
-        baseline = self._baseline(scorer, batch, rows)
+        baseline = self._baseline(scorer, batch, rows, split="validation")
         self._add_metrics(self._validation_sums, batch, baseline, scorer.score(rows))
 
     def on_validation_epoch_end(self) -> None:
@@ -247,7 +311,9 @@ class MegatronGPTKTOModel(LightningModule):
     # scores, baseline, metrics
 
     @torch.no_grad()
-    def _baseline(self, scorer: RowScorer, batch: KTOBatch, sample_rows: list[PackedRow]) -> Baseline | None:
+    def _baseline(
+        self, scorer: RowScorer, batch: KTOBatch, sample_rows: list[PackedRow], *, split: str
+    ) -> Baseline | None:
         """Score the KL set with both policies and the samples with the reference; None except on the last stage.
 
         The reference scores the very rows of the gradient pass, so that the log-ratio of an untrained policy is zero
@@ -256,44 +322,19 @@ class MegatronGPTKTOModel(LightningModule):
         assert self.reference is not None
         kl_rows = batch.kl_rows(self._kl_micro_batch_size)
         policy_kl = scorer.score(kl_rows)
-        with self.reference.activated():
-            ref_kl = scorer.score(kl_rows)
-            ref_logps = scorer.score(sample_rows)
+        ref_kl, ref_logps = self.reference.log_probs(
+            batch, split, score=lambda: (scorer.score(kl_rows), scorer.score(sample_rows))
+        )
         if policy_kl is None or ref_kl is None or ref_logps is None:
             return None
-        kl_log_ratios = (policy_kl - ref_kl).double() * batch.weights
-        totals = torch.stack(
-            [
-                kl_log_ratios.sum(),
-                (batch.weights * batch.desirable).sum().double(),
-                (batch.weights * ~batch.desirable).sum().double(),
-            ]
-        )
-        dist.all_reduce(totals, group=scorer.place.dp_group)
-        log_ratio_sum, num_desirable, num_undesirable = totals
-        if self.kto.kl_scope == "global_batch":
-            kl_estimate = kl_baseline(log_ratio_sum, num_desirable + num_undesirable).expand(len(ref_logps))
-        else:
-            kl_estimate = torch.cat(
-                [
-                    kl_baseline(ratios.sum(), weights.sum()).expand(len(ratios))
-                    for ratios, weights in zip(
-                        kl_log_ratios.split(self.config.model.micro_batch_size),
-                        batch.weights.split(self.config.model.micro_batch_size),
-                        strict=True,
-                    )
-                ]
-            )
-        return Baseline(
+        return form_baseline(
+            batch,
+            policy_kl=policy_kl,
+            ref_kl=ref_kl,
             ref_logps=ref_logps,
-            kl_estimate=kl_estimate.float(),
-            coefficients=sample_coefficients(
-                batch.desirable,
-                batch.weights,
-                reduction=self.kto.loss_reduction,
-                num_desirable=num_desirable,
-                num_undesirable=num_undesirable,
-            ),
+            kl_group_size=None if self.kto.kl_scope == "global_batch" else self.config.model.micro_batch_size,
+            loss_reduction=self.kto.loss_reduction,
+            dp_group=scorer.place.dp_group,
         )
 
     def _add_metrics(

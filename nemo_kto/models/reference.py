@@ -1,35 +1,115 @@
-"""The reference policy: the weights training started from, scored by the live model's own code.
+"""The reference policy: how its log-probs are had without a second model.
 
-A second model is never built. `activated` puts the reference weights into the live model for the duration of a
-`with` block and restores the policy exactly, also when the block raises.
+While it is scored it is put into the live model, whose own code scores it: by exchanging weights (`cpu_swap`,
+`resident`) or by switching adapters off (`adapter_off`). Or its log-probs were computed beforehand (`cached`), by that
+same code.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.data.batching import KTOBatch
+from nemo_kto.data.reference_cache import Key, LogprobTable
+from nemo_kto.models.gpt import KTOGPTModel
+from nemo_kto.models.lora import adapters_off
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Where log-probs of the reference are kept, and what they are computed from; see `ReferenceCache`."""
+
+    folder: Path
+    key: Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSettings:
+    """Which reference, and how it is held.
+
+    Attributes:
+        mode: `cpu_swap`, `resident`, `adapter_off` or `cached`.
+        model_folder: Hugging Face folder of a reference that is another model than the one training starts from.
+        adapter_folder: PEFT folder of a reference that is the base model with adapters.
+        cache: With `cached`; None until the data is known.
+        sync_every: The reference moves towards the policy every that many steps; None for never.
+        sync_alpha: See `ExchangedReference.move`.
+    """
+
+    mode: str
+    model_folder: Path | None = None
+    adapter_folder: Path | None = None
+    cache: CacheSettings | None = None
+    sync_every: int | None = None
+    sync_alpha: float = 1.0
+
+
+Scores = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Log-probs `[n]` of the KL set and of the samples, float32; None except on the last pipeline stage."""
 
 
 class ReferencePolicy(Protocol):
-    """Anything that can make the live model behave as the reference for a while."""
+    """Anything that knows the reference's log-probs of a batch."""
 
-    def activated(self) -> AbstractContextManager[None]:
-        """Return a context manager inside which the live model is the reference policy."""
+    def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
+        """Return the reference's log-probs of this rank's share of a batch.
+
+        Args:
+            batch: The share.
+            split: "train" or "validation".
+            score: Scores the same share with the live model as it is.
+        """
         ...
 
 
-class _ExchangedReference(ABC):
-    """Holds the reference's weights and exchanges them with the live parameters' and back."""
+class LiveReference(ABC):
+    """A reference that is put into the live model."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Take the current weights of `model` as the reference."""
-        self._parameters = list(model.parameters())
+    @abstractmethod
+    def activated(self) -> AbstractContextManager[None]:
+        """Return a context manager inside which the live model is the reference; the policy comes back in any case."""
+
+    def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
+        """Score the batch inside `activated`."""
+        with self.activated():
+            return score()
+
+
+class AdapterOffReference(LiveReference):
+    """The base model, which the adapters leave as it is. Memory: none.
+
+    Args:
+        models: This rank's chunks.
+    """
+
+    def __init__(self, models: Sequence[KTOGPTModel]) -> None:
+        self._models = list(models)
+
+    def activated(self) -> AbstractContextManager[None]:
+        """Switch the adapters off."""
+        return adapters_off(self._models)
+
+
+class ExchangedReference(LiveReference):
+    """Holds copies of parameters, as they are now, and exchanges them with the live ones' contents and back.
+
+    Whatever is written into the parameters inside `activated` stays in the copies.
+
+    Args:
+        parameters: Those in which policy and reference differ.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._parameters = list(parameters)
         self._stored = [self._copy(parameter) for parameter in self._parameters]
 
     @contextmanager
@@ -41,6 +121,36 @@ class _ExchangedReference(ABC):
         finally:
             self._exchange()
 
+    @torch.no_grad()
+    def move(self, alpha: float) -> None:
+        """Replace the reference by alpha * policy + (1 - alpha) * reference (the soft update of arXiv 2404.09656).
+
+        The sum is made in float32 and rounded to the parameters' dtype.
+        """
+        for parameter, stored in zip(self._parameters, self._stored, strict=True):
+            policy = parameter.to(stored.device, torch.float32)
+            stored.copy_(alpha * policy + (1 - alpha) * stored.float())
+
+    def sharded_state_dict(self, model: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict of `model` with the reference's values, under names that say so."""
+        stored = {id(parameter): copy for parameter, copy in zip(self._parameters, self._stored, strict=True)}
+        state = {
+            name: value
+            for name, value in model.sharded_state_dict(metadata=metadata).items()  # type: ignore[operator]
+            if isinstance(value, ShardedTensor | ShardedTensorFactory)
+        }
+        for value in state.values():
+            value.data = stored[id(value.data)]
+        add_prefix_for_sharding(state, "reference.")
+        return state
+
+    def load_state_dict(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what was loaded by way of `sharded_state_dict`."""
+        place = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        parameters = model.state_dict(keep_vars=True)
+        for name, value in state.items():
+            self._stored[place[id(parameters[name])]].copy_(value)
+
     @staticmethod
     @abstractmethod
     def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -51,11 +161,11 @@ class _ExchangedReference(ABC):
         """Exchange the parameters' contents with the kept copies; twice restores both exactly."""
 
 
-class CpuSwapReference(_ExchangedReference):
+class CpuSwapReference(ExchangedReference):
     """Keeps the reference in CPU memory (pinned for CUDA) and exchanges the contents with the live parameters.
 
-    Memory: one copy of this rank's parameters in CPU memory, plus one parameter on the device while it is exchanged.
-    The parameters keep their storage, so views into them stay valid.
+    Memory: one copy of the parameters in CPU memory, plus one parameter on the device while it is exchanged. The
+    parameters keep their storage, so views into them stay valid.
     """
 
     @staticmethod
@@ -71,10 +181,10 @@ class CpuSwapReference(_ExchangedReference):
             stored.copy_(live)  # blocks until `live` is on the host, so the next exchange finds it complete
 
 
-class ResidentReference(_ExchangedReference):
+class ResidentReference(ExchangedReference):
     """Keeps the reference on the parameters' device and exchanges pointers: nothing is copied.
 
-    Memory: one copy of this rank's parameters on the device.
+    Memory: one copy of the parameters on the device.
     """
 
     @staticmethod
@@ -86,21 +196,23 @@ class ResidentReference(_ExchangedReference):
             parameter.data, self._stored[index] = self._stored[index], parameter.data
 
 
-def make_reference(mode: str, model: torch.nn.Module) -> ReferencePolicy:
-    """Return the reference policy of `mode`, holding the current weights of `model`.
+EXCHANGED = {"cpu_swap": CpuSwapReference, "resident": ResidentReference}
+"""Mode -> class."""
+
+
+class CachedReference:
+    """Log-probs that were computed beforehand. Memory: 12 bytes for each of them, in CPU memory.
 
     Args:
-        mode: `cpu_swap`, `resident`, or `auto`: `resident` on a CPU, where both would be in the same memory and
-            exchanging pointers is free, else `cpu_swap`, which leaves the device's memory to training.
-        model: The live model, before it is wrapped or trained.
-
-    Raises:
-        ConfigError: `mode` is unknown.
+        tables: Split -> log-probs, complete for the run.
     """
-    if mode == "auto":
-        mode = "cpu_swap" if next(model.parameters()).is_cuda else "resident"
-    if mode == "cpu_swap":
-        return CpuSwapReference(model)
-    if mode == "resident":
-        return ResidentReference(model)
-    raise ConfigError(f"model.kto.reference.mode={mode} is unknown. Use auto, cpu_swap or resident.")
+
+    def __init__(self, tables: Mapping[str, LogprobTable]) -> None:
+        self._tables = tables
+
+    def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
+        """Look the batch up."""
+        table, (samples, responses) = self._tables[split], batch.pairs.T
+        found = table.look_up(samples, responses), table.look_up(samples, samples)
+        device = batch.weights.device
+        return found[0].to(device), found[1].to(device)

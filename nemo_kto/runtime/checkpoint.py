@@ -187,6 +187,17 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
+def sharded_trained(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the sharded state dict of what is trained of a Megatron model: frozen weights never change."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(trained) == sum(1 for _ in model.named_parameters()):
+        state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+        return state
+    # with a name for each layer: not every layer need have trained parameters
+    named = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
+    return {name: value for name, value in named.items() if name in trained}
+
+
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into.
 

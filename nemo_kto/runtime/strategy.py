@@ -106,10 +106,12 @@ class MegatronStrategy(DDPStrategy):
         return nullcontext()
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the chunks for data parallelism and make their optimizer; called after `configure_model`."""
+        """Wrap chunks that are trained for data parallelism, and make their optimizer; after `configure_model`."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # nothing is trained: the model needs neither gradients nor an optimizer
         module = self._module
         # The average over replicas is part of the loss scaling. The optimizer's state is always divided among the
         # ranks that hold the same parameters: it is the one form that can be read under every other layout.
@@ -122,8 +124,7 @@ class MegatronStrategy(DDPStrategy):
         module.chunks = torch.nn.ModuleList(
             DistributedDataParallel(get_model_config(chunk), ddp_config, chunk) for chunk in module.chunks
         )
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
+        self.setup_optimizers(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create Megatron's optimizer and schedule and connect them to the pipeline schedule's hooks."""
@@ -206,13 +207,17 @@ class MegatronStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the sharded state dict of every chunk; in the checkpoint the tensors' names know of no chunks."""
         self.complete_parameters()
-        return self._sharded_model()
+        return self._sharded_module()
 
-    def _sharded_model(self) -> dict[str, Any]:
+    def _sharded_module(self) -> dict[str, Any]:
+        """Return the sharded state of the chunks and of a moving reference."""
         metadata = ckpt.sharding_metadata()
         return {
-            f"chunk{i}": chunk.module.sharded_state_dict(metadata=metadata)
-            for i, chunk in enumerate(self._module.chunks)
+            **{
+                f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata)
+                for i, chunk in enumerate(self._module.chunks)
+            },
+            **self._module.reference_state(metadata),
         }
 
     def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
@@ -220,9 +225,11 @@ class MegatronStrategy(DDPStrategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         # for loading, and for a run under float16 that has skipped all its steps so far
         ckpt.allocate_optimizer_state(optimizer)
-        state: dict[str, Any] = optimizer.sharded_state_dict(
-            self._sharded_model(), is_loading=is_loading, metadata=ckpt.sharding_metadata()
-        )
+        metadata = ckpt.sharding_metadata()
+        chunks = {
+            f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata) for i, chunk in enumerate(self._module.chunks)
+        }
+        state: dict[str, Any] = optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -239,7 +246,7 @@ class MegatronStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
         """Read a checkpoint written under any layout into this one's shards."""
-        sharded: dict[str, Any] = {"state_dict": self._sharded_model()}
+        sharded: dict[str, Any] = {"state_dict": self._sharded_module()}
         if load_optimizer_states and self.optimizers:
             sharded["optimizer_states"] = [self.optimizer_state(o, is_loading=True) for o in self.optimizers]
         return self.checkpoint_io.load_checkpoint(_folder(checkpoint_path), sharded_state_dict=sharded)  # type: ignore[call-arg]
@@ -247,7 +254,11 @@ class MegatronStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Copy loaded weights into the model."""
         for i, chunk in enumerate(self._module.chunks):
-            chunk.module.load_state_dict(checkpoint["state_dict"][f"chunk{i}"], strict=strict)
+            state, module = checkpoint["state_dict"][f"chunk{i}"], chunk.module
+            trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+            found = module.load_state_dict(state, strict=False)  # frozen weights are not there
+            assert not trained & set(found.missing_keys) and not found.unexpected_keys, found
+        self._module.load_reference_state(checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Restore Megatron's optimizer."""

@@ -1,0 +1,116 @@
+"""Fills the cache of the reference's log-probs with what a run needs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.data.reference_cache import ReferenceCache
+from nemo_kto.data.sampling import PairIndex
+from nemo_kto.models.kto_step import RowScorer
+from nemo_kto.runtime import parallel
+
+BATCHES_PER_PART = 16
+"""Global batches scored between two files: what a run loses at most when it is killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One global batch of which something is not in the cache.
+
+    Attributes:
+        split: "train" or "validation".
+        pairs: What the batch holds.
+        samples: Whether the samples are to be scored.
+        kl: Whether the KL set is.
+    """
+
+    split: str
+    pairs: list[PairIndex]
+    samples: bool
+    kl: bool
+
+
+def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: int | None) -> list[Work]:
+    """Return what is left to be scored for a run, the same list on every rank.
+
+    Whole batches are scored, in the very rows that training will make of them, so that under the same layout the
+    values are equal to the last bit; a batch whose documents are all there is left out.
+
+    Args:
+        cache: The cache, as far as it has been read.
+        data: The data of the run, its position set.
+        val_batches: Batches of one validation; None for all.
+    """
+    work = []
+    for split, table in cache.tables.items():
+        planned: set[int] = set()
+        limit = val_batches if split == "validation" else None
+        for pairs in itertools.islice(data.global_batches(split), limit):
+            samples, kl = torch.tensor([(pair.sample, pair.kl) for pair in pairs]).T
+            missing = []
+            for names in (table.names(samples, samples), table.names(samples, kl)):
+                new = set(names[~table.knows(names)].tolist()) - planned
+                planned |= new
+                missing.append(bool(new))
+            if any(missing):
+                work.append(Work(split=split, pairs=pairs, samples=missing[0], kl=missing[1]))
+    return work
+
+
+def fill(
+    cache: ReferenceCache,
+    work: list[Work],
+    data: KTODataModule,
+    scorer: RowScorer,
+    *,
+    micro_batch_size: int,
+    kl_micro_batch_size: int,
+) -> None:
+    """Score the work with the live model, whose weights are the reference's; collective.
+
+    For every `BATCHES_PER_PART` batches one all-gather of objects, of 12 bytes a document; then rank 0 writes a part.
+    Afterwards the tables of all ranks hold everything.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    failure = f"The reference log-probs cannot be written to {cache.folder}"
+    parallel.run_on_rank_zero(cache.create, failure)
+    bar = tqdm(total=len(work), desc="Reference", unit="batch", disable=dist.get_rank() != 0)
+    for part in _parts(work):
+        mine: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        for item in part:
+            batch, table = data.rank_batch(item.split, item.pairs), cache.tables[item.split]
+            samples, kl = batch.pairs.T
+            jobs = []
+            if item.kl:
+                jobs.append((table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
+            if item.samples:
+                jobs.append((table.names(samples, samples), batch.sample_rows(micro_batch_size)))
+            for names, rows in jobs:
+                values = scorer.score(rows)
+                if values is not None and scorer.place.reports:
+                    mine.append((item.split, names, values.cpu()))
+            bar.update()
+        everyone: list[list[tuple[str, torch.Tensor, torch.Tensor]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        found = {
+            split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
+            for split in cache.tables
+        }
+        parallel.run_on_rank_zero(lambda found=found: cache.write_part(found), failure)  # type: ignore[misc]
+        for split, pieces in found.items():
+            cache.add(split, pieces)
+    bar.close()
+
+
+def _parts(work: list[Work]) -> Iterator[Iterable[Work]]:
+    for start in range(0, len(work), BATCHES_PER_PART):
+        yield work[start : start + BATCHES_PER_PART]
