@@ -33,7 +33,7 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy nemo_kto/algorithms nemo_kto/data nemo_kto/config.py nemo_kto/config_legacy.py nemo_kto/config_reader.py
+	$(BIN)/mypy nemo_kto/algorithms nemo_kto/data nemo_kto/config.py nemo_kto/config_checks.py nemo_kto/config_legacy.py nemo_kto/config_reader.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -41,3 +41,4 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/reference_modes.py

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kto" / "__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
 
-TEST = ["hypothesis>=6.100", "pytest>=8"]
+TEST = ["hypothesis>=6.100", "peft>=0.17", "pytest>=8"]
 
 setup(
     name="nemo-kto",

@@ -88,6 +88,7 @@ class _Run:
             lora=self.lora,
             reference=self.reference,
             steps_per_epoch=self.schedule.per_epoch,
+            val_batches=self.schedule.val_batches,
         )
 
 
@@ -183,7 +184,7 @@ def cache_reference(config: KTOConfig) -> None:
     run = _prepare(config)
     assert run.reference.cache is not None, "reference.mode is cached"
     trainer = Trainer(
-        **_trainer_settings(run),
+        **{**_trainer_settings(run), "limit_val_batches": 0},
         strategy=MegatronStrategy(
             run.layout,
             config.model.optim,
@@ -192,7 +193,7 @@ def cache_reference(config: KTOConfig) -> None:
             gradient_clip=0.0,
         ),
     )
-    trainer.predict(run.model(), datamodule=run.data)  # there is nothing to predict: setting the model up does it
+    trainer.validate(run.model(), datamodule=run.data, verbose=False)  # only sets the model up, which does it
     if is_global_rank_zero():
         print(f"Reference log-probs: {run.reference.cache.folder}", flush=True)
 

@@ -38,10 +38,15 @@ def keep_mask(keys: Tensor, channels: range, *, salt: int, probability: float) -
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """Return int32 numbers whose bits depend on all bits of `values`: MurmurHash3's mixer, for signed numbers."""
-    values = (values ^ (values >> 16)) * _as_int32(0x85EBCA6B)
-    values = (values ^ (values >> 13)) * _as_int32(0xC2B2AE35)
-    return values ^ (values >> 16)
+    """Return int32 numbers whose every bit depends on all bits of `values`: MurmurHash3's final mixer."""
+    values = (values ^ _shifted(values, 16)) * _as_int32(0x85EBCA6B)
+    values = (values ^ _shifted(values, 13)) * _as_int32(0xC2B2AE35)
+    return values ^ _shifted(values, 16)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Return `values` shifted to the right, with zeros from the left: torch would repeat the sign."""
+    return (values >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def _as_int32(number: int) -> int:

@@ -27,6 +27,7 @@ Key = Mapping[str, str | int | float | bool | None]
 
 _KEY_FILE = "key.json"
 _PARTS = "part-*.safetensors"
+_PARTIAL = ".partial"
 
 
 class LogprobTable:
@@ -67,10 +68,9 @@ class LogprobTable:
         return self._values[self._places(names)]
 
     def add(self, names: Tensor, values: Tensor) -> None:
-        """Add documents `[n]` int64 with log-probs `[n]` float32; those already there get the new value."""
-        # of equal names the last one counts: sorting is stable, and searching finds the first
-        names, order = torch.cat([self._names, names]).flip(0).sort(stable=True)
-        values = torch.cat([self._values, values]).flip(0)[order]
+        """Add documents `[n]` int64 with log-probs `[n]` float32; of equal names the first one counts."""
+        names, order = torch.cat([self._names, names]).sort(stable=True)
+        values = torch.cat([self._values, values])[order]
         first = torch.ones_like(names, dtype=torch.bool)
         first[1:] = names[1:] != names[:-1]
         self._names, self._values = names[first], values[first]
@@ -107,7 +107,10 @@ class ReferenceCache:
         """
         file = self.folder / _KEY_FILE
         if not file.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            # what was left by a run killed while it made the folder is nothing
+            if self.folder.exists() and (
+                not self.folder.is_dir() or any(child.suffix != _PARTIAL for child in self.folder.iterdir())
+            ):
                 raise CheckpointError(
                     f"{self.folder} is no cache of reference log-probs, and not empty. Name another folder in "
                     "model.kto.reference.cache_dir."
@@ -130,7 +133,7 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / _KEY_FILE
         if not file.exists():
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(_PARTIAL)
             partial.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
             partial.rename(file)
 
@@ -162,13 +165,13 @@ class ReferenceCache:
 
     def write_part(self, found: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> None:
         """Write (names, values) of some splits as one more part; an OSError if that is impossible."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for split, pieces in found.items():
             if pieces:
                 names, values = zip(*pieces, strict=True)
                 tensors |= {f"{split}.names": torch.cat(names), f"{split}.values": torch.cat(values)}
         part = self.folder / f"part-{uuid.uuid4().hex}.safetensors"
-        partial = part.with_suffix(".partial")
+        partial = part.with_suffix(_PARTIAL)
         try:
             save_file(tensors, partial)
         except SafetensorError as error:

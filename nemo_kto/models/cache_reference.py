@@ -37,16 +37,17 @@ class Work:
     kl: bool
 
 
-def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: int | None) -> list[Work]:
+def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: int) -> list[Work]:
     """Return what is left to be scored for a run, the same list on every rank.
 
-    Whole batches are scored, in the very rows that training will make of them, so that under the same layout the
-    values are equal to the last bit; a batch whose documents are all there is left out.
+    Whole batches are scored, in the rows that training will make of them, and of a document that is scored twice the
+    first value counts. So under the same layout the values of the first epoch are those of a live reference to the
+    last bit. A batch whose documents are all there is left out.
 
     Args:
         cache: The cache, as far as it has been read.
         data: The data of the run, its position set.
-        val_batches: Batches of one validation; None for all.
+        val_batches: Batches of one validation.
     """
     work = []
     for split, table in cache.tables.items():

@@ -175,10 +175,14 @@ class _Adapted:
         """Return Megatron's (output, bias) with the adapters' share added to the output."""
         output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         if self._switch.on:
-            output = output + self._adapter_output(input_) * self._settings.scale
+            # as matrices: of tensors with more dimensions torch chooses another kernel where gradients are wanted, and
+            # the policy would not be scored in training as the reference is
+            change = self._adapter_output(input_.flatten(0, 1)) * self._settings.scale
+            output = output + change.reshape(output.shape)
         return output, bias
 
     def _adapter_output(self, input_: torch.Tensor) -> torch.Tensor:
+        """Return the adapters' part of the output `[T, o]` for an input `[T, i]`, not scaled."""
         matrices = {name: adapter() for name, adapter in self.adapters.items()}
         inner = F.linear(self._dropped(input_), torch.cat([lora_a for lora_a, _ in matrices.values()]))
         inners = self._exchange(inner).split(self._settings.rank, dim=-1)
@@ -225,7 +229,7 @@ class _Adapted:
             salt=self._dropout_salt,
             probability=self._settings.dropout,
         )
-        return input_ * (kept.to(input_.dtype) / (1 - self._settings.dropout))[:, None]
+        return input_ * (kept.to(input_.dtype) / (1 - self._settings.dropout))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None

@@ -54,6 +54,7 @@ class MegatronGPTKTOModel(LightningModule):
         lora: The adapters to train; None to train the whole model.
         reference: The reference policy.
         steps_per_epoch: Steps of one pass over the training data.
+        val_batches: Batches of one validation.
 
     Attributes:
         chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
@@ -71,6 +72,7 @@ class MegatronGPTKTOModel(LightningModule):
         lora: LoRASettings | None,
         reference: ReferenceSettings,
         steps_per_epoch: int,
+        val_batches: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -78,6 +80,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.kto = config.model.kto
         self.hf_config = hf_config
         self.steps_per_epoch = steps_per_epoch
+        self.val_batches = val_batches
         self.layout = layout
         self.params_dtype = params_dtype
         self.recompute = recompute
@@ -142,7 +145,7 @@ class MegatronGPTKTOModel(LightningModule):
         cache = ReferenceCache(settings.cache.folder, key=settings.cache.key, num_samples=num_samples)
         cache.read()
         dist.barrier()  # nobody writes before everybody has read
-        work = remaining_work(cache, data, val_batches=int(self.trainer.limit_val_batches))
+        work = remaining_work(cache, data, val_batches=self.val_batches)
         if work:
             self._weights.load_reference(self.models)
             fill(

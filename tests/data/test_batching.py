@@ -91,7 +91,7 @@ def test_dataset_looks_up_pairs():
     assert len(dataset) == 2
     item = dataset[PairIndex(1, 0, 0.0)]
     assert (item.prompt.tolist(), item.response.tolist(), item.kl_response.tolist()) == ([4, 5], [6], [2, 3])
-    assert (item.desirable, item.weight) == (False, 0.0)
+    assert (item.desirable, item.index.weight) == (False, 0.0)
 
 
 def test_kl_response_is_cut_to_the_length_the_model_knows():
@@ -105,20 +105,21 @@ def test_kl_response_is_cut_to_the_length_the_model_knows():
 
 
 def test_moving_a_batch_leaves_its_documents_where_they_are():
-    batch = collate_pairs([KTOItem(ids(1), ids(2), ids(3), True, 1.0)]).to("meta", non_blocking=True)
-    assert batch.desirable.is_meta and batch.weights.is_meta
+    batch = collate_pairs([KTOItem(ids(1), ids(2), ids(3), True, PairIndex(0, 1))]).to("meta", non_blocking=True)
+    assert batch.desirable.is_meta and batch.weights.is_meta and not batch.pairs.is_meta
     (row,) = batch.kl_rows(1)
     assert_row(row, tokens=[1, 3])
 
 
 def test_batch_and_its_rows():
     items = [
-        KTOItem(ids(1), ids(2), ids(4, 5), True, 1.0),
-        KTOItem(ids(3), ids(4, 5), ids(7), False, 1.0),
-        KTOItem(ids(6), ids(7), ids(2), True, 0.0),
+        KTOItem(ids(1), ids(2), ids(4, 5), True, PairIndex(8, 3)),
+        KTOItem(ids(3), ids(4, 5), ids(7), False, PairIndex(3, 5)),
+        KTOItem(ids(6), ids(7), ids(2), True, PairIndex(5, 8, 0.0)),
     ]
     batch = collate_pairs(items)
     assert torch.equal(batch.desirable, torch.tensor([True, False, True]))
+    assert batch.pairs.tolist() == [[8, 3], [3, 5], [5, 8]]
     assert torch.equal(batch.weights, torch.tensor([1.0, 1.0, 0.0])) and batch.weights.dtype == torch.float32
     first, last = batch.sample_rows(2)
     assert_row(first, tokens=[1, 2, 3, 4, 5], cu_seqlens=[0, 2, 5])

@@ -195,3 +195,24 @@ def test_a_batch_of_one_is_warned_about(make, caplog):
     caplog.clear()
     make()
     assert "no response can be paired" not in caplog.text
+
+
+def test_global_batches_hold_the_ranks_shares_of_the_whole_run(make):
+    module = make(train=10, validation=5)
+    shares = {"train": [], "validation": []}
+    for rank in range(2):
+        module.set_position(dp_rank=rank, dp_size=2, num_steps=4, steps_per_epoch=2, start_step=lambda: 3)
+        whole = {split: list(module.global_batches(split)) for split in shares}
+        assert [len(batches) for batches in whole.values()] == [4, 2]  # from the first step on
+        for split, batches in whole.items():
+            shares[split].append([module.rank_batch(split, batch).pairs.tolist() for batch in batches])
+    for split, (first, second) in shares.items():
+        joined = [one + other for one, other in zip(first, second, strict=True)]
+        assert joined == [[[pair.sample, pair.kl] for pair in batch] for batch in whole[split]]
+    # what a loader deals
+    module.set_position(dp_rank=1, dp_size=2, num_steps=4, steps_per_epoch=2, start_step=int)
+    for dealt, batch in zip(module.train_dataloader(), whole["train"], strict=True):
+        made = module.rank_batch("train", batch)
+        assert dealt.pairs.tolist() == made.pairs.tolist()
+        for one, other in zip(dealt.samples + dealt.kl_samples, made.samples + made.kl_samples, strict=True):
+            assert [part.tolist() for part in one] == [part.tolist() for part in other]

@@ -111,12 +111,28 @@ def test_order_depends_on_seed_and_epoch():
     assert second != list(global_sampler(seed=4))
 
 
+def test_shuffled_batches_are_those_of_the_first_epoch():
+    keys = [i // 2 for i in range(22)]
+    first, second, third = (
+        list(global_sampler(keys=keys, shuffle="batches", start=5 * epoch, steps=5 * epoch + 5)) for epoch in range(3)
+    )
+    assert first == list(global_sampler(keys=keys))  # dealt as with shuffle=True
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+    other = list(global_sampler(keys=keys, shuffle="batches", start=5, steps=10, seed=4))
+    assert sorted(other) != sorted(second)
+    # of a part of the epoch, the same part
+    parts = [list(global_sampler(keys=keys, shuffle="batches", per_epoch=3, start=s, steps=s + 3)) for s in (0, 3)]
+    assert parts[0] == first[:3] and sorted(parts[1]) == sorted(parts[0])
+
+
+@pytest.mark.parametrize("shuffle", [True, "batches"])
 @pytest.mark.parametrize("start", [1, 4, 5, 7, 13, 20])
-def test_resume_continues_the_uninterrupted_series(start):
-    series = list(global_sampler(steps=20))
+def test_resume_continues_the_uninterrupted_series(start, shuffle):
+    series = list(global_sampler(steps=20, shuffle=shuffle))
     assert len(series) == 20
-    assert list(global_sampler(steps=20, start=start)) == series[start:]
-    assert len(global_sampler(steps=20, start=start)) == 20
+    assert list(global_sampler(steps=20, start=start, shuffle=shuffle)) == series[start:]
+    assert len(global_sampler(steps=20, start=start, shuffle=shuffle)) == 20
 
 
 def test_too_little_training_data_names_both_numbers():

@@ -63,7 +63,29 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 # stages that hold the embedding and the output layer exchange the gradients of what is one matrix
 TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
-MODELS = {"dense": ("hf", LAYOUTS), "tied": ("tied", TIED_LAYOUTS), "experts": ("experts", EXPERT_LAYOUTS)}
+LORA = {
+    "model__peft__peft_scheme": "lora",
+    "model__peft__lora_tuning__adapter_dim": 4,
+    "model__peft__lora_tuning__adapter_dropout": 0.25,
+    "model__optim__lr": 1e-2,
+}
+ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["all"]}
+# one layer of four: stages without anything to train, and layers whose backward pass nobody needs
+FEW_ADAPTERS = {
+    **LORA,
+    "model__peft__lora_tuning__target_modules": ["v_proj", "up_proj"],
+    "model__peft__lora_tuning__layer_selection": [3],
+}
+EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
+MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, Any]]] = {
+    "dense": ("hf", LAYOUTS, {}),
+    "tied": ("tied", TIED_LAYOUTS, {}),
+    "experts": ("experts", EXPERT_LAYOUTS, {}),
+    "adapters": ("hf", LAYOUTS, ADAPTERS),
+    "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
+    "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
+}
+"""Kind of model -> its folder, its layouts, and what its runs are set to."""
 
 FULL = "model__activations_checkpoint_"
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -80,13 +102,18 @@ DEFAULT = {
     *{("experts", name, "kept") for name in ("dp2", "pp2vpp2", "ep2", "ep2_cp2", "tp2sp_ep2_whole")},
     ("experts", "ep2", "uniform"),
     ("tied", "pp2", "kept"),
+    *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
+    ("adapters", "tp2", "uniform"),
+    ("few adapters", "pp2", "kept"),
+    ("few adapters", "one", "uniform"),
+    ("experts, adapters", "ep2_cp2", "kept"),
 }
 """The cells of the default test run: each kind of parallelism, and the combinations that have gone wrong."""
 
 
 def cells() -> Iterator[Any]:
     """Yield (model, layout, recompute) of every cell, slow unless in DEFAULT."""
-    for model, (_, layouts) in MODELS.items():
+    for model, (_, layouts, _) in MODELS.items():
         for layout in layouts:
             for recompute in RECOMPUTE:
                 cell = (model, layout, recompute)
@@ -102,24 +129,27 @@ def cells() -> Iterator[Any]:
 def series(train: Callable[..., Path], root: Path) -> Callable[..., Series]:
     """Return `series(model, layout, **changes)`: what was logged in five steps and a validation; run once each.
 
-    The reference is exchanged in the one way with activations that are kept, in the other with recomputed ones.
+    Of whole models, the reference is exchanged in the one way with activations that are kept, in the other with
+    recomputed ones.
     """
     done: dict[tuple[Any, ...], Series] = {}
 
     def get(model: str, layout: str, **changes: Any) -> Series:
         key = (model, layout, *changes.items())
         if key not in done:
-            folder, layouts = MODELS[model]
+            folder, layouts, kind = MODELS[model]
             world_size, sizes = layouts[layout]
+            mode = "resident" if changes else "cpu_swap"
             done[key] = read_series(
                 train(
                     world_size,
                     pretrained_checkpoint__restore_from_path=str(root / folder),
                     model__micro_batch_size=2,
                     model__data__data_prefix__validation=str(root / "validation.jsonl"),
-                    model__kto__reference__mode="resident" if changes else "cpu_swap",
+                    model__kto__reference__mode="auto" if kind else mode,
                     trainer__kto__max_steps=5,
                     trainer__kto__val_check_interval=5,
+                    **kind,
                     **sizes,
                     **changes,
                 )
@@ -178,7 +208,7 @@ def train_in_small_buckets(port: int, overrides: dict[str, Any]) -> None:
         strategy.DistributedDataParallelConfig = original
 
 
-@pytest.mark.parametrize("model", ["dense", "experts"])
+@pytest.mark.parametrize("model", ["dense", "experts", "adapters"])
 def test_parameters_are_gathered_before_they_are_read(
     series: Any, root: Path, tmp_path: Path, run_ranks: Callable[..., Any], model: str
 ) -> None:
@@ -189,6 +219,7 @@ def test_parameters_are_gathered_before_they_are_read(
         pretrained_checkpoint__restore_from_path=str(root / MODELS[model][0]),
         model__micro_batch_size=2,
         trainer__kto__max_steps=5,
+        **MODELS[model][2],
         **OVERLAP,
     )
     run_ranks(train_in_small_buckets, 2, free_port(), values)

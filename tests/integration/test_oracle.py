@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from nemo_kto.data.batching import Document, KTOBatch
@@ -72,13 +73,35 @@ def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
 
 
 class Pair:
-    """Policy and reference, and what the paper computes from them for one batch, in the most direct way."""
+    """Policy and reference, and what the paper computes from them for one batch, in the most direct way.
 
-    def __init__(self, folder: Path, *, average: bool, kl_group: int) -> None:
+    Args:
+        folder: The policy's model.
+        average: Mean instead of sum over the tokens.
+        kl_group: Samples that share a baseline.
+        reference: The reference's model; None for the policy's.
+        adapter: PEFT adapter that the policy is given to train.
+        reference_adapter: One that the reference has.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        average: bool,
+        kl_group: int,
+        reference: Path | None = None,
+        adapter: Path | None = None,
+        reference_adapter: Path | None = None,
+    ) -> None:
         self.policy, self.reference = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-            for _ in range(2)
+            AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+            for place in (folder, reference or folder)
         )
+        if adapter is not None:
+            self.policy = PeftModel.from_pretrained(self.policy, adapter, is_trainable=True)
+        if reference_adapter is not None:
+            self.reference = PeftModel.from_pretrained(self.reference, reference_adapter)
         self.average = average
         self.kl_group = kl_group
 
@@ -145,15 +168,23 @@ class LoadBalance:
 
 
 def oracle(
-    root: Path, *, model: str = "hf", average: bool, class_mean: bool, kl_group: int, aux_coeff: float = 0.0
+    root: Path,
+    *,
+    model: str = "hf",
+    average: bool = False,
+    class_mean: bool = False,
+    kl_group: int = GLOBAL_BATCH_SIZE,
+    aux_coeff: float = 0.0,
+    sync: tuple[int, float] | None = None,
+    **folders: Path | None,
 ) -> dict[str, list[float]]:
-    """Train, then validate, and return the series."""
-    pair = Pair(root / model, average=average, kl_group=kl_group)
+    """Train, then validate, and return the series; `sync` is after how many steps the reference moves how far."""
+    pair = Pair(root / model, average=average, kl_group=kl_group, **folders)
     policy = pair.policy
     balance = LoadBalance(policy) if aux_coeff else None
     training, validation = batches(root)
-    matrices = [p for p in policy.parameters() if p.dim() > 1]
-    vectors = [p for p in policy.parameters() if p.dim() == 1]
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         betas=BETAS,
@@ -176,6 +207,10 @@ def oracle(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        if sync is not None and (step + 1) % sync[0] == 0:
+            with torch.no_grad():
+                for reference, trained in zip(pair.reference.parameters(), policy.parameters(), strict=True):
+                    reference.copy_(sync[1] * trained + (1 - sync[1]) * reference)
         values = (loss, z.mean(), BETA * r[good].mean(), BETA * r[~good].mean(), norm)
         for name, value in zip(NAMES, values, strict=True):
             series[name].append(value.item())
@@ -240,9 +275,86 @@ def test_experts_and_their_balance_equal_the_oracle(root: Path, tmp_path: Path, 
     }
     run_ranks(train_on_rank, 2, free_port(), settings(root, tmp_path, **changes, model__expert_model_parallel_size=2))
     actual = read_series(tmp_path)
-    expected = oracle(
-        root, model="experts", average=False, class_mean=False, kl_group=GLOBAL_BATCH_SIZE, aux_coeff=coeff
+    assert_equal(actual, oracle(root, model="experts", aux_coeff=coeff))
+
+
+def assert_equal(actual: dict[str, dict[int, float]], expected: dict[str, list[float]]) -> None:
+    for name, values in expected.items():
+        if not name.startswith("val/"):
+            # kl and rewards are differences of log-probs of about -30: rounding leaves them an absolute error
+            tolerance = 2e-5 if "kl" in name or "rewards" in name else 0.0
+            assert list(actual[f"train/{name}"].values()) == pytest.approx(values, rel=1e-4, abs=tolerance), name
+
+
+PLAIN = {
+    "model__kto__desirable_loss_weight": DESIRABLE_WEIGHT,
+    "model__kto__undesirable_loss_weight": UNDESIRABLE_WEIGHT,
+    "model__optim__weight_decay": WEIGHT_DECAY,
+    "trainer__kto__gradient_clip_val": CLIP,
+}
+
+
+def make_adapter(folder: Path, base: Path, *, seed: int) -> Path:
+    """Save an adapter with random A and B, made by PEFT, on some projections of some layers."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=2,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+        layers_to_transform=[0, 1, 3],
     )
-    for name in (*NAMES, "moe_aux_loss"):
-        tolerance = 2e-5 if "kl" in name or "rewards" in name else 0.0
-        assert list(actual[f"train/{name}"].values()) == pytest.approx(expected[name], rel=1e-4, abs=tolerance), name
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("reference", ["base", "start", "other"])
+def test_ten_steps_of_an_adapter_equal_pefts(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], reference: str
+) -> None:
+    """The reference is the base, the starting adapter, or another model."""
+    adapter = make_adapter(tmp_path / "adapter", root / "hf", seed=3)
+    checkpoint = {"base": None, "start": adapter, "other": make_model_folder(tmp_path / "other", seed=9)}[reference]
+    prefix = "model__peft__lora_tuning__"
+    changes = {
+        "model__peft__peft_scheme": "lora",
+        f"{prefix}target_modules": ["q_proj", "v_proj", "attention_dense", "gate_proj", "mlp_fc2"],
+        f"{prefix}adapter_dim": 4,
+        f"{prefix}alpha": 2,
+        f"{prefix}rslora": True,
+        f"{prefix}layer_selection": [1, 2, 4],
+        f"{prefix}restore_from_path": str(adapter),
+        "model__kto__reference__checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+    run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path / "log", **PLAIN, **changes))
+    actual = read_series(tmp_path / "log")
+    folders = {"reference": checkpoint} if reference == "other" else {"reference_adapter": checkpoint}
+    expected = oracle(root, adapter=adapter, **folders)
+    assert_equal(actual, expected)
+    assert (actual["train/rewards/chosen"][0] == actual["train/kl"][0] == 0) == (reference == "start")
+    assert expected["kl"][0] > 0 or reference != "other"
+
+
+@pytest.mark.parametrize("mode", ["cpu_swap", "resident"])
+def test_another_reference_that_moves_equals_the_oracle(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str
+) -> None:
+    """Every three steps it becomes 0.6 policy + 0.4 reference (TR-DPO's soft update, arXiv 2404.09656)."""
+    other = make_model_folder(tmp_path / "other", seed=9)
+    changes = {
+        "model__kto__reference__mode": mode,
+        "model__kto__reference__checkpoint": str(other),
+        "model__kto__reference__sync_every_n_steps": 3,
+        "model__kto__reference__sync_mixup_alpha": 0.6,
+        "model__optim__overlap_param_sync": True,
+    }
+    run_ranks(train_on_rank, 2, free_port(), settings(root, tmp_path / "log", **PLAIN, **changes))
+    expected = oracle(root, reference=other, sync=(3, 0.6))
+    assert_equal(read_series(tmp_path / "log"), expected)
+    assert expected["kl"][0] > 2 * max(expected["kl"][9], 1)  # it has come nearer

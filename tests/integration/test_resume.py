@@ -65,6 +65,8 @@ def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks
         ({"model__global_batch_size": 4}, "model.global_batch_size (8, now 4)"),
         ({"model__seed": 7}, "model.seed (1234, now 7)"),
         ({"model__kto__ref_policy_kl_penalty": 0.1}, "model.kto.ref_policy_kl_penalty (0.5, now 0.1)"),
+        ({"model__peft__peft_scheme": "lora"}, "model.peft.peft_scheme (none, now lora)"),
+        ({"model__kto__reference__sync_every_n_steps": 5}, "sync_every_n_steps (None, now 5)"),
         ({"trainer__precision": "bf16"}, "trainer.precision (32, now bf16-mixed)"),
         ({"model__data__shuffle": False}, "model.data.shuffle (True, now False)"),
         ({"model__data__append_eod": False}, "model.data.data_prefix.train"),
@@ -101,6 +103,18 @@ CHAINS = {
         (1, {}),
         (2, {"model__pipeline_model_parallel_size": 2}),
     ],
+    "adapters": [
+        (1, {}),
+        (2, TP2_SP),
+        (2, {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}),
+        (2, {}),
+    ],
+    "moving reference": [
+        (2, TP2_SP),
+        (1, {}),
+        (2, {"model__pipeline_model_parallel_size": 2, "model__optim__overlap_param_sync": True}),
+        (2, {"model__kto__reference__mode": "cpu_swap"}),
+    ],
     "experts, whole ones": [
         (2, EP2),
         (2, {**TP2_SP, **EP2, "model__expert_tensor_parallel_size": 1}),
@@ -108,6 +122,23 @@ CHAINS = {
         (2, {"model__pipeline_model_parallel_size": 2}),
     ],
 }
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adapters": {
+        "model__peft__peft_scheme": "lora",
+        "model__peft__lora_tuning__target_modules": ["attention_qkv", "mlp"],
+        "model__peft__lora_tuning__adapter_dim": 4,
+        "model__peft__lora_tuning__adapter_dropout": 0.2,
+        "model__peft__lora_tuning__layer_selection": [1, 2, 4],
+        "model__kto__reference__mode": "cached",  # beside the log folder: it is filled by the first part of the chain
+    },
+    "moving reference": {
+        "model__kto__reference__sync_every_n_steps": 3,  # in the middle of the chain's second part, and in its last
+        "model__kto__reference__sync_mixup_alpha": 0.5,
+    },
+}
+"""Chain -> what its runs are set to besides."""
 
 
 @pytest.mark.parametrize(
@@ -119,9 +150,10 @@ def test_a_run_goes_on_under_one_layout_after_the_other(
 ) -> None:
     """Two steps under each, against eight in one process."""
     model = {"pretrained_checkpoint__restore_from_path": str(root / ("experts" if "experts" in chain else "hf"))}
+    model |= SETTINGS.get(chain, {})
     for index, (world_size, changes) in enumerate(CHAINS[chain]):
         steps = {"trainer__kto__max_steps": 2 * index + 2}
-        values = settings(root, tmp_path / "chain", **CONSTANT, **model, **changes, **steps)
+        values = settings(root, tmp_path / "chain", **{**CONSTANT, **model, **changes, **steps})
         run_ranks(train_on_rank, world_size, free_port(), values)
     alone = settings(root, tmp_path / "one", **CONSTANT, **model, trainer__kto__max_steps=8)
     run_ranks(train_on_rank, 1, free_port(), alone)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_kto.errors import ConfigError
-from nemo_kto.models.reference import CpuSwapReference, ResidentReference, make_reference
-
-MODES = ["cpu_swap", "resident"]
+from nemo_kto.data.batching import KTOBatch
+from nemo_kto.data.reference_cache import LogprobTable
+from nemo_kto.models.reference import EXCHANGED, CachedReference, CpuSwapReference, ResidentReference, Scores
 
 
 def make_model() -> torch.nn.Module:
@@ -30,11 +29,11 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EXCHANGED)
 def test_the_model_is_the_reference_inside_and_the_policy_outside(mode: str) -> None:
     model = make_model()
     start = weights(model)
-    reference = make_reference(mode, model)
+    reference = EXCHANGED[mode](model.parameters())
     for _ in range(3):  # the exchange must lose nothing, however often
         train_a_step(model)
         policy = weights(model)
@@ -44,10 +43,10 @@ def test_the_model_is_the_reference_inside_and_the_policy_outside(mode: str) -> 
         assert same(weights(model), policy)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EXCHANGED)
 def test_the_policy_comes_back_when_the_pass_raises(mode: str) -> None:
     model = make_model()
-    reference = make_reference(mode, model)
+    reference = EXCHANGED[mode](model.parameters())
     train_a_step(model)
     policy = weights(model)
     with pytest.raises(RuntimeError, match="out of memory"), reference.activated():
@@ -55,14 +54,14 @@ def test_the_policy_comes_back_when_the_pass_raises(mode: str) -> None:
     assert same(weights(model), policy)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EXCHANGED)
 def test_gradients_and_the_optimizer_follow_the_policy(mode: str) -> None:
     """One step with a reference pass before and after the backward pass equals a step without any."""
     inputs = torch.ones(2, 4)
 
     def step(with_reference: bool) -> list[torch.Tensor]:
         model = make_model()
-        reference = make_reference(mode, model)
+        reference = EXCHANGED[mode](model.parameters())
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
@@ -81,25 +80,93 @@ def test_gradients_and_the_optimizer_follow_the_policy(mode: str) -> None:
 def test_swapping_keeps_the_storage_and_residence_exchanges_it() -> None:
     model = make_model()
     before = [parameter.data_ptr() for parameter in model.parameters()]
-    with CpuSwapReference(model).activated():
+    with CpuSwapReference(model.parameters()).activated():
         assert [parameter.data_ptr() for parameter in model.parameters()] == before
-    with ResidentReference(model).activated():
+    with ResidentReference(model.parameters()).activated():
         assert not set(before) & {parameter.data_ptr() for parameter in model.parameters()}
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
 
-def test_auto_keeps_it_resident_on_a_cpu() -> None:
-    assert isinstance(make_reference("auto", make_model()), ResidentReference)
+@pytest.mark.parametrize("mode", EXCHANGED)
+def test_what_is_loaded_while_the_reference_is_in_the_model_becomes_the_reference(mode: str) -> None:
+    model, other = make_model(), make_model()
+    train_a_step(other)
+    start = weights(model)
+    reference = EXCHANGED[mode](model.parameters())
+    with reference.activated():
+        model.load_state_dict(other.state_dict())
+    assert same(weights(model), start)
+    with reference.activated():
+        assert same(weights(model), weights(other))
 
 
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cpu_swap or resident"):
-        make_reference("second_model", make_model())
+@pytest.mark.parametrize("mode", EXCHANGED)
+def test_only_the_given_parameters_are_exchanged(mode: str) -> None:
+    model = make_model()
+    start = weights(model)
+    reference = EXCHANGED[mode](model[0].parameters())
+    train_a_step(model)
+    policy = weights(model)
+    with reference.activated():
+        assert same(weights(model), start[:2] + policy[2:])
+
+
+@pytest.mark.parametrize("mode", EXCHANGED)
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_a_move_by_hand(mode: str, alpha: float) -> None:
+    """alpha * policy + (1 - alpha) * reference, arXiv 2404.09656: from 1 towards 3, then towards 7."""
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(model.weight, 1.0)
+    torch.nn.init.constant_(model.bias, -2.0)
+    reference = EXCHANGED[mode](model.parameters())
+    expected = 1.0
+    for policy in (3.0, 7.0):
+        torch.nn.init.constant_(model.weight, policy)
+        reference.move(alpha)
+        expected = alpha * policy + (1 - alpha) * expected
+        with reference.activated():
+            assert model.weight.tolist() == [[expected, expected]]
+            assert model.bias.tolist() == [-2.0]
+        assert model.weight.tolist() == [[policy, policy]]
+
+
+def test_a_move_is_made_in_float32() -> None:
+    """1 + 0.1 * (1.0078125 - 1) rounds to 1 in bfloat16; 0.9 * 1 alone would not be 0.9 there."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, 1.0)
+    reference = ResidentReference(model.parameters())
+    torch.nn.init.constant_(model.weight, 1.0078125)
+    reference.move(0.1)
+    with reference.activated():
+        assert model.weight.item() == 1.0
+
+
+def test_cached_log_probs_are_looked_up_by_split_and_pair() -> None:
+    tables = {"train": LogprobTable(10), "validation": LogprobTable(10)}
+    for split, sign in (("train", -1.0), ("validation", -100.0)):
+        prompts, responses = torch.tensor([2, 2, 7]), torch.tensor([2, 7, 7])
+        tables[split].add(tables[split].names(prompts, responses), sign * torch.tensor([1.0, 2.0, 3.0]))
+    batch = KTOBatch(
+        samples=[],
+        kl_samples=[],
+        pairs=torch.tensor([[2, 7], [7, 7], [2, 2]]),
+        desirable=torch.tensor([True, True, True]),
+        weights=torch.ones(3),
+    )
+    reference = CachedReference(tables)
+    kl, samples = reference.log_probs(batch, "train", score=never)
+    assert (kl.tolist(), samples.tolist()) == ([-2.0, -3.0, -1.0], [-1.0, -3.0, -1.0])
+    kl, samples = reference.log_probs(batch, "validation", score=never)
+    assert (kl.tolist(), samples.tolist()) == ([-200.0, -300.0, -100.0], [-100.0, -300.0, -100.0])
+
+
+def never() -> Scores:
+    raise AssertionError("a cached reference scores nothing")
 
 
 def test_the_copy_is_in_cpu_memory_whatever_the_default_device() -> None:
     """Lightning makes the GPU the default device while a model is built."""
     model = make_model()
     with torch.device("meta"):
-        reference = CpuSwapReference(model)
+        reference = CpuSwapReference(model.parameters())
     assert {stored.device.type for stored in reference._stored} == {"cpu"}
