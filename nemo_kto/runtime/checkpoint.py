@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core import dist_checkpointing
@@ -35,6 +36,7 @@ SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
 
 _UNFINISHED_SUFFIX = "-unfinished"
+_NO_PARAMETER = "no parameter"
 _STEP = re.compile(r".*step=(\d+)")  # the last one, should the run's name hold another
 
 
@@ -199,13 +201,16 @@ def sharded_trained(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into.
+    """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into; collective.
 
-    Apex and Transformer Engine's Adam are initialised by Megatron itself; torch's only on its first step.
+    Apex and Transformer Engine's Adam are initialised by Megatron itself; torch's only on its first step. And Megatron
+    asks every rank for the step its parameters are at. A rank none of whose layers has adapters is told that of the
+    others: one all-reduce of one number over the world.
     """
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = chained.optimizer
-        for group in inner.param_groups if inner is not None else ():
+    optimizers = [chained.optimizer for chained in getattr(optimizer, "chained_optimizers", [optimizer])]
+    adams = [inner for inner in optimizers if isinstance(inner, torch.optim.Adam | torch.optim.AdamW)]
+    for inner in adams:
+        for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
                     inner.state[parameter].update(
@@ -213,6 +218,12 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                         exp_avg=torch.zeros_like(parameter),
                         exp_avg_sq=torch.zeros_like(parameter),
                     )
+    steps = [float(state["step"]) for inner in adams for state in inner.state.values()]
+    latest = torch.tensor(max(steps, default=0.0), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+    for inner in adams:
+        if not any(group["params"] for group in inner.param_groups):
+            inner.state[_NO_PARAMETER] = {"step": latest.cpu()}  # type: ignore[index]
 
 
 def separate_step_counters(optimizer: MegatronOptimizer) -> None:

@@ -254,11 +254,12 @@ class MegatronStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Copy loaded weights into the model."""
         for i, chunk in enumerate(self._module.chunks):
-            state, module = checkpoint["state_dict"][f"chunk{i}"], chunk.module
+            # Megatron leaves out what is empty: chunks of which nothing is trained
+            state, module = checkpoint.get("state_dict", {}).get(f"chunk{i}", {}), chunk.module
             trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
             found = module.load_state_dict(state, strict=False)  # frozen weights are not there
             assert not trained & set(found.missing_keys) and not found.unexpected_keys, found
-        self._module.load_reference_state(checkpoint["state_dict"])
+        self._module.load_reference_state(checkpoint.get("state_dict", {}))
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Restore Megatron's optimizer."""
