@@ -17,5 +17,9 @@ class DivergenceError(KTOError):
     """Training has left the finite numbers; names the step."""
 
 
+class StoppedEarly(Exception):
+    """Raised on all ranks when a run is to end before training has begun: no error, as it goes on another time."""
+
+
 class CheckpointError(KTOError):
     """A checkpoint or a Hugging Face folder that is missing, incomplete or of another model."""

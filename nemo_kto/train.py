@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nemo_kto.cli import run_guarded
 from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.tokenization import load_tokenizer
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, StoppedEarly
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.lora import LoRASettings
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
@@ -165,7 +166,8 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         if export_folder is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_folder, source_folder, replace=replace))  # type: ignore[attr-defined]
-        trainer.fit(run.model(), datamodule=run.data, ckpt_path=last)
+        if not _finishes(partial(trainer.fit, run.model(), datamodule=run.data, ckpt_path=last)):
+            return
     if is_global_rank_zero():
         print(f"Logs and checkpoints: {log_dir}", flush=True)
 
@@ -181,6 +183,7 @@ def cache_reference(config: KTOConfig) -> None:
         DataError: See `train`.
         CheckpointError: See `train`.
     """
+    stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))
     run = _prepare(config)
     assert run.reference.cache is not None, "reference.mode is cached"
     trainer = Trainer(
@@ -192,10 +195,23 @@ def cache_reference(config: KTOConfig) -> None:
             seed=config.model.seed,
             gradient_clip=0.0,
         ),
+        callbacks=[stop],
     )
-    trainer.validate(run.model(), datamodule=run.data, verbose=False)  # only sets the model up, which does it
-    if is_global_rank_zero():
+    # only sets the model up, which does it: there is nothing to validate
+    finished = _finishes(partial(trainer.validate, run.model(), datamodule=run.data, verbose=False))
+    if finished and is_global_rank_zero():
         print(f"Reference log-probs: {run.reference.cache.folder}", flush=True)
+
+
+def _finishes(action: Callable[[], Any]) -> bool:
+    """Return whether `action` came to its end; if it was stopped before training began, say so."""
+    try:
+        action()
+    except StoppedEarly as done:
+        if is_global_rank_zero():
+            print(f"Stopped after {done}; run the same command to continue.", flush=True)
+        return False
+    return True
 
 
 def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:

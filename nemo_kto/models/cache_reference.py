@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.reference_cache import ReferenceCache
 from nemo_kto.data.sampling import PairIndex
+from nemo_kto.errors import StoppedEarly
 from nemo_kto.models.kto_step import RowScorer
 from nemo_kto.runtime import parallel
 
@@ -73,45 +74,52 @@ def fill(
     *,
     micro_batch_size: int,
     kl_micro_batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Score the work with the live model, whose weights are the reference's; collective.
 
     For every `BATCHES_PER_PART` batches one all-gather of objects, of 12 bytes a document; then rank 0 writes a part.
     Afterwards the tables of all ranks hold everything.
 
+    Args:
+        cache: The cache.
+        work: What `remaining_work` returned.
+        data: The data of the run.
+        scorer: Of the live model.
+        micro_batch_size: Samples of a row.
+        kl_micro_batch_size: Pairs of a row of the KL set.
+        stop: Asked between parts whether to end; collective, with the same answer on all ranks.
+
     Raises:
         CheckpointError: The folder cannot be written.
+        StoppedEarly: `stop` said so.
     """
     failure = f"The reference log-probs cannot be written to {cache.folder}"
     parallel.run_on_rank_zero(cache.create, failure)
-    bar = tqdm(total=len(work), desc="Reference", unit="batch", disable=dist.get_rank() != 0)
-    for part in _parts(work):
-        mine: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-        for item in part:
-            batch, table = data.rank_batch(item.split, item.pairs), cache.tables[item.split]
-            samples, kl = batch.pairs.T
-            jobs = []
-            if item.kl:
-                jobs.append((table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
-            if item.samples:
-                jobs.append((table.names(samples, samples), batch.sample_rows(micro_batch_size)))
-            for names, rows in jobs:
-                values = scorer.score(rows)
-                if values is not None and scorer.place.reports:
-                    mine.append((item.split, names, values.cpu()))
-            bar.update()
-        everyone: list[list[tuple[str, torch.Tensor, torch.Tensor]]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        found = {
-            split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
-            for split in cache.tables
-        }
-        parallel.run_on_rank_zero(lambda found=found: cache.write_part(found), failure)  # type: ignore[misc]
-        for split, pieces in found.items():
-            cache.add(split, pieces)
-    bar.close()
-
-
-def _parts(work: list[Work]) -> Iterator[Iterable[Work]]:
-    for start in range(0, len(work), BATCHES_PER_PART):
-        yield work[start : start + BATCHES_PER_PART]
+    with tqdm(total=len(work), desc="Reference", unit="batch", disable=dist.get_rank() != 0) as bar:
+        for start in range(0, len(work), BATCHES_PER_PART):
+            if stop():
+                raise StoppedEarly(f"{start} of {len(work)} batches of the reference's log-probs")
+            mine: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+            for item in work[start : start + BATCHES_PER_PART]:
+                batch, table = data.rank_batch(item.split, item.pairs), cache.tables[item.split]
+                samples, kl = batch.pairs.T
+                jobs = []
+                if item.kl:
+                    jobs.append((table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
+                if item.samples:
+                    jobs.append((table.names(samples, samples), batch.sample_rows(micro_batch_size)))
+                for names, rows in jobs:
+                    values = scorer.score(rows)
+                    if values is not None and scorer.place.reports:
+                        mine.append((item.split, names, values.cpu()))
+                bar.update()
+            everyone: list[list[tuple[str, torch.Tensor, torch.Tensor]]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+            found = {
+                split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
+                for split in cache.tables
+            }
+            parallel.run_on_rank_zero(lambda found=found: cache.write_part(found), failure)  # type: ignore[misc]
+            for split, pieces in found.items():
+                cache.add(split, pieces)

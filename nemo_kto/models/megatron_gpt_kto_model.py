@@ -40,6 +40,7 @@ from nemo_kto.models.reference import CachedReference, ExchangedReference, Refer
 from nemo_kto.models.weights import Weights
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.loop import GracefulStop, graceful_stop
 
 
 class MegatronGPTKTOModel(LightningModule):
@@ -148,14 +149,17 @@ class MegatronGPTKTOModel(LightningModule):
         work = remaining_work(cache, data, val_batches=self.val_batches)
         if work:
             self._weights.load_reference(self.models)
-            fill(
-                cache,
-                work,
-                data,
-                self._scorer(),
-                micro_batch_size=self.config.model.micro_batch_size,
-                kl_micro_batch_size=self._kl_micro_batch_size,
-            )
+            stop = graceful_stop(self.trainer) or GracefulStop()
+            with stop.listening():
+                fill(
+                    cache,
+                    work,
+                    data,
+                    self._scorer(),
+                    micro_batch_size=self.config.model.micro_batch_size,
+                    kl_micro_batch_size=self._kl_micro_batch_size,
+                    stop=stop.agreed,
+                )
             self._weights.restore_policy(self.models)
         return CachedReference(cache.tables)
 

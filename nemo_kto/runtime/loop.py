@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -70,8 +72,8 @@ class StepLoop(_TrainingEpochLoop):
             self.trainer.should_stop = True
 
     def _stop_requested(self) -> bool:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return any(callback.agreed() for callback in callbacks if isinstance(callback, GracefulStop))
+        stop = graceful_stop(self.trainer)
+        return stop is not None and stop.agreed()
 
 
 def save_last(trainer: Trainer) -> None:
@@ -96,6 +98,15 @@ class GracefulStop(Callback):
         self._received = False
         self._previous: Any = None
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGTERM for what is done before training begins."""
+        previous = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over SIGTERM from Lightning, whose own handler ends the run without a checkpoint."""
         self._previous = signal.signal(signal.SIGTERM, self._handle)
@@ -119,6 +130,12 @@ class GracefulStop(Callback):
         flag = torch.tensor(int(self._received or time.monotonic() > self._deadline), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def graceful_stop(trainer: Trainer) -> GracefulStop | None:
+    """Return the trainer's GracefulStop, if it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, GracefulStop)), None)
 
 
 class ProgressBar(TQDMProgressBar):

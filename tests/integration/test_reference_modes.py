@@ -270,6 +270,15 @@ def test_another_seed_and_a_longer_run_add_what_is_missing(
     assert run_ranks(cache_on_rank, 1, free_port(), longer) == [0]
 
 
+def test_a_run_whose_time_is_over_while_caching_stops_and_goes_on(
+    root: Path, tmp_path: Path, train: Callable[..., Path]
+) -> None:
+    values = {**CACHED, "trainer__kto__max_steps": 2}
+    train(2, log_dir=tmp_path, **values, exp_manager__max_time_per_run="00:00:00:00")
+    assert cached_documents(tmp_path / "reference")["train"] == set() and "train/loss" not in read_series(tmp_path)
+    assert len(read_series(train(2, log_dir=tmp_path, **values))["train/loss"]) == 2
+
+
 class Killed(Callback):
     """Ends the rank without warning in its fifth step."""
 
