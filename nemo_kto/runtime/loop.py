@@ -94,7 +94,7 @@ class GracefulStop(Callback):
     """
 
     def __init__(self, max_time: timedelta | None = None) -> None:
-        self._deadline = time.monotonic() + max_time.total_seconds() if max_time else float("inf")
+        self._deadline = time.monotonic() + (float("inf") if max_time is None else max_time.total_seconds())
         self._received = False
         self._previous: Any = None
 
