@@ -172,7 +172,8 @@ def _check_reference(config: KTOConfig) -> None:
     sync = f"{prefix}sync_every_n_steps={reference.sync_every_n_steps}"
     if adapters:
         raise ConfigError(
-            f"{sync} cannot be used with model.peft.peft_scheme=lora: a mixture of two adapters is none of their rank."
+            f"{sync} cannot be used with model.peft.peft_scheme=lora: what lies between two adapters is in general no "
+            "adapter of their rank. Leave it out."
         )
     if reference.mode == "cached":
         raise ConfigError(f"{sync} cannot be used with {prefix}mode=cached, which never changes. Use auto.")

@@ -197,7 +197,9 @@ def test_every_field_is_read(tmp_path: Path, run_ranks: Callable[..., Any]) -> N
     scratch |= {f"model.{name}": size for name, size in sizes.items()} | {"model.max_position_embeddings": 64}
     scratch |= {"pretrained_checkpoint.restore_from_path": None, "model.tokenizer.path": str(tmp_path / "hf")}
     scratch |= {f"model.activations_checkpoint_{name}": value for name, value in RECOMPUTED.items()}
-    read = set().union(*(run_ranks(train_and_record, 1, free_port(), run)[0] for run in (start, scratch)))
+    adapters = {**start, "exp_manager.explicit_log_dir": str(tmp_path / "c"), "model.peft.peft_scheme": "lora"}
+    adapters |= {"model.kto.reference.mode": "cached", "model.kto.reference.cache_dir": str(tmp_path / "d")}
+    read = set().union(*(run_ranks(train_and_record, 1, free_port(), run)[0] for run in (start, scratch, adapters)))
     parts = {key.rpartition(".")[0] for key in leaf_types(KTOConfig)}
     names = {path: type(functools.reduce(getattr, path.split("."), KTOConfig())).__name__ for path in parts}
     unread = {
@@ -219,9 +221,9 @@ def test_aligner_keys_are_all_known():
 
 def test_ignored_keys_are_named_in_one_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="nemo_kto.config"):
-        parse("model.mcore_gpt=true", "model.megatron_amp_O2=true", "model.peft.lora_tuning.adapter_dim=8")
+        parse("model.mcore_gpt=true", "model.megatron_amp_O2=true", "model.peft.lora_tuning.row_init_method=zero")
     assert len(caplog.records) == 1
-    for key in ("model.mcore_gpt", "model.megatron_amp_O2", "model.peft.lora_tuning"):
+    for key in ("model.mcore_gpt", "model.megatron_amp_O2", "model.peft.lora_tuning.row_init_method"):
         assert key in caplog.text
 
 
@@ -260,6 +262,11 @@ def test_tables_of_old_keys_do_not_shadow_todays():
         ("trainer.precision=16", "trainer.precision", "16-mixed"),
         ("precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
         ("model.optim.lr=1", "model.optim.lr", 1.0),
+        ("model.peft.restore_from_path=a", "model.peft.lora_tuning.restore_from_path", "a"),
+        ("model.peft.lora_tuning.target_modules=all", "model.peft.lora_tuning.target_modules", ["all"]),
+        ("model.peft.lora_tuning.layer_selection=[1,3]", "model.peft.lora_tuning.layer_selection", [1, 3]),
+        ("model.data.shuffle=batches", "model.data.shuffle", "batches"),
+        ("model.data.shuffle=false", "model.data.shuffle", False),
     ],
 )
 def test_accepted(override, key, value):
@@ -304,11 +311,20 @@ def test_accepted(override, key, value):
         ("model.activations_checkpoint_method=block", ["checkpoint_method=block needs", "granularity=full"]),
         ("model.virtual_pipeline_model_parallel_size=0", ["virtual_pipeline_model_parallel_size=0", "at least 1"]),
         ("model.context_parallel_size=0", ["model.context_parallel_size=0", "at least 1"]),
-        ("model.peft.peft_scheme=lora", ["model.peft.peft_scheme=lora", "later version"]),
+        # adapters and the reference
+        ("model.peft.peft_scheme=lora", ["model.peft.peft_scheme=lora needs", "restore_from_path"]),
+        ("model.peft.peft_scheme=ia3", ["model.peft.peft_scheme", "none or lora or null"]),
+        ("model.peft.lora_tuning.adapter_dim=0", ["adapter_dim=0", "at least 1"]),
+        ("model.peft.lora_tuning.layer_selection=[1.5]", ["layer_selection", "list of integers"]),
+        ("model.peft.lora_tuning.weight_tying=true", ["weight_tying=True", "leave it out"]),
+        ("model.peft.restore_from_ckpt.checkpoint_dir=x", ["checkpoint_dir=x", "lora_tuning.restore_from_path"]),
+        ("export.merge_adapters=true", ["export.merge_adapters=true", "model.peft.peft_scheme=lora"]),
+        ("model.kto.reference.mode=adapter_off", ["mode=adapter_off", "model.peft.peft_scheme=lora"]),
+        ("model.kto.reference.cache_dir=x", ["cache_dir=x", "mode=cached"]),
+        ("model.kto.reference.sync_every_n_steps=0", ["sync_every_n_steps=0", "at least 1"]),
         ("model.kto.sft_loss_weight=0.1", ["model.kto.sft_loss_weight=0.1", "later version"]),
         ("model.kto.desirable_loss_weight=auto", ["model.kto.desirable_loss_weight=auto", "not available"]),
         ("model.kto.loss=bco", ["model.kto.loss=bco", "not available"]),
-        ("model.kto.reference.sync_every_n_steps=512", ["sync_every_n_steps=512", "not available"]),
         ("model.data.eod_mask_loss=true", ["model.data.eod_mask_loss=True", "leave it out"]),
         # where the model comes from
         ("pretrained_checkpoint.restore_from_path=m.nemo", ["m.nemo", "Hugging Face folder"]),
@@ -324,6 +340,31 @@ def test_refused(override, parts):
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LORA = ["model.peft.peft_scheme=lora", f"pretrained_checkpoint.restore_from_path={ROOT}"]
+SYNC = "model.kto.reference.sync_every_n_steps=512"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ([*LORA, "model.peft.lora_tuning.alpha=0"], ["alpha=0", "above 0"]),
+        ([*LORA, "model.peft.lora_tuning.adapter_dropout=1"], ["adapter_dropout=1.0", "below 1"]),
+        (
+            [*LORA, "model.kto.reference.mode=adapter_off", "model.kto.reference.checkpoint=x"],
+            ["checkpoint=x", "auto"],
+        ),
+        ([*LORA, SYNC], ["sync_every_n_steps=512", "model.peft.peft_scheme=lora"]),
+        ([SYNC, "model.kto.reference.mode=cached"], ["sync_every_n_steps=512", "mode=cached", "Use auto"]),
+        ([SYNC, "model.kto.reference.sync_mixup_alpha=1.5"], ["sync_mixup_alpha=1.5", "at most 1"]),
+    ],
+)
+def test_refused_together(overrides, parts):
+    with pytest.raises(ConfigError) as error:
+        parse(*overrides)
+    for part in parts:
+        assert part in str(error.value)
 
 
 def test_old_and_new_key_must_not_contradict():

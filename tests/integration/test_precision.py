@@ -51,6 +51,29 @@ def test_half_precision_follows_float32(run: Any, layout: str, precision: str, n
         assert actual[name] == pytest.approx(expected[name], rel=near), name
 
 
+LORA = {
+    "model__peft__peft_scheme": "lora",
+    "model__peft__lora_tuning__target_modules": ["all"],
+    "model__peft__lora_tuning__adapter_dim": 4,
+    "model__optim__lr": 1e-2,
+}
+
+
+def test_adapters_in_half_precision(run: Any) -> None:
+    """However the reference is held, it is scored to the same bits; float32 is near."""
+    series = [
+        read_series(run("one", "bf16", **LORA, model__kto__reference__mode=mode))
+        for mode in ("adapter_off", "resident", "cached")
+    ]
+    assert series[0]["train/loss"][0] == 0.5
+    for name in ("train/loss", "train/grad_norm", "train/kl"):
+        assert series[0][name] == series[1][name] == series[2][name], name
+    full = read_series(run("one", "32", **LORA))
+    for name in ("train/loss", "train/grad_norm"):
+        assert series[0][name] != full[name]
+        assert series[0][name] == pytest.approx(full[name], rel=0.05), name
+
+
 @pytest.mark.parametrize(
     ("model", "world_size", "layout", "near"),
     [
