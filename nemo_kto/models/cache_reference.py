@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,7 @@ def fill(
         for start in range(0, len(work), BATCHES_PER_PART):
             if stop():
                 raise StoppedEarly(f"{start} of {len(work)} batches of the reference's log-probs")
-            mine: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+            mine: list[_Scored] = []
             for item in work[start : start + BATCHES_PER_PART]:
                 batch, table = data.rank_batch(item.split, item.pairs), cache.tables[item.split]
                 samples, kl = batch.pairs.T
@@ -114,12 +115,21 @@ def fill(
                     if values is not None and scorer.place.reports:
                         mine.append((item.split, names, values.cpu()))
                 bar.update()
-            everyone: list[list[tuple[str, torch.Tensor, torch.Tensor]]] = [[]] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-            found = {
-                split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
-                for split in cache.tables
-            }
-            parallel.run_on_rank_zero(lambda found=found: cache.write_part(found), failure)  # type: ignore[misc]
+            found = _gathered(mine, cache.tables)
+            parallel.run_on_rank_zero(partial(cache.write_part, found), failure)
             for split, pieces in found.items():
                 cache.add(split, pieces)
+
+
+_Scored = tuple[str, torch.Tensor, torch.Tensor]
+"""(split, names of documents, log-probs)."""
+
+
+def _gathered(mine: list[_Scored], splits: Iterable[str]) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return split -> (names, log-probs) of all ranks."""
+    everyone: list[list[_Scored]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {
+        split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
+        for split in splits
+    }
