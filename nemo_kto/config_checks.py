@@ -141,6 +141,8 @@ def _check_lora(config: KTOConfig) -> None:
     if config.model.peft.peft_scheme != "lora":
         if config.export.merge_adapters:
             raise ConfigError("export.merge_adapters=true needs model.peft.peft_scheme=lora.")
+        if lora.restore_from_path is not None:
+            raise ConfigError(f"{prefix}restore_from_path={lora.restore_from_path} needs model.peft.peft_scheme=lora.")
         return
     if config.pretrained_checkpoint.restore_from_path is None:
         raise ConfigError(

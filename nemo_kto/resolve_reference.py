@@ -12,11 +12,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.reference_cache import ReferenceCache
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.gpt import load_hf_config
 from nemo_kto.models.hf_weights import SafetensorsFolder, weights_digest
 from nemo_kto.models.lora import LoRASettings, projections_of
-from nemo_kto.models.peft_adapter import check_adapter, check_projections, is_adapter
+from nemo_kto.models.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
 from nemo_kto.models.reference import CacheSettings, ReferenceSettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.resolve import log_directory
@@ -150,6 +150,7 @@ def cache_settings(
     key = {
         "reference model": weights_digest(hf_config, folder),
         "reference adapter": None if adapter is None else weights_digest(None, adapter),
+        "scale of the reference adapter": None if adapter is None else read_adapter_settings(adapter).scale,
         "model.seed and init_method_std": random_weights,
         "trainer.precision": config.trainer.precision,
         "model.kto.preference_average_log_probs": model.kto.preference_average_log_probs,
@@ -166,7 +167,10 @@ def cache_settings(
 
 def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:
     """Raise unless `folder` is a model that differs from the one that is trained by its weights only."""
-    theirs, ours = load_hf_config(folder).to_dict(), hf_config.to_dict()
+    try:
+        theirs, ours = load_hf_config(folder).to_dict(), hf_config.to_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"model.kto.reference.checkpoint: {error}") from error
     different = [
         f"{name} ({theirs.get(name)}, not {ours.get(name)})"
         for name in sorted({**theirs, **ours})

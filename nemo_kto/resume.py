@@ -14,9 +14,8 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.hf_weights import weights_digest
 from nemo_kto.models.lora import LoRASettings
 from nemo_kto.models.reference import ReferenceSettings
-from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, newest_last
+from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER, newest_last
 
-_IDENTITY_FILE = "run.json"
 _DIGESTED = (
     "pretrained_checkpoint.restore_from_path",
     "model.data.data_prefix.train",
@@ -85,6 +84,7 @@ def run_identity(
         **_lora_identity(config, lora),
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
+        "model.init_method_std": None if folder else model.init_method_std,
         "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
         "model.data.data_prefix.train": data.digest("train"),
         "model.data.shuffle": config.model.data.shuffle,
@@ -121,7 +121,7 @@ def _lora_identity(config: KTOConfig, lora: LoRASettings | None) -> dict[str, An
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Write `identity` into the folder that every checkpoint gets a copy of."""
-    (folder / _IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         CheckpointError: The checkpoint does not say which run it is of.
         ConfigError: It is of another run; the message names the key.
     """
-    file = checkpoint / SOURCE_FOLDER / _IDENTITY_FILE
+    file = checkpoint / SOURCE_FOLDER / IDENTITY_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -6,6 +6,8 @@ would the result of a run. And layers recomputed in the backward pass would have
 Tensor legend: `T` tokens, `i` channels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,32 @@ def keep_mask(keys: Tensor, channels: range, *, salt: int, probability: float) -
     numbers = torch.arange(channels.start, channels.stop, dtype=torch.int32, device=keys.device)
     hashed = _mixed(_mixed(keys + _as_int32(salt))[:, None] + _mixed(numbers)[None])
     return hashed >= int(probability * _INT32) - _INT32 // 2
+
+
+def drop_out(inputs: Tensor, keys: Tensor, channels: range, *, salt: int, probability: float) -> Tensor:
+    """Return `inputs` `[T, i]` with what `keep_mask` drops set to zero and the rest divided by 1 - `probability`.
+
+    The backward pass makes the mask again instead of keeping it. For the other arguments see `keep_mask`.
+    """
+    dropped: Tensor = _DropOut.apply(inputs, keys, channels, salt, probability)  # type: ignore[no-untyped-call]
+    return dropped
+
+
+class _DropOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, keys: Tensor, channels: range, salt: int, probability: float) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.settings = (channels, salt, probability)
+        return _DropOut._scale(inputs, keys, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _DropOut._scale(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+    @staticmethod
+    def _scale(values: Tensor, keys: Tensor, channels: range, salt: int, probability: float) -> Tensor:
+        kept = keep_mask(keys, channels, salt=salt, probability=probability)
+        return values * (kept.to(values.dtype) / (1 - probability))
 
 
 def _mixed(values: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,7 @@ from nemo_kto.errors import DataError
 logger = logging.getLogger(__name__)
 
 Files = Sequence[str | Path]
+T = TypeVar("T", Sequence[PairIndex], Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +148,14 @@ class KTODataModule(LightningDataModule):
 
     def rank_batch(self, split: str, pairs: Sequence[PairIndex]) -> KTOBatch:
         """This rank's share of a global batch."""
-        position = self._known_position()
-        share = len(pairs) // position.dp_size
-        start = position.dp_rank * share
         dataset = self._dataset(split)
-        return collate_pairs([dataset[pair] for pair in pairs[start : start + share]])
+        return collate_pairs([dataset[pair] for pair in self.rank_share(pairs)])
+
+    def rank_share(self, places: T) -> T:
+        """This rank's share of what belongs to the places of a global batch, a list or a tensor."""
+        position = self._known_position()
+        share = len(places) // position.dp_size
+        return places[position.dp_rank * share : (position.dp_rank + 1) * share]
 
     def _sampler(self, split: str, position: _Position) -> GlobalBatchSampler | ValidationBatchSampler:
         if split == "validation":

@@ -10,7 +10,10 @@ only ever added whole, so that a run that is killed loses no more than the part 
 Shapes: `n` documents.
 """
 
+import contextlib
 import json
+import os
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +78,10 @@ class LogprobTable:
         first[1:] = names[1:] != names[:-1]
         self._names, self._values = names[first], values[first]
 
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Return all names `[n]` int64, ascending, and their log-probs `[n]` float32."""
+        return self._names, self._values
+
     def _places(self, names: Tensor) -> Tensor:
         return torch.searchsorted(self._names, names).clamp_max(len(self) - 1)
 
@@ -82,7 +89,7 @@ class LogprobTable:
 class ReferenceCache:
     """A folder of log-probs, and their tables in memory.
 
-    Every process opens and reads it; one process creates it and writes parts.
+    One process creates, reads and writes it: others on other machines may see a file later.
 
     Args:
         folder: The folder.
@@ -107,9 +114,10 @@ class ReferenceCache:
         """
         file = self.folder / _KEY_FILE
         if not file.is_file():
-            # what was left by a run killed while it made the folder is nothing
+            # what a killed job left is nothing; nor is the key of one that makes the folder at this moment
             if self.folder.exists() and (
-                not self.folder.is_dir() or any(child.suffix != _PARTIAL for child in self.folder.iterdir())
+                not self.folder.is_dir()
+                or any(child.suffix != _PARTIAL and child.name != _KEY_FILE for child in self.folder.iterdir())
             ):
                 raise CheckpointError(
                     f"{self.folder} is no cache of reference log-probs, and not empty. Name another folder in "
@@ -129,13 +137,20 @@ class ReferenceCache:
             )
 
     def create(self) -> None:
-        """Make the folder; an OSError if that is impossible."""
+        """Make the folder; the first of several jobs that do so at once says what it is of.
+
+        Raises:
+            OSError: That is impossible.
+            ConfigError: See `check`.
+            CheckpointError: See `check`.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / _KEY_FILE
-        if not file.exists():
-            partial = file.with_suffix(_PARTIAL)
-            partial.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
-            partial.rename(file)
+        partial = self.folder / f"key-{uuid.uuid4().hex}{_PARTIAL}"
+        partial.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, self.folder / _KEY_FILE)
+        partial.unlink()
+        self.check()
 
     def read(self) -> None:
         """Fill the tables with what has been written so far.
@@ -170,7 +185,8 @@ class ReferenceCache:
             if pieces:
                 names, values = zip(*pieces, strict=True)
                 tensors |= {f"{split}.names": torch.cat(names), f"{split}.values": torch.cat(values)}
-        part = self.folder / f"part-{uuid.uuid4().hex}.safetensors"
+        # in the order of time: of two jobs that score the same document, the first one's value counts
+        part = self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
         partial = part.with_suffix(_PARTIAL)
         try:
             save_file(tensors, partial)

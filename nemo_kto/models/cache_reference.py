@@ -3,73 +3,104 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from nemo_kto.data.datamodule import KTODataModule
-from nemo_kto.data.reference_cache import ReferenceCache
+from nemo_kto.data.reference_cache import Key, ReferenceCache
 from nemo_kto.data.sampling import PairIndex
-from nemo_kto.errors import StoppedEarly
+from nemo_kto.errors import DivergenceError, StoppedEarly
 from nemo_kto.models.kto_step import RowScorer
 from nemo_kto.runtime import parallel
 
 BATCHES_PER_PART = 16
-"""Global batches scored between two files: what a run loses at most when it is killed."""
+"""Global batches scored between two files: what a run loses at most when it is killed, unless there are very many."""
+
+_MOST_PARTS = 500
+
+_SAMPLE, _PAIR = 1, 2
+
+Work = dict[str, torch.Tensor]
+"""Split -> `[batches, global batch]` uint8: which places of each batch hold a sample (`_SAMPLE`) or a pair of the KL
+set (`_PAIR`) whose log-prob is not known, nor found earlier in the same work."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One global batch of which something is not in the cache.
+def open_cache(folder: Path, key: Key, data: KTODataModule, *, val_batches: int) -> tuple[ReferenceCache, Work]:
+    """Return the cache with what it holds so far, and what is left to be scored, the same on every rank; collective.
 
-    Attributes:
-        split: "train" or "validation".
-        pairs: What the batch holds.
-        samples: Whether the samples are to be scored.
-        kl: Whether the KL set is.
+    Rank 0 reads, so that all ranks know of the same files; the others get its tables by one broadcast of objects.
+
+    Args:
+        folder: The cache's folder.
+        key: What its numbers are computed from.
+        data: The data of the run, its position set.
+        val_batches: Batches of one validation.
+
+    Raises:
+        ConfigError: The cache is of something else.
+        CheckpointError: It cannot be read or made.
     """
+    num_samples = {split: len(result.samples) for split, result in data.splits.items()}
+    cache = ReferenceCache(folder, key=key, num_samples=num_samples)
+    known: list[Any] = [None]
 
-    split: str
-    pairs: list[PairIndex]
-    samples: bool
-    kl: bool
+    def read() -> None:
+        cache.create()
+        cache.read()
+        tables = {split: table.contents() for split, table in cache.tables.items()}
+        known[0] = (tables, remaining_work(cache, data, val_batches=val_batches))
+
+    parallel.run_on_rank_zero(read, f"The reference log-probs in {folder} cannot be used")
+    dist.broadcast_object_list(known, src=0)
+    tables, work = known[0]
+    if dist.get_rank() != 0:
+        for split, contents in tables.items():
+            cache.add(split, [contents])
+    return cache, work
 
 
-def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: int) -> list[Work]:
-    """Return what is left to be scored for a run, the same list on every rank.
-
-    Whole batches are scored, in the rows that training will make of them, and of a document that is scored twice the
-    first value counts. So under the same layout the values of the first epoch are those of a live reference to the
-    last bit. A batch whose documents are all there is left out.
+def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: int) -> Work:
+    """Return what is left to be scored for a run.
 
     Args:
         cache: The cache, as far as it has been read.
         data: The data of the run, its position set.
         val_batches: Batches of one validation.
     """
-    work = []
+    work = {}
     for split, table in cache.tables.items():
         planned: set[int] = set()
         limit = val_batches if split == "validation" else None
+        missing = []
         for pairs in itertools.islice(data.global_batches(split), limit):
             samples, kl = torch.tensor([(pair.sample, pair.kl) for pair in pairs]).T
-            missing = []
-            for names in (table.names(samples, samples), table.names(samples, kl)):
-                new = set(names[~table.knows(names)].tolist()) - planned
-                planned |= new
-                missing.append(bool(new))
-            if any(missing):
-                work.append(Work(split=split, pairs=pairs, samples=missing[0], kl=missing[1]))
+            places = torch.zeros(len(pairs), dtype=torch.uint8)
+            for responses, flag in ((samples, _SAMPLE), (kl, _PAIR)):
+                names = table.names(samples, responses)
+                for place in (~table.knows(names)).nonzero().flatten().tolist():
+                    name = int(names[place])
+                    if name not in planned:
+                        planned.add(name)
+                        places[place] |= flag
+            missing.append(places)
+        work[split] = torch.stack(missing)
     return work
+
+
+def count_batches(work: Work) -> int:
+    """Return the number of global batches of which anything is to be scored."""
+    return sum(int(places.any(dim=1).sum()) for places in work.values())
 
 
 def fill(
     cache: ReferenceCache,
-    work: list[Work],
+    work: Work,
     data: KTODataModule,
     scorer: RowScorer,
     *,
@@ -79,12 +110,15 @@ def fill(
 ) -> None:
     """Score the work with the live model, whose weights are the reference's; collective.
 
-    For every `BATCHES_PER_PART` batches one all-gather of objects, of 12 bytes a document; then rank 0 writes a part.
-    Afterwards the tables of all ranks hold everything.
+    Whole batches are scored, in the rows that training will make of them, but only what the work names is kept. So
+    under the same layout the values of the first epoch are those of a live reference to the last bit.
+
+    For every part one all-gather of objects, of 12 bytes a document; then rank 0 writes it. Afterwards the tables of
+    all ranks hold everything.
 
     Args:
         cache: The cache.
-        work: What `remaining_work` returned.
+        work: See `open_cache`.
         data: The data of the run.
         scorer: Of the live model.
         micro_batch_size: Samples of a row.
@@ -93,43 +127,66 @@ def fill(
 
     Raises:
         CheckpointError: The folder cannot be written.
+        DivergenceError: A log-prob is not finite.
         StoppedEarly: `stop` said so.
     """
     failure = f"The reference log-probs cannot be written to {cache.folder}"
-    parallel.run_on_rank_zero(cache.create, failure)
-    with tqdm(total=len(work), desc="Reference", unit="batch", disable=dist.get_rank() != 0) as bar:
-        for start in range(0, len(work), BATCHES_PER_PART):
+    total = count_batches(work)
+    per_part = max(BATCHES_PER_PART, -(-total // _MOST_PARTS))
+    batches = _batches(work, data)
+    everything: dict[str, list[_Found]] = {split: [] for split in work}
+    with tqdm(total=total, desc="Reference", unit="batch", disable=dist.get_rank() != 0) as bar:
+        for start in range(0, total, per_part):
             if stop():
-                raise StoppedEarly(f"{start} of {len(work)} batches of the reference's log-probs")
-            mine: list[_Scored] = []
-            for item in work[start : start + BATCHES_PER_PART]:
-                batch, table = data.rank_batch(item.split, item.pairs), cache.tables[item.split]
-                samples, kl = batch.pairs.T
+                raise StoppedEarly(f"{start} of {total} batches of the reference's log-probs")
+            mine: list[tuple[str, _Found]] = []
+            for split, pairs, places in itertools.islice(batches, per_part):
+                batch, wanted = data.rank_batch(split, pairs), data.rank_share(places)
+                table, (samples, kl) = cache.tables[split], batch.pairs.T
                 jobs = []
-                if item.kl:
-                    jobs.append((table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
-                if item.samples:
-                    jobs.append((table.names(samples, samples), batch.sample_rows(micro_batch_size)))
-                for names, rows in jobs:
+                if (places & _PAIR).any():
+                    jobs.append((_PAIR, table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
+                if (places & _SAMPLE).any():
+                    jobs.append((_SAMPLE, table.names(samples, samples), batch.sample_rows(micro_batch_size)))
+                for flag, names, rows in jobs:
                     values = scorer.score(rows)
                     if values is not None and scorer.place.reports:
-                        mine.append((item.split, names, values.cpu()))
+                        kept = (wanted & flag) > 0
+                        mine.append((split, (names[kept], values.cpu()[kept])))
                 bar.update()
-            found = _gathered(mine, cache.tables)
+            found = _gathered(mine, work)
+            _check_finite(found)
             parallel.run_on_rank_zero(partial(cache.write_part, found), failure)
             for split, pieces in found.items():
-                cache.add(split, pieces)
+                everything[split] += pieces
+    for split, pieces in everything.items():  # once: each time sorts the whole table
+        cache.add(split, pieces)
 
 
-_Scored = tuple[str, torch.Tensor, torch.Tensor]
-"""(split, names of documents, log-probs)."""
+_Found = tuple[torch.Tensor, torch.Tensor]
+"""(names of documents, log-probs)."""
 
 
-def _gathered(mine: list[_Scored], splits: Iterable[str]) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Return split -> (names, log-probs) of all ranks."""
-    everyone: list[list[_Scored]] = [[]] * dist.get_world_size()
+def _batches(work: Work, data: KTODataModule) -> Iterator[tuple[str, list[PairIndex], torch.Tensor]]:
+    """Yield (split, what it holds, what of it is to be scored) of each global batch with anything to be scored."""
+    for split, missing in work.items():
+        for pairs, places in zip(data.global_batches(split), missing, strict=False):
+            if places.any():
+                yield split, pairs, places
+
+
+def _gathered(mine: list[tuple[str, _Found]], splits: Iterable[str]) -> dict[str, list[_Found]]:
+    """Return split -> what all ranks have found."""
+    everyone: list[list[tuple[str, _Found]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    return {
-        split: [(names, values) for theirs in everyone for name, names, values in theirs if name == split]
-        for split in splits
-    }
+    return {split: [found for theirs in everyone for name, found in theirs if name == split] for split in splits}
+
+
+def _check_finite(found: dict[str, list[_Found]]) -> None:
+    for split, pieces in found.items():
+        number = sum(int((~values.isfinite()).sum()) for _, values in pieces)
+        if number:
+            raise DivergenceError(
+                f"The reference's log-probs of {number} documents of the {split} data are not finite, and are not "
+                "kept. Use trainer.precision=bf16-mixed or 32, or another model."
+            )

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.gpt import build_gpt, load_hf_config
 from nemo_kto.models.hf_rules import ADAPTERS
-from nemo_kto.models.hf_weights import copy_companions, export_hf, import_hf
+from nemo_kto.models.hf_weights import copy_companions, export_hf, import_hf, weights_digest
 from nemo_kto.models.lora import LoRASettings, adapters_merged, add_adapters
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.models.peft_adapter import (
@@ -32,6 +32,7 @@ from nemo_kto.models.peft_adapter import (
 )
 from nemo_kto.runtime import cpu_megatron, parallel
 from nemo_kto.runtime.checkpoint import (
+    IDENTITY_FILE,
     SOURCE_FOLDER,
     ShardedCheckpointIO,
     is_finished,
@@ -158,7 +159,13 @@ def _export_model(checkpoint: Path, folder: Path) -> None:
     has_adapters = is_adapter(source)
     model = build_gpt(hf_config, layout, unfused=has_adapters)
     if has_adapters:
-        import_hf(model, base_folder(source))
+        base = base_folder(source)
+        identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))
+        if identity["pretrained_checkpoint.restore_from_path"] != weights_digest(load_hf_config(base), base):
+            raise CheckpointError(
+                f"The model in {base} is not the one that the adapters in {checkpoint} were trained on."
+            )
+        import_hf(model, base)
         add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
     loaded = ShardedCheckpointIO().load_checkpoint(
         checkpoint, sharded_state_dict={"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}

@@ -48,7 +48,7 @@ _COMPANIONS = (
     "additional_chat_templates",
 )
 _NAMES_SHOWN = 5
-_SAMPLED_BYTES = 1 << 12
+_SAMPLES, _SAMPLED_BYTES = 32, 1 << 12
 
 
 class SafetensorsFolder:
@@ -342,7 +342,7 @@ class _ShardWriter:
 
 
 def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
-    """Return a digest of a model's configuration and of some of the bytes of each of its tensors.
+    """Return a digest of a model's configuration and of many places of each of its tensors, its ends included.
 
     Args:
         config: The configuration, if it counts.
@@ -358,11 +358,18 @@ def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
             header = json.loads(stream.read(length))
             for name, tensor in sorted(header.items()):
                 if name != "__metadata__":
-                    start, end = tensor["data_offsets"]
-                    stream.seek(8 + length + (start + end) // 2)
-                    sample = stream.read(min(_SAMPLED_BYTES, (end - start) // 2))
-                    digest.update(f"{name}:{end - start}:".encode() + sample)
+                    start, end = (8 + length + offset for offset in tensor["data_offsets"])
+                    digest.update(f"{name}:{tensor['dtype']}:{tensor['shape']}:".encode())
+                    for place in _sampled_places(start, end):
+                        stream.seek(place)
+                        digest.update(stream.read(min(_SAMPLED_BYTES, end - place)))
     return digest.hexdigest()
+
+
+def _sampled_places(start: int, end: int) -> list[int]:
+    """Return where samples of a tensor begin that lies from `start` to `end`; they cover a small one."""
+    last = max(start, end - _SAMPLED_BYTES)
+    return sorted({start + (last - start) * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
 
 
 def copy_companions(source: Path, folder: Path) -> None:

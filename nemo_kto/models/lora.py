@@ -37,7 +37,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from nemo_kto.algorithms.dropout import keep_mask
+from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.errors import ConfigError
 from nemo_kto.models.gpt import KTOGPTModel, tensor_generator
 from nemo_kto.models.hf_rules import sharded_leaves
@@ -223,13 +223,13 @@ class _Adapted:
         keys = self._switch.dropout_keys
         if keys is None:
             return input_
-        kept = keep_mask(
+        return drop_out(
+            input_,
             self._tokens_of_input(keys),
             range(self._first_input_channel, self._first_input_channel + input_.shape[-1]),
             salt=self._dropout_salt,
             probability=self._settings.dropout,
         )
-        return input_ * (kept.to(input_.dtype) / (1 - self._settings.dropout))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from transformers import PretrainedConfig
 
@@ -28,10 +27,9 @@ from nemo_kto.algorithms.losses import LOSSES, KTOLossOutput
 from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.batching import KTOBatch, PackedRow
-from nemo_kto.data.reference_cache import ReferenceCache
 from nemo_kto.errors import DivergenceError
 from nemo_kto.models.baseline import Baseline, form_baseline
-from nemo_kto.models.cache_reference import fill, remaining_work
+from nemo_kto.models.cache_reference import count_batches, fill, open_cache
 from nemo_kto.models.gpt import KTOGPTModel, Recompute, build_gpt
 from nemo_kto.models.kto_step import RowScorer, unwrapped
 from nemo_kto.models.lora import LoRASettings, add_adapters
@@ -142,12 +140,8 @@ class MegatronGPTKTOModel(LightningModule):
         """Return the log-probs of the reference; those that are not in the cache yet are computed."""
         settings, data = self.reference_settings, self.trainer.datamodule  # type: ignore[attr-defined]
         assert settings.cache is not None
-        num_samples = {split: len(result.samples) for split, result in data.splits.items()}
-        cache = ReferenceCache(settings.cache.folder, key=settings.cache.key, num_samples=num_samples)
-        cache.read()
-        dist.barrier()  # nobody writes before everybody has read
-        work = remaining_work(cache, data, val_batches=self.val_batches)
-        if work:
+        cache, work = open_cache(settings.cache.folder, settings.cache.key, data, val_batches=self.val_batches)
+        if count_batches(work):
             self._weights.load_reference(self.models)
             stop = graceful_stop(self.trainer) or GracefulStop()
             with stop.listening():

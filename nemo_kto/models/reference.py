@@ -140,7 +140,9 @@ class ExchangedReference(LiveReference):
             if isinstance(value, ShardedTensor | ShardedTensorFactory)
         }
         for value in state.values():
-            value.data = stored[id(value.data)]
+            copy = stored[id(value.data)]
+            # pinned memory is shared with the process that writes in the background, while the reference is exchanged
+            value.data = copy.clone() if copy.is_pinned() else copy
         add_prefix_for_sharding(state, "reference.")
         return state
 

@@ -35,6 +35,9 @@ from nemo_kto.runtime import parallel
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
 
+IDENTITY_FILE = "run.json"
+"""File in that folder that says which run the checkpoint is of: key -> value or digest."""
+
 _UNFINISHED_SUFFIX = "-unfinished"
 _NO_PARAMETER = "no parameter"
 _STEP = re.compile(r".*step=(\d+)")  # the last one, should the run's name hold another
@@ -219,11 +222,18 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                         exp_avg_sq=torch.zeros_like(parameter),
                     )
     steps = [float(state["step"]) for inner in adams for state in inner.state.values()]
+    # of Apex and Transformer Engine, which leave out groups without parameters
+    steps += [float(group["step"]) for inner in optimizers if inner for group in inner.param_groups if "step" in group]
     latest = torch.tensor(max(steps, default=0.0), device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(latest, op=dist.ReduceOp.MAX)
-    for inner in adams:
-        if not any(group["params"] for group in inner.param_groups):
+    for inner in optimizers:
+        if inner is None or any(group["params"] for group in inner.param_groups):
+            continue
+        if inner in adams:
             inner.state[_NO_PARAMETER] = {"step": latest.cpu()}  # type: ignore[index]
+        else:
+            for group in inner.param_groups:
+                group["step"] = int(latest)
 
 
 def separate_step_counters(optimizer: MegatronOptimizer) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError, KTOError
 from nemo_kto.runtime import megatron_fixes
 from nemo_kto.runtime.layout import Layout
 
@@ -131,13 +131,16 @@ def run_on_rank_zero(action: Callable[[], None], failure: str) -> None:
 
     Raises:
         CheckpointError: `action` raised an OSError; on all ranks, so that none waits for the others in vain.
+        KTOError: `action` raised it; also on all ranks.
     """
-    outcome: list[str | None] = [None]
+    outcome: list[KTOError | None] = [None]
     if dist.get_rank() == 0:
         try:
             action()
+        except KTOError as error:
+            outcome = [error]
         except OSError as error:
-            outcome = [f"{failure}: {error}"]
+            outcome = [CheckpointError(f"{failure}: {error}")]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+        raise outcome[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_kto.algorithms.dropout import _mixed, keep_mask, token_keys
+from nemo_kto.algorithms.dropout import _mixed, drop_out, keep_mask, token_keys
 
 TOKENS, CHANNELS = 600, 512
 
@@ -43,6 +43,17 @@ def test_neighbouring_tokens_are_dropped_independently():
     kept = mask(probability=0.5)
     assert (kept[1:] == kept[:-1]).double().mean().item() == pytest.approx(0.5, abs=0.0037)
     assert (kept[:, 1:] == kept[:, :-1]).double().mean().item() == pytest.approx(0.5, abs=0.0037)
+
+
+def test_what_is_dropped_is_dropped_in_the_backward_pass_too():
+    inputs = torch.randn(TOKENS, 64, requires_grad=True)
+    keys = token_keys(torch.arange(TOKENS), torch.zeros(TOKENS, dtype=torch.int64), step=0)
+    settings = {"salt": 5, "probability": 0.25}
+    output = drop_out(inputs, keys, range(64), **settings)
+    kept = keep_mask(keys, range(64), **settings)
+    torch.testing.assert_close(output, torch.where(kept, inputs / 0.75, 0.0))
+    output.backward(torch.full_like(output, 3.0))
+    torch.testing.assert_close(inputs.grad, torch.where(kept, 4.0, 0.0))
 
 
 def test_parts_are_those_of_the_whole():

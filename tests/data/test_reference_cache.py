@@ -66,6 +66,27 @@ def test_parts_are_read_back(tmp_path):
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".json", ".safetensors"}
 
 
+def test_of_two_jobs_that_make_one_folder_the_second_is_refused(tmp_path):
+    """Both have found it empty; whoever comes second must not add numbers of something else."""
+    first, second = make(tmp_path), make(tmp_path, {**KEY, "tokenizer": "other"})
+    first.check()
+    second.check()
+    first.create()
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        second.create()
+    first.create()  # again is no harm
+
+
+def test_the_part_that_was_written_first_counts(tmp_path):
+    cache = make(tmp_path)
+    cache.create()
+    for value in (-1.0, -2.0, -3.0):
+        cache.write_part({"train": [(torch.tensor([4]), torch.tensor([value]))], "validation": []})
+    again = make(tmp_path)
+    again.read()
+    assert again.tables["train"].look_up(*documents((0, 4))).tolist() == [-1.0]
+
+
 def test_what_was_being_written_when_the_run_was_killed_is_not_read(tmp_path):
     cache = make(tmp_path)
     cache.create()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed_harness import free_port
-from tests.integration.assets import read_series, refusal_on_rank, settings
+from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings
 
 PREFIX = "model__peft__lora_tuning__"
 LORA: dict[str, Any] = {
@@ -122,6 +124,18 @@ def test_merging_needs_adapters_and_their_base(
         assert "is not there" in run_ranks(export, 1, checkpoint, tmp_path / "x", True)[0]
     finally:
         config.write_text(text)
+
+
+def test_merging_into_another_model_is_refused(
+    trained: Path, checkpoint: Path, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    """Its shapes fit; only its weights are others."""
+    other = make_model_folder(tmp_path / "other", seed=5)
+    copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+    config = copy / "hf" / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "base_model_name_or_path": str(other)}))
+    assert "is not the one" in run_ranks(export, 1, copy, tmp_path / "x", True)[0]
 
 
 @pytest.mark.parametrize("reference", ["base", "start"])

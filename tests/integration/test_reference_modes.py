@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -123,17 +124,17 @@ def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None
     from nemo_kto.models import cache_reference
 
     scored, written = 0, 0
-    original, original_write = cache_reference.fill, ReferenceCache.add
+    original, original_write = cache_reference.fill, ReferenceCache.write_part
 
-    def fill(cache: Any, work: list[Any], *arguments: Any, **keywords: Any) -> None:
+    def fill(cache: Any, work: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal scored
-        scored = len(work)
+        scored = cache_reference.count_batches(work)
         original(cache, work, *arguments, **keywords)
 
-    def add(self: ReferenceCache, split: str, found: Any) -> None:
+    def write_part(self: ReferenceCache, found: Any) -> None:
         nonlocal written
-        original_write(self, split, found)
-        written += split == "train" and bool(found)
+        original_write(self, found)
+        written += 1
         if written == parts:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -142,7 +143,7 @@ def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None
     cache_reference.BATCHES_PER_PART = 2
     megatron_gpt_kto_model.fill = fill
     if parts is not None:
-        ReferenceCache.add = add  # type: ignore[method-assign]
+        ReferenceCache.write_part = write_part  # type: ignore[method-assign]
     training.train = lambda config, callbacks: training.cache_reference(config)
     train_on_rank(port, overrides)
     return scored
@@ -253,6 +254,22 @@ def test_a_cache_of_something_else_is_refused(
         assert word in message
 
 
+def test_an_adapter_of_another_scale_is_another_reference(
+    root: Path, tmp_path: Path, train: Callable[..., Path], run_ranks: Callable[..., Any]
+) -> None:
+    """The same tensors; only alpha differs."""
+    short = {**ADAPTERS, "trainer__kto__max_steps": 1}
+    adapter = train(1, **short, export__enabled=True) / "hf"
+    cached = {**short, **CACHED, "model__kto__reference__cache_dir": str(tmp_path / "cache")}
+    cached["model__kto__reference__checkpoint"] = str(adapter)
+    train(1, **cached)
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 16}))
+    values = settings(root, tmp_path / "log", **cached, model__peft__lora_tuning__alpha=16)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
+    assert kind == "ConfigError" and "another scale of the reference adapter" in message, message
+
+
 @pytest.fixture(scope="module")
 def cache(root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Path:
     """Return a complete cache."""
@@ -319,8 +336,6 @@ def test_killed_in_training_it_goes_on_exactly(
 def test_another_architecture_is_refused_by_its_fields(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any]
 ) -> None:
-    import json
-
     other = make_model_folder(tmp_path / "other")
     config = other / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-3, "num_hidden_layers": 3}))
