@@ -73,7 +73,10 @@ def test_all_modes_give_the_same_series(
     assert actual["train/loss"][0] == 0.5 and actual["train/loss"][9] < 0.45
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+WHOLE_FIRST = ["full", pytest.param("adapters", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", WHOLE_FIRST)
 @pytest.mark.parametrize(
     "layout",
     [{**SP2, **PP2}, pytest.param(CP2, marks=pytest.mark.slow), pytest.param({}, marks=pytest.mark.slow)],
@@ -344,7 +347,7 @@ def test_another_architecture_is_refused_by_its_fields(
     assert kind == "ConfigError" and "num_hidden_layers (3, not 4)" in message and "rms_norm_eps (0.001" in message
 
 
-@pytest.mark.parametrize("kind", MODEL_KINDS)
+@pytest.mark.parametrize("kind", WHOLE_FIRST)
 def test_all_modes_agree_on_another_reference(
     root: Path, tmp_path: Path, run: Callable[..., Series], kind: str
 ) -> None:

@@ -125,6 +125,7 @@ CHAINS = {
 }
 
 
+SLOW = ("experts, whole ones", "moving reference")
 SETTINGS: dict[str, dict[str, Any]] = {
     "adapters": {
         "model__peft__peft_scheme": "lora",
@@ -144,7 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "chain",
-    [pytest.param(name, marks=pytest.mark.slow if name == "experts, whole ones" else ()) for name in CHAINS],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CHAINS],
 )
 def test_a_run_goes_on_under_one_layout_after_the_other(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], chain: str
