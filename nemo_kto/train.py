@@ -223,7 +223,8 @@ def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:
         folder = resolve.export_directory(config)
         if not folder.exists():
             export_checkpoint(last, folder, merge=config.export.merge_adapters)
-        print(f"Aligned model: {folder}", flush=True)
+        adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
+        print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)
 
 
 def _time_limit(text: str | None) -> timedelta | None:

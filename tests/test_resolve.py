@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
-from nemo_kto import resolve
+from nemo_kto import resolve, resolve_reference
 from nemo_kto.config import KTOConfig, SchedConfig, TrainerKTOConfig
 from nemo_kto.errors import ConfigError
+from nemo_kto.models.lora import LoRASettings
 
 
 def plan(*, samples: int = 100, validation: bool = True, **changes: Any) -> resolve.Schedule:
@@ -62,6 +63,28 @@ def test_balancing_loads_needs_experts() -> None:
     config.model.tensor_model_parallel_size = config.trainer.devices = 2
     with pytest.raises(ConfigError, match="model.sequence_parallel=true"):
         resolve.layout(config, MixtralConfig(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "adapters", "model", "adapter", "mode"),
+    [
+        ("gpu", False, None, None, "cpu_swap"),
+        ("cpu", False, None, None, "resident"),
+        ("gpu", True, None, None, "adapter_off"),
+        ("cpu", True, None, None, "adapter_off"),
+        ("gpu", True, Path("model"), None, "cpu_swap"),
+        ("cpu", True, Path("model"), None, "resident"),
+        ("gpu", True, None, Path("adapter"), "resident"),
+    ],
+)
+def test_how_the_reference_is_held_by_default(
+    accelerator: str, adapters: bool, model: Path | None, adapter: Path | None, mode: str
+) -> None:
+    assert resolve_reference._choose(accelerator, adapters=adapters, model=model, adapter=adapter)[0] == mode
+    if model is None and adapter is None:
+        lora = LoRASettings(projections=("q_proj",), layers=(0,), rank=1, alpha=1) if adapters else None
+        settings = resolve_reference.reference_settings(KTOConfig(), LlamaConfig(), lora, accelerator=accelerator)
+        assert settings.mode == mode
 
 
 def make_config(tmp_path: Path, folder: Path | None = None) -> KTOConfig:

@@ -145,11 +145,12 @@ class ReferenceCache:
             CheckpointError: See `check`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"key-{uuid.uuid4().hex}{_PARTIAL}"
-        partial.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, self.folder / _KEY_FILE)
-        partial.unlink()
+        if not (self.folder / _KEY_FILE).exists():
+            partial = self.folder / f"key-{uuid.uuid4().hex}{_PARTIAL}"
+            partial.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, self.folder / _KEY_FILE)
+            partial.unlink()
         self.check()
 
     def read(self) -> None:

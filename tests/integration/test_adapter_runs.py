@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings
+from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
+from tests.integration.test_matrix import ADAPTERS
 
 PREFIX = "model__peft__lora_tuning__"
 LORA: dict[str, Any] = {
@@ -174,3 +175,23 @@ def test_what_cannot_be_is_refused(
     ((_, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     for part in parts:
         assert part in message, message
+
+
+def test_dropout_is_another_in_every_step(tmp_path: Path, train: Callable[..., Path]) -> None:
+    """The same batch twice, with a learning rate of 0: only what is dropped can change the gradient."""
+    file = write_feedback(tmp_path / "eight.jsonl", number=8, seed=3)
+    norms = []
+    for dropout in (0.0, 0.25):
+        changes = {
+            **ADAPTERS,
+            "model__peft__lora_tuning__adapter_dropout": dropout,
+            "model__optim__lr": 0,
+            "model__optim__sched__min_lr": 0,
+            "model__data__data_prefix__train": str(file),
+            "model__data__shuffle": False,
+            "trainer__kto__max_steps": 2,
+        }
+        norms.append(read_series(train(1, **changes))["train/grad_norm"])
+    (first, second), (dropped_first, dropped_second) = ((norm[0], norm[1]) for norm in norms)
+    assert first == second
+    assert len({first, dropped_first, dropped_second}) == 3

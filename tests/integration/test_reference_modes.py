@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.distributed_harness import RankFailure, free_port
 from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, train_on_rank
@@ -120,19 +120,36 @@ def test_pairs_of_later_epochs(run: Callable[..., Series], tmp_path: Path) -> No
 # a cache made beforehand
 
 
-def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None) -> int:
-    """Run `nemo-kto cache-reference` on one rank; return the batches scored, or die after `parts` parts."""
+@pytest.mark.parametrize(("shuffle", "passes"), [(True, 5 * 3), ("batches", 5 * 2), (False, 5 * 2)])
+def test_what_caching_costs(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], shuffle: Any, passes: int
+) -> None:
+    """Two epochs of five batches: 1 + 2 passes over the data, or 2; of the validation data as much as is scored."""
+    values = as_training(root, tmp_path / "log", tmp_path / "cache", model__data__shuffle=shuffle)
+    values |= {"model.data.data_prefix.validation": str(root / "validation.jsonl"), "trainer.kto.limit_val_batches": 1}
+    ((_, scored),) = run_ranks(cache_on_rank, 1, free_port(), values)
+    assert scored == passes + 2
+
+
+def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None) -> tuple[int, int]:
+    """Run `nemo-kto cache-reference` on one rank; return batches and passes scored, or die after `parts` parts."""
     from nemo_kto import train as training
     from nemo_kto.data.reference_cache import ReferenceCache
     from nemo_kto.models import cache_reference
+    from nemo_kto.models.kto_step import RowScorer
 
-    scored, written = 0, 0
-    original, original_write = cache_reference.fill, ReferenceCache.write_part
+    scored, passes, written = 0, 0, 0
+    original, original_write, original_score = cache_reference.fill, ReferenceCache.write_part, RowScorer.score
 
     def fill(cache: Any, work: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal scored
         scored = cache_reference.count_batches(work)
         original(cache, work, *arguments, **keywords)
+
+    def score(self: RowScorer, rows: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return original_score(self, rows)
 
     def write_part(self: ReferenceCache, found: Any) -> None:
         nonlocal written
@@ -145,11 +162,12 @@ def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None
 
     cache_reference.BATCHES_PER_PART = 2
     megatron_gpt_kto_model.fill = fill
+    RowScorer.score = score  # type: ignore[method-assign]
     if parts is not None:
         ReferenceCache.write_part = write_part  # type: ignore[method-assign]
     training.train = lambda config, callbacks: training.cache_reference(config)
     train_on_rank(port, overrides)
-    return scored
+    return scored, passes
 
 
 def as_training(root: Path, log_dir: Path, cache: Path, **changes: Any) -> dict[str, Any]:
@@ -166,12 +184,12 @@ def test_a_killed_job_goes_on_and_training_scores_nothing(
     with pytest.raises(RankFailure, match="died"):
         run_ranks(cache_on_rank, 2, free_port(), pipeline, 2)
     before = cached_documents(tmp_path / "killed")["train"]
-    assert 32 <= len(before) <= 64  # samples and pairs of four batches of eight, if both parts are whole
+    assert len(before) == 64  # samples and pairs of four batches of eight
     (again,) = run_ranks(cache_on_rank, 1, free_port(), killed)
     (complete,) = run_ranks(cache_on_rank, 1, free_port(), whole)
-    assert (again, complete) == (6, 10)
+    assert (again, complete) == ((6, 7), (10, 15))
     assert cached_documents(tmp_path / "killed") == cached_documents(tmp_path / "whole")
-    assert run_ranks(cache_on_rank, 1, free_port(), killed) == [0]
+    assert run_ranks(cache_on_rank, 1, free_port(), killed) == [(0, 0)]
 
     series = []
     for name in ("killed", "whole"):
@@ -215,12 +233,15 @@ def count_reference_weights(port: int, overrides: dict[str, Any]) -> int:
     return finder.found
 
 
-@pytest.mark.parametrize(("mode", "number"), [("resident", 1), ("cached", 0)])
+@pytest.mark.parametrize(
+    ("kind", "mode", "number"), [("full", "resident", 1), ("full", "cached", 0), ("adapters", "resident", 1)]
+)
 def test_reference_weights_in_memory(
-    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str, number: int
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], kind: str, mode: str, number: int
 ) -> None:
-    """Also when the cache is filled at the start of training."""
-    values = settings(root, tmp_path, model__kto__reference__mode=mode, trainer__kto__max_steps=2)
+    """Also when the cache is filled at the start of training; with adapters the model itself has the frozen ones."""
+    changes = {**MODEL_KINDS[kind], "model__kto__reference__mode": mode, "trainer__kto__max_steps": 2}
+    values = settings(root, tmp_path, **changes)
     assert run_ranks(count_reference_weights, 1, free_port(), values) == [number]
 
 
@@ -271,6 +292,11 @@ def test_an_adapter_of_another_scale_is_another_reference(
     values = settings(root, tmp_path / "log", **cached, model__peft__lora_tuning__alpha=16)
     ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and "another scale of the reference adapter" in message, message
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4}))
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), settings(root, tmp_path / "log", **cached))
+    assert kind == "ConfigError" and "with another reference adapter." in message, message
 
 
 @pytest.fixture(scope="module")
@@ -285,9 +311,9 @@ def test_another_seed_and_a_longer_run_add_what_is_missing(
     root: Path, tmp_path: Path, cache: Path, run_ranks: Callable[..., Any]
 ) -> None:
     longer = as_training(root, tmp_path, cache, trainer__kto__max_steps=15)
-    assert run_ranks(cache_on_rank, 1, free_port(), longer) == [5]
-    assert run_ranks(cache_on_rank, 1, free_port(), {**longer, "model.seed": 5}) == [15]
-    assert run_ranks(cache_on_rank, 1, free_port(), longer) == [0]
+    assert run_ranks(cache_on_rank, 1, free_port(), longer) == [(5, 5)]
+    assert run_ranks(cache_on_rank, 1, free_port(), {**longer, "model.seed": 5}) == [(15, 15)]
+    assert run_ranks(cache_on_rank, 1, free_port(), longer) == [(0, 0)]
 
 
 def test_a_run_whose_time_is_over_while_caching_stops_and_goes_on(

@@ -16,11 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from nemo_kto.algorithms.dropout import keep_mask, token_keys
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.gpt import KTOGPTModel, build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import export_hf, import_hf
 from nemo_kto.models.lora import (
     LoRASettings,
+    _Adapted,
     adapters_merged,
     adapters_off,
     add_adapters,
@@ -356,3 +358,35 @@ def count_trained() -> tuple[int, int]:
     add_adapters(model, LoRASettings(projections=projections_of(["all"]), layers=tuple(range(32)), rank=16, alpha=16))
     state = sharded_trained(model, sharding_metadata())
     return sum(tensor.data.numel() for tensor in state.values()), len(state)
+
+
+def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
+    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
+    run_ranks(compare_dropout, 1)
+
+
+def compare_dropout() -> None:
+    enable_cpu()
+    parallel.initialize(Layout(world_size=1), seed=1)
+    model = build_gpt(tiny_hf.families()["llama"], Layout(world_size=1))
+    add_adapters(
+        model, LoRASettings(projections=projections_of(["all"]), layers=(0, 1), rank=3, alpha=6, dropout=0.25)
+    )
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layers = [module for module in model.modules() if isinstance(module, _Adapted)]
+    keys = token_keys(torch.arange(50), torch.zeros(50, dtype=torch.int64), step=4)
+    for layer in layers:
+        inputs = torch.randn(50, 1, layer.weight.shape[1], requires_grad=True)
+        kept = keep_mask(keys, range(inputs.shape[-1]), salt=layer._dropout_salt, probability=0.25)
+        expected = inputs @ layer.weight.T + (inputs * kept[:, None] / 0.75) @ layer.weight_change().T
+        layer._switch.dropout_keys = keys
+        dropped, _ = layer(inputs)
+        torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
+        ours, theirs = (torch.autograd.grad(output.square().sum(), inputs)[0] for output in (dropped, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        layer._switch.dropout_keys = None
+        whole, _ = layer(inputs)
+        torch.testing.assert_close(whole, inputs @ (layer.weight + layer.weight_change()).T, rtol=1e-4, atol=1e-4)
+    assert len({layer._dropout_salt for layer in layers}) == len(layers) == 8

@@ -131,14 +131,27 @@ def test_a_move_by_hand(mode: str, alpha: float) -> None:
 
 
 def test_a_move_is_made_in_float32() -> None:
-    """1 + 0.1 * (1.0078125 - 1) rounds to 1 in bfloat16; 0.9 * 1 alone would not be 0.9 there."""
+    """0.3 * 3 + 0.7 * 1 = 1.6 is 1.6015625 in bfloat16; from terms that are rounded first it would be 1.59375."""
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     torch.nn.init.constant_(model.weight, 1.0)
     reference = ResidentReference(model.parameters())
-    torch.nn.init.constant_(model.weight, 1.0078125)
-    reference.move(0.1)
+    torch.nn.init.constant_(model.weight, 3.0)
+    reference.move(0.3)
     with reference.activated():
-        assert model.weight.item() == 1.0
+        assert model.weight.item() == 1.6015625
+
+
+@pytest.mark.parametrize("mode", EXCHANGED)
+def test_a_loaded_reference_replaces_the_one_that_was_kept(mode: str) -> None:
+    """Also where nothing was loaded in place."""
+    model, other = make_model(), make_model()
+    start = weights(model)
+    reference = EXCHANGED[mode](model.parameters())
+    train_a_step(other)
+    reference.load_state_dict(model, {name: tensor.clone() for name, tensor in other.state_dict().items()})
+    assert same(weights(model), start)
+    with reference.activated():
+        assert same(weights(model), weights(other))
 
 
 def test_cached_log_probs_are_looked_up_by_split_and_pair() -> None:
