@@ -104,8 +104,7 @@ def take_legacy_keys(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
             accepted, advice = NEUTRAL[key]
             if value not in accepted:
                 raise ConfigError(f"{key}={value} is not available in this version. {advice}")
-            if key not in defaults:
-                del kept[key]
+            del kept[key]
         elif prefix is not None:
             ignored[prefix] = None
             del kept[key]

@@ -19,7 +19,7 @@ from nemo_kto.models.lora import LoRASettings, projections_of
 from nemo_kto.models.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
 from nemo_kto.models.reference import CacheSettings, ReferenceSettings
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.resolve import log_directory
+from nemo_kto.resolve import log_directory, model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def reference_settings(
     """
     keys = config.model.kto.reference
     folder = Path(keys.checkpoint) if keys.checkpoint else None
-    model_folder = adapter_folder = None
+    other_model = other_adapter = None
     if folder is not None and is_adapter(folder):
         if lora is None:
             raise ConfigError(
@@ -93,19 +93,19 @@ def reference_settings(
                 "Name a Hugging Face model."
             )
         check_adapter(folder, lora, hf_config)
-        adapter_folder = folder
+        other_adapter = folder
     elif folder is not None:
         _check_same_architecture(folder, hf_config)
-        model_folder = folder
+        other_model = folder
     mode, reason = keys.mode, "as configured"
     if mode == "auto":
-        mode, reason = _choose(accelerator, adapters=lora is not None, model=model_folder, adapter=adapter_folder)
+        mode, reason = _choose(accelerator, adapters=lora is not None, model=other_model, adapter=other_adapter)
     if is_global_rank_zero():
         logger.info("Reference: %s, %s", mode, reason)
     return ReferenceSettings(
         mode=mode,
-        model_folder=model_folder,
-        adapter_folder=adapter_folder,
+        model_folder=other_model,
+        adapter_folder=other_adapter,
         sync_every=keys.sync_every_n_steps,
         sync_alpha=keys.sync_mixup_alpha,
     )
@@ -142,8 +142,7 @@ def cache_settings(
         ConfigError: The folder holds log-probs that were computed from something else.
         CheckpointError: The folder holds something else.
     """
-    start = config.pretrained_checkpoint.restore_from_path
-    folder = reference.model_folder or (Path(start) if start else None)
+    folder = reference.model_folder or model_folder(config)
     adapter, model, seed = reference.adapter_folder, config.model, config.model.seed
     random_weights = None if folder is not None else f"{seed} {model.init_method_std}"
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])

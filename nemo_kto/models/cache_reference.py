@@ -106,7 +106,7 @@ def fill(
     *,
     micro_batch_size: int,
     kl_micro_batch_size: int,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool],
 ) -> None:
     """Score the work with the live model, whose weights are the reference's; collective.
 

@@ -61,7 +61,8 @@ _GROUPS = {
 }
 """NeMo's names of target modules -> linear layers."""
 
-_ALL = tuple(name for names in PROJECTIONS.values() for name in names)
+LINEAR_OF = {name: linear for linear, names in PROJECTIONS.items() for name in names}
+"""Projection -> Megatron's linear layer that it is part of, in the order of `PROJECTIONS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +101,15 @@ def projections_of(target_modules: Iterable[str]) -> tuple[str, ...]:
     for name in target_modules:
         if name in _GROUPS:
             chosen.update(projection for linear in _GROUPS[name] for projection in PROJECTIONS[linear])
-        elif name in _ALL:
+        elif name in LINEAR_OF:
             chosen.add(name)
         else:
             raise ConfigError(
-                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *_ALL))}."
+                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *LINEAR_OF))}."
             )
     if not chosen:
         raise ConfigError("model.peft.lora_tuning.target_modules is empty. Name at least one, like attention_qkv.")
-    return tuple(name for name in _ALL if name in chosen)
+    return tuple(name for name in LINEAR_OF if name in chosen)
 
 
 @dataclass(kw_only=True)
@@ -292,7 +293,7 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         for name, projections in PROJECTIONS.items():
             chosen = [projection for projection in projections if projection in settings.projections]
             if chosen:
-                _adapt(layer.get_submodule(name), name, chosen, settings, switch, layer=number)
+                _adapt(layer.get_submodule(name), name, chosen=chosen, settings=settings, switch=switch, layer=number)
         layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
     model.adapter_switch = switch
     if model.config.recompute_granularity == "full" and model.pre_process:
@@ -314,7 +315,7 @@ def _note_dropout_keys(switch: _Switch) -> Any:
 
 
 def _adapt(
-    linear: Any, name: str, chosen: Sequence[str], settings: LoRASettings, switch: _Switch, *, layer: int
+    linear: Any, name: str, *, chosen: Sequence[str], settings: LoRASettings, switch: _Switch, layer: int
 ) -> None:
     classes = {
         ColumnParallelLinear: AdaptedColumnParallelLinear,

@@ -38,7 +38,7 @@ from nemo_kto.models.reference import CachedReference, ExchangedReference, Refer
 from nemo_kto.models.weights import Weights
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
-from nemo_kto.runtime.loop import GracefulStop, graceful_stop
+from nemo_kto.runtime.loop import graceful_stop
 
 
 class MegatronGPTKTOModel(LightningModule):
@@ -143,7 +143,8 @@ class MegatronGPTKTOModel(LightningModule):
         cache, work = open_cache(settings.cache.folder, settings.cache.key, data, val_batches=self.val_batches)
         if count_batches(work):
             self._weights.load_reference(self.models)
-            stop = graceful_stop(self.trainer) or GracefulStop()
+            stop = graceful_stop(self.trainer)
+            assert stop is not None, "nemo_kto.train gives every trainer one"
             with stop.listening():
                 fill(
                     cache,

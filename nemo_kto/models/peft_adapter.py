@@ -25,7 +25,7 @@ from nemo_kto.models import moe
 from nemo_kto.models.gpt import KTOGPTModel
 from nemo_kto.models.hf_rules import sharded_leaves
 from nemo_kto.models.hf_weights import NewFolder, copy_companions, gathered_tensors, listed
-from nemo_kto.models.lora import PROJECTIONS, LoRASettings, projections_of
+from nemo_kto.models.lora import LINEAR_OF, PROJECTIONS, LoRASettings, projections_of
 from nemo_kto.runtime import parallel
 
 CONFIG_FILE = "adapter_config.json"
@@ -149,7 +149,7 @@ def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedCon
     theirs, ours = (_as_keys(kind, hf_config.num_hidden_layers) for kind in (found, settings))
     different = [f"model.peft.lora_tuning.{key}={theirs[key]}" for key in _SHAPE if theirs[key] != ours[key]]
     if different:
-        raise ConfigError(f"The adapter in {folder} is of another kind. Set {' '.join(different)}.".replace("'", ""))
+        raise ConfigError(f"The adapter in {folder} is of another kind. Set {' '.join(different)}.")
     expected, shapes = _expected_shapes(settings, hf_config), _shapes(folder)
     for name, shape in expected.items():
         if shapes.get(name) != shape:
@@ -226,7 +226,7 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
     """Return the values of `_SHAPE` that mean `settings`."""
     whole = settings.layers == tuple(range(num_layers))
     return {
-        "target_modules": [*settings.projections],
+        "target_modules": f"[{', '.join(settings.projections)}]",
         "adapter_dim": settings.rank,
         "alpha": settings.alpha,
         "rslora": str(settings.rslora).lower(),
@@ -247,11 +247,10 @@ def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, 
         "up_proj": (hf.intermediate_size, hidden),
         "down_proj": (hidden, hf.intermediate_size),
     }
-    linear_of = {projection: linear for linear, names in PROJECTIONS.items() for projection in names}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):
         outputs, inputs = sizes[projection]
-        key = f"decoder.layers.{layer}.{linear_of[projection]}.adapters.{projection}."
+        key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
         shapes[_tensor_name(key + "lora_a")] = (settings.rank, inputs)
         shapes[_tensor_name(key + "lora_b")] = (outputs, settings.rank)
     return shapes
@@ -269,8 +268,7 @@ def _tensor_name(key: str) -> str:
 def _place(name: str) -> tuple[int, str] | None:
     """Return (layer, projection) of PEFT's tensor `name`; None if it is of no projection known here."""
     match = _TENSOR.fullmatch(name)
-    known = {projection for names in PROJECTIONS.values() for projection in names}
-    return (int(match[1]), match[2]) if match and match[2] in known else None
+    return (int(match[1]), match[2]) if match and match[2] in LINEAR_OF else None
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -212,12 +212,11 @@ class MegatronStrategy(DDPStrategy):
     def _sharded_module(self) -> dict[str, Any]:
         """Return the sharded state of the chunks and of a moving reference."""
         metadata = ckpt.sharding_metadata()
+        return {**self._sharded_chunks(metadata), **self._module.reference_state(metadata)}
+
+    def _sharded_chunks(self, metadata: dict[str, Any]) -> dict[str, Any]:
         return {
-            **{
-                f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata)
-                for i, chunk in enumerate(self._module.chunks)
-            },
-            **self._module.reference_state(metadata),
+            f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata) for i, chunk in enumerate(self._module.chunks)
         }
 
     def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
@@ -226,10 +225,9 @@ class MegatronStrategy(DDPStrategy):
         # for loading, and for a run under float16 that has skipped all its steps so far
         ckpt.allocate_optimizer_state(optimizer)
         metadata = ckpt.sharding_metadata()
-        chunks = {
-            f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata) for i, chunk in enumerate(self._module.chunks)
-        }
-        state: dict[str, Any] = optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
+        state: dict[str, Any] = optimizer.sharded_state_dict(
+            self._sharded_chunks(metadata), is_loading=is_loading, metadata=metadata
+        )
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:

@@ -321,3 +321,19 @@ def check_refused(arguments: list[str], *expected: str) -> None:
     assert [line.startswith("error: ") for line in lines] == [True], errors
     assert all(part in lines[0] for part in expected), errors
     assert "Traceback" not in output + errors
+
+
+def test_a_reference_is_cached_by_a_job_of_its_own(root: Path, tmp_path: Path) -> None:
+    """Under tensor parallelism; training then looks everything up, and a wrong key is one line."""
+    short = {"trainer__kto__max_steps": 2, "model__kto__reference__cache_dir": str(tmp_path / "cache")}
+    job = [sys.executable, "-m", "nemo_kto.cli", "cache-reference"]
+    code, output, errors = run([*job, *as_overrides(settings(root, tmp_path / "log", **TP2, **short))])
+    assert code == 0, output + errors
+    assert str(tmp_path / "cache") in output and "2/2" in errors
+    written = sorted((tmp_path / "cache").iterdir())
+    code, output, errors = run(command(root, tmp_path / "log", **short, model__kto__reference__mode="cached"))
+    assert code == 0, output + errors
+    assert read_series(tmp_path / "log")["train/loss"][0] == pytest.approx(0.5, rel=1e-6)
+    assert sorted((tmp_path / "cache").iterdir()) == written
+    code, _, errors = run([*job, "model.kto.reference.cach_dir=x"])
+    assert code == 1 and errors.splitlines()[-1].endswith("Did you mean model.kto.reference.cache_dir?")

@@ -384,3 +384,18 @@ def test_all_modes_agree_on_another_reference(
     assert first["train/loss"][0] != 0.5
     for series in rest:
         assert_same(series, first)
+
+
+def cache_what_is_not_finite(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
+    """Train with a reference whose log-probs have overflowed; return kind and message of the error."""
+    from nemo_kto.models.kto_step import RowScorer
+
+    RowScorer.score = lambda self, rows: torch.full((sum(row.num_documents for row in rows),), float("-inf"))  # type: ignore
+    return refusal_on_rank(port, overrides)
+
+
+def test_log_probs_that_are_not_finite_are_not_kept(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    values = settings(root, tmp_path, **CACHED, trainer__kto__max_steps=2)
+    for kind, message in run_ranks(cache_what_is_not_finite, 2, free_port(), values):
+        assert kind == "DivergenceError" and "32 documents of the train data" in message, message
+    assert not list((tmp_path / "reference").glob("part-*"))
