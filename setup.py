@@ -24,6 +24,7 @@ setup(
     package_dir={"nemo_kto.conf": "conf"},
     package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"]},
     install_requires=[
+        "datasets>=3.0",
         "einops",  # imported by nemo_toolkit, which does not declare it
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
@@ -32,7 +33,9 @@ setup(
         "nemo_toolkit[common-only,core]>=3.0.0,<4",
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
+        "pyarrow>=15",
         "psutil",  # Megatron-Core's checkpoint writer waits for ever without it
+        "rich>=13",
         "safetensors>=0.5",
         "tensorboard>=2.15",
         "torch>=2.6,<3",

@@ -118,8 +118,8 @@ class KTOLossConfig:
 
     loss: Literal["kto"] = "kto"
     ref_policy_kl_penalty: float = 0.2
-    desirable_loss_weight: float = 1.0
-    undesirable_loss_weight: float = 1.0
+    desirable_loss_weight: float | Literal["auto"] = 1.0
+    undesirable_loss_weight: float | Literal["auto"] = 1.0
     kl_scope: Literal["global_batch", "micro_batch"] = "global_batch"
     loss_reduction: Literal["sample_mean", "class_mean"] = "sample_mean"
     preference_average_log_probs: bool = False
@@ -174,10 +174,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class DataPrefixConfig:
-    """`model.data.data_prefix`: files by split; a single file may be given without a list."""
+    """`model.data.data_prefix`: data by split; a single entry may be given without a list."""
 
-    train: list[str] | None = None
-    validation: list[str] | None = None
+    train: list[str | dict[str, Any]] | None = None
+    validation: list[str | dict[str, Any]] | None = None
 
 
 @dataclass(kw_only=True)
@@ -185,12 +185,20 @@ class DataConfig:
     """`model.data`."""
 
     data_prefix: DataPrefixConfig = field(default_factory=DataPrefixConfig)
-    format: Literal["auto", "nemo_aligner", "trl"] = "auto"
+    validation_fraction: float = 0.0
+    format: str = "auto"
+    fields: dict[str, str] | None = None
+    desirable_if: str | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
     seq_length: int = 4096
-    overlong: Literal["drop"] = "drop"
-    shuffle: bool | Literal["batches"] = True
+    overlong: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"
+    prompt_template: str | None = None
+    special_tokens: Literal["auto", "text", "control"] = "auto"
     append_eod: bool = True
+    shuffle: bool | Literal["batches"] = True
     num_workers: int = 0
+    cache_dir: str | None = None
+    tokenize_workers: int | None = None
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,15 @@ from nemo_kto.config_reader import leaf_values
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_kto.config import ExpManagerConfig, KTOConfig, ModelConfig, OptimConfig, TrainerKTOConfig
+    from nemo_kto.config import (
+        DataConfig,
+        ExpManagerConfig,
+        KTOConfig,
+        KTOLossConfig,
+        ModelConfig,
+        OptimConfig,
+        TrainerKTOConfig,
+    )
 
 _LEAST = {
     "trainer.devices": 1,
@@ -54,6 +62,8 @@ _LEAST = {
     "model.optim.sched.constant_steps": 0,
     "model.data.seq_length": 2,  # one token of the prompt, one of the response
     "model.data.num_workers": 0,
+    "model.data.tokenize_workers": 1,
+    "model.data.validation_fraction": 0,
 }
 """Key -> the least value it may have."""
 
@@ -82,6 +92,8 @@ def check_values(config: KTOConfig) -> None:
     _check_reference(config)
     _check_recompute(config.model)
     _check_optimizer(config.model.optim)
+    check_data(config.model.data)
+    _check_loss_weights(config.model.kto)
 
 
 def _check_length(kto: TrainerKTOConfig) -> None:
@@ -204,3 +216,26 @@ def _check_optimizer(optim: OptimConfig) -> None:
         )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"model.optim.betas={optim.betas} must be two numbers of at least 0 and below 1.")
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise a ConfigError for values of `model.data` that are impossible together."""
+    prefix = "model.data."
+    if data.validation_fraction >= 1:
+        raise ConfigError(f"{prefix}validation_fraction={data.validation_fraction} must be below 1.")
+    if data.validation_fraction and data.data_prefix.validation:
+        raise ConfigError(
+            f"{prefix}validation_fraction={data.validation_fraction} takes validation data from the training data, "
+            f"and {prefix}data_prefix.validation names some. Leave one of them out."
+        )
+    template = data.prompt_template
+    if template is not None and template != "chat" and "{prompt}" not in template:
+        raise ConfigError(f"{prefix}prompt_template={template!r} must have {{prompt}} in it, or be chat.")
+
+
+def _check_loss_weights(kto: KTOLossConfig) -> None:
+    for one, other in (("desirable", "undesirable"), ("undesirable", "desirable")):
+        if getattr(kto, f"{one}_loss_weight") == 0 and getattr(kto, f"{other}_loss_weight") == "auto":
+            raise ConfigError(
+                f"model.kto.{other}_loss_weight=auto cannot balance model.kto.{one}_loss_weight=0. Set a number."
+            )

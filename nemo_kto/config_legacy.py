@@ -61,8 +61,6 @@ IGNORED_VALUES = {"model.optim.name": ("fused_adam", "megatron_fused_adam")}
 """Known keys -> old values that mean today's default."""
 
 LATER_VALUES = {
-    "model.kto.desirable_loss_weight": ("auto",),
-    "model.kto.undesirable_loss_weight": ("auto",),
     "model.kto.loss": ("apo_zero_unpaired", "bco"),
 }
 """Known keys -> values of features that do not exist yet."""
@@ -76,8 +74,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.kto.sft_loss_weight": ((0,), "An SFT term comes with a later version; set it to 0."),
     "model.kto.preference_loss_weight": ((1,), "The KTO loss is all there is, with weight 1; scale model.optim.lr."),
     "model.kto.gt_reward_scale": ((1,), "Ground-truth rewards are not part of KTO; leave it out."),
-    "model.data.data_impl": ((None, "jsonl"), "Feedback is read from JSONL files."),
-    "model.data.splits_string": ((None,), "Name the files of each split in model.data.data_prefix."),
+    "model.data.data_impl": ((None, "json", "jsonl"), "How a file is read follows from its name."),
+    "model.data.splits_string": (
+        (None,),
+        "Name the files of each split in model.data.data_prefix, or set model.data.validation_fraction.",
+    ),
     "model.data.reset_position_ids": ((False,), _ONE_DOCUMENT),
     "model.data.reset_attention_mask": ((False,), _ONE_DOCUMENT),
     "model.data.eod_mask_loss": ((False,), "The end of a response is part of it; leave it out."),

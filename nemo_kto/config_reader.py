@@ -87,12 +87,10 @@ def build(cls: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
 
 def convert(key: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, or raise a ConfigError that says what the key takes."""
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    for option in options:
-        converted, fits = _as_type(value, option)
-        if fits:
-            return converted
-    raise ConfigError(f"{key}={value!r} is not possible. It takes {' or '.join(map(_describe, options))}.")
+    converted, fits = _as_one_of(value, _options(kind))
+    if fits:
+        return converted
+    raise ConfigError(f"{key}={value!r} is not possible. It takes {_describe(kind)}.")
 
 
 def unknown_key_message(key: str, known: Iterable[str]) -> str:
@@ -108,8 +106,19 @@ def unknown_key_message(key: str, known: Iterable[str]) -> str:
     return f"Unknown configuration key {key}.{hint}"
 
 
-def _is_union(kind: Any) -> bool:
-    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The types that a union consists of; of any other type, itself."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _as_one_of(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, bool]:
+    """Return (the value as the first of some types that it fits, whether it fits one)."""
+    for kind in kinds:
+        converted, fits = _as_type(value, kind)
+        if fits:
+            return converted, True
+    return value, False
 
 
 def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
@@ -121,7 +130,7 @@ def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
         return value, any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
     if origin is list:
         items = value if isinstance(value, list | tuple) else [value]
-        converted = [_as_type(item, typing.get_args(kind)[0]) for item in items]
+        converted = [_as_one_of(item, _options(typing.get_args(kind)[0])) for item in items]
         return [item for item, _ in converted], value is not None and all(fits for _, fits in converted)
     if isinstance(value, bool):  # bool is an int to Python, but no number to a user
         return value, kind is bool
@@ -132,11 +141,18 @@ def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
 
 
 def _describe(kind: Any) -> str:
+    if len(_options(kind)) > 1:
+        return " or ".join(map(_describe, _options(kind)))
     origin = typing.get_origin(kind)
     if origin is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(kind))
     if origin is list:
-        lists = {float: "a list of numbers", int: "an integer or a list of integers", str: "text or a list of texts"}
-        return lists[typing.get_args(kind)[0]]
+        lists = {
+            "a number": "a list of numbers",
+            "an integer": "an integer or a list of integers",
+            "text": "text or a list of texts",
+            "text or a mapping": "text, a mapping, or a list of these",
+        }
+        return lists[_describe(typing.get_args(kind)[0])]
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return "null" if kind is type(None) else names[origin or kind]

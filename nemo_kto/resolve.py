@@ -186,7 +186,7 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
         ConfigError: Neither `max_steps` nor `max_epochs` limits the run.
     """
     kto = config.trainer.kto
-    batches = epoch_length(len(data.splits["train"].samples), config.model.global_batch_size)
+    batches = epoch_length(len(data.splits["train"]), config.model.global_batch_size)
     per_epoch = _count(kto.limit_train_batches, batches)
     limits = []
     if kto.max_steps is not None and kto.max_steps >= 0:
@@ -200,7 +200,7 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
         interval = _count(interval, per_epoch)
     val_batches = 0
     if "validation" in data.splits:
-        available = -(-len(data.splits["validation"].samples) // config.model.global_batch_size)
+        available = -(-len(data.splits["validation"]) // config.model.global_batch_size)
         val_batches = _count(kto.limit_val_batches, available)
     return Schedule(
         total=min(limits),

@@ -17,19 +17,20 @@ from lightning.pytorch import Callback, Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from nemo_kto import resolve
 from nemo_kto.cli import run_guarded
 from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.data.datamodule import KTODataModule
 from nemo_kto.data.tokenization import load_tokenizer
-from nemo_kto.errors import ConfigError, StoppedEarly
+from nemo_kto.errors import StoppedEarly
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.lora import LoRASettings
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.models.reference import ReferenceSettings
 from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
+from nemo_kto.resolve_data import read_data, settle_loss_weights
 from nemo_kto.resolve_reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
 from nemo_kto.runtime import cpu_megatron
@@ -103,7 +104,8 @@ def _prepare(config: KTOConfig) -> _Run:
     layout = resolve.layout(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)
     reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
-    data = _read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
+    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
+    config = settle_loss_weights(config, data)
     if reference.mode == "cached":
         cache = cache_settings(config, hf_config, reference, data, tokenizer)
         reference = dataclasses.replace(reference, cache=cache)
@@ -137,6 +139,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     """
     stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))  # its time begins here
     run = _prepare(config)
+    config = run.config
     resolve.warn_about_rates(config, run.schedule)
     log_dir = resolve.log_directory(config)
     identity = run_identity(config, run.hf_config, run.data, lora=run.lora, reference=run.reference)
@@ -233,27 +236,6 @@ def _time_limit(text: str | None) -> timedelta | None:
         return None
     days, hours, minutes, seconds = (int(part) for part in text.split(":"))
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-
-
-def _read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> KTODataModule:
-    model, data = config.model, config.model.data
-    if not data.data_prefix.train:
-        raise ConfigError("There is no training data. Set model.data.data_prefix.train to one or more JSONL files.")
-    module = KTODataModule(
-        train_files=data.data_prefix.train,
-        validation_files=data.data_prefix.validation or (),
-        format=data.format,
-        tokenizer=tokenizer,
-        max_length=min(data.seq_length, max_positions),
-        max_positions=max_positions,
-        append_eod=data.append_eod,
-        global_batch_size=model.global_batch_size,
-        shuffle=data.shuffle,
-        seed=model.seed,
-        num_workers=data.num_workers,
-    )
-    module.prepare()
-    return module
 
 
 def _trainer_settings(run: _Run) -> dict[str, Any]:

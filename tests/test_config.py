@@ -107,7 +107,7 @@ ALIGNER = {
 }
 
 # fields that only say which of today's single possibilities is meant: config.py judges their values, nothing else asks
-SINGLE_VALUED = {"model.data.overlong", "model.optim.name"}
+SINGLE_VALUED = {"model.optim.name"}
 
 
 def parse(*overrides: str) -> KTOConfig:
@@ -263,6 +263,15 @@ def test_tables_of_old_keys_do_not_shadow_todays():
         ("model.peft.lora_tuning.target_modules=all", "model.peft.lora_tuning.target_modules", ["all"]),
         ("model.peft.lora_tuning.layer_selection=[1,3]", "model.peft.lora_tuning.layer_selection", [1, 3]),
         ("model.data.shuffle=batches", "model.data.shuffle", "batches"),
+        ("model.data.data_prefix.train=a.jsonl", "model.data.data_prefix.train", ["a.jsonl"]),
+        (
+            "model.data.data_prefix.train={path: a, weight: 2}",
+            "model.data.data_prefix.train",
+            [{"path": "a", "weight": 2}],
+        ),
+        ("model.data.fields={label: liked}", "model.data.fields", {"label": "liked"}),
+        ("model.data.desirable_if='>= 4'", "model.data.desirable_if", ">= 4"),
+        ("model.kto.desirable_loss_weight=auto", "model.kto.desirable_loss_weight", "auto"),
         ("model.data.shuffle=false", "model.data.shuffle", False),
     ],
 )
@@ -289,7 +298,7 @@ def test_accepted(override, key, value):
         ("model.kto.kl_scope=rank", ["model.kto.kl_scope", "rank", "global_batch or micro_batch"]),
         ("model.kto=3", ["model.kto", "section"]),
         ("model.data.data_prefix=a.jsonl", ["model.data.data_prefix", "model.data.data_prefix.train"]),
-        ("model.data.data_prefix.train=[1]", ["model.data.data_prefix.train", "list of texts"]),
+        ("model.data.data_prefix.train=[1]", ["model.data.data_prefix.train", "text, a mapping, or a list of these"]),
         # ranges
         ("model.micro_batch_size=0", ["model.micro_batch_size=0", "at least 1"]),
         ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "32, bf16-mixed, 16-mixed"]),
@@ -321,8 +330,18 @@ def test_accepted(override, key, value):
         ("model.kto.reference.cache_dir=x", ["cache_dir=x", "mode=cached"]),
         ("model.kto.reference.sync_every_n_steps=0", ["sync_every_n_steps=0", "at least 1"]),
         ("model.kto.sft_loss_weight=0.1", ["model.kto.sft_loss_weight=0.1", "later version"]),
-        ("model.kto.desirable_loss_weight=auto", ["model.kto.desirable_loss_weight=auto", "not available"]),
         ("model.kto.loss=bco", ["model.kto.loss=bco", "not available"]),
+        ("model.kto.desirable_loss_weight=even", ["desirable_loss_weight", "a number or auto"]),
+        # data
+        ("model.data.overlong=keep", ["model.data.overlong", "truncate_prompt_left", "truncate_response"]),
+        ("model.data.on_bad_record=warn", ["model.data.on_bad_record", "error or skip"]),
+        ("model.data.special_tokens=yes", ["model.data.special_tokens", "auto or text or control"]),
+        ("model.data.prompt_template=Question", ["prompt_template", "{prompt}", "chat"]),
+        ("model.data.validation_fraction=1.0", ["validation_fraction=1.0", "below 1"]),
+        ("model.data.validation_fraction=-0.1", ["validation_fraction=-0.1", "at least 0"]),
+        ("model.data.tokenize_workers=0", ["tokenize_workers=0", "at least 1"]),
+        ("model.data.fields=prompt", ["model.data.fields", "a mapping"]),
+        ("model.data.splits_string=9,1", ["splits_string", "validation_fraction"]),
         ("model.data.eod_mask_loss=true", ["model.data.eod_mask_loss=True", "leave it out"]),
         # where the model comes from
         ("pretrained_checkpoint.restore_from_path=m.nemo", ["m.nemo", "Hugging Face folder"]),

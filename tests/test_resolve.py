@@ -19,7 +19,7 @@ def plan(*, samples: int = 100, validation: bool = True, **changes: Any) -> reso
     config = KTOConfig()
     config.model.global_batch_size = 10
     config.trainer.kto = TrainerKTOConfig(**changes)
-    splits = {"train": SimpleNamespace(samples=range(samples))}
+    splits = {"train": range(samples)}
     if validation:
         splits["validation"] = splits["train"]
     return resolve.plan_schedule(config, SimpleNamespace(splits=splits))  # type: ignore[arg-type]

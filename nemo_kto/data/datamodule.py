@@ -1,28 +1,70 @@
-"""Feedback files -> DataLoaders of `KTOBatch`, one global batch (this rank's share of it) at a time."""
+"""Feedback -> DataLoaders of `KTOBatch`, one global batch (this rank's share of it) at a time."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_pairs
-from nemo_kto.data.records import read_feedback
+from nemo_kto.data.rendering import TokenizationSettings
+from nemo_kto.data.samples import Overlong, Samples, fit, mix, split_by_prompt
 from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, Shuffle, ValidationBatchSampler, epoch_length
-from nemo_kto.data.tokenization import TokenizationResult, tokenize_records
+from nemo_kto.data.sources import Source
+from nemo_kto.data.token_cache import TokenCache
+from nemo_kto.data.token_store import copy_bad_records
+from nemo_kto.data.tokenization import Encoder
 from nemo_kto.errors import DataError
+from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-Files = Sequence[str | Path]
 T = TypeVar("T", Sequence[PairIndex], Tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is read and how it is dealt.
+
+    Attributes:
+        train: What to train on; may be empty where no train loader is asked for.
+        validation: What `val_dataloader` scores; may be empty.
+        validation_fraction: Share of the training samples that is validated on instead, where `validation` is empty;
+            no prompt is in both.
+        tokenization: How records become tokens.
+        max_length: Most tokens of prompt and response together, what `append_eod` adds included.
+        max_positions: See `KTODataset`.
+        overlong: What becomes of longer samples.
+        on_bad_record: Whether a record that cannot be used ends the run or is left out.
+        bad_records_file: Where the records that were left out are listed; None for nowhere.
+        cache_dir: See `TokenCache`.
+        tokenize_workers: See `TokenCache`.
+        global_batch_size: Samples per step over all ranks, in training and in validation.
+        shuffle: How the training data is shuffled.
+        seed: Non-negative seed of that order, of what is taken of a source, and of the validation split.
+        num_workers: Processes that build batches; 0 builds them in the training process.
+    """
+
+    train: Sequence[Source]
+    validation: Sequence[Source] = ()
+    validation_fraction: float = 0.0
+    tokenization: TokenizationSettings = TokenizationSettings()
+    max_length: int
+    max_positions: int | None = None
+    overlong: Overlong = "drop"
+    on_bad_record: Literal["error", "skip"] = "error"
+    bad_records_file: Path | None = None
+    cache_dir: Path
+    tokenize_workers: int | None = None
+    global_batch_size: int
+    shuffle: Shuffle = True
+    seed: int
+    num_workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,68 +86,49 @@ class KTODataModule(LightningDataModule):
     (`use_distributed_sampler=False`).
 
     Attributes:
-        splits: "train" and "validation" -> tokenised samples; only those for which files were given. Filled by
-            `prepare()`.
+        splits: "train" and "validation" -> their samples; only those for which there is data. Filled by `prepare()`.
     """
 
-    def __init__(
-        self,
-        *,
-        train_files: Files,
-        validation_files: Files = (),
-        format: str,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        max_positions: int | None = None,
-        append_eod: bool,
-        global_batch_size: int,
-        shuffle: Shuffle,
-        seed: int,
-        num_workers: int,
-    ) -> None:
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keeps the settings; no file is opened before `prepare()`.
 
-        Args:
-            train_files: JSONL files to train on; may be empty where no train loader is asked for.
-            validation_files: JSONL files that `val_dataloader` scores; may be empty.
-            format: See `read_feedback`.
-            tokenizer: See `tokenize_records`.
-            max_length: See `tokenize_records`.
-            max_positions: See `KTODataset`.
-            append_eod: See `tokenize_records`.
-            global_batch_size: Samples per step over all ranks, in training and in validation.
-            shuffle: How the training data is shuffled.
-            seed: Non-negative seed of that order.
-            num_workers: Processes that build batches; 0 builds them in the training process.
+        Raises:
+            ConfigError: See `Encoder`.
         """
         super().__init__()
-        self._files = {"train": train_files, "validation": validation_files}
-        self._format = format
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._max_positions = max_positions
-        self._append_eod = append_eod
-        self._global_batch_size = global_batch_size
-        self._shuffle = shuffle
-        self._seed = seed
-        self._num_workers = num_workers
+        self._settings = settings
+        self._encoder = Encoder(tokenizer, settings.tokenization)
         self._position: _Position | None = None
-        self.splits: dict[str, TokenizationResult] = {}
+        self.splits: dict[str, Samples] = {}
 
     def prepare(self) -> None:
-        """Reads and tokenises every file; a second call does nothing.
+        """Reads all data, tokenising what has not been tokenised before; a second call does nothing.
 
         Raises:
-            DataError: See `read_feedback` and `tokenize_records`; also when the training data is less than one global
+            DataError: See `TokenCache`; no sample is left of a split; or the training data is less than one global
                 batch. The message begins with the split.
-            ConfigError: See `read_feedback` and `tokenize_records`.
+            ConfigError: See `Encoder`.
         """
-        for split, files in self._files.items():
-            if files and split not in self.splits:
-                self.splits[split] = self._prepare_split(split, files)
+        if self.splits:
+            return
+        settings = self._settings
+        for split, sources in (("train", settings.train), ("validation", settings.validation)):
+            if sources:
+                self.splits[split] = self._read(split, sources)
+        if settings.validation_fraction and not settings.validation:
+            train, validation = split_by_prompt(self.splits["train"], settings.validation_fraction, seed=settings.seed)
+            if not len(validation):
+                raise DataError("train data: all samples have the same prompt, so none can be kept for validation.")
+            self.splits |= {"train": train, "validation": validation}
+            _inform("%d samples are trained on, %d with other prompts are validated on", len(train), len(validation))
         if "train" in self.splits:
-            epoch_length(len(self.splits["train"].samples), self._global_batch_size)
-        _warn_without_kl(self._global_batch_size)
+            epoch_length(len(self.splits["train"]), settings.global_batch_size)
+        self._list_bad_records()
+        if settings.global_batch_size == 1:
+            _warn(
+                "global_batch_size is 1: no response can be paired with another prompt, so the KL estimate is that of "
+                "the sample itself and its loss stays near 0.5; use at least 4."
+            )
 
     def setup(self, stage: str) -> None:
         """Lightning's hook; the same as `prepare()`."""
@@ -132,7 +155,7 @@ class KTODataModule(LightningDataModule):
             DataError: No training files were given, or they hold less than one global batch.
         """
         if "train" not in self.splits:
-            raise DataError("No training data was given; name at least one JSONL file to train on.")
+            raise DataError("No training data was given; name at least one file to train on.")
         return self._loader("train", self._sampler("train", self._known_position()))
 
     def val_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
@@ -160,90 +183,123 @@ class KTODataModule(LightningDataModule):
     def _sampler(self, split: str, position: _Position) -> GlobalBatchSampler | ValidationBatchSampler:
         if split == "validation":
             return ValidationBatchSampler(
-                self._prompt_keys(split),
-                global_batch_size=self._global_batch_size,
+                self.splits[split].prompt_keys,
+                global_batch_size=self._settings.global_batch_size,
                 dp_rank=position.dp_rank,
                 dp_size=position.dp_size,
             )
         return GlobalBatchSampler(
-            self._prompt_keys(split),
-            global_batch_size=self._global_batch_size,
+            self.splits[split].prompt_keys,
+            global_batch_size=self._settings.global_batch_size,
             dp_rank=position.dp_rank,
             dp_size=position.dp_size,
-            seed=self._seed,
-            shuffle=self._shuffle,
+            seed=self._settings.seed,
+            shuffle=self._settings.shuffle,
             num_steps=position.num_steps,
             steps_per_epoch=position.steps_per_epoch,
             start_step=position.start_step,
         )
 
-    def _prepare_split(self, split: str, files: Files) -> TokenizationResult:
+    def _read(self, split: str, sources: Sequence[Source]) -> Samples:
+        settings = self._settings
+        cache = TokenCache(settings.cache_dir, self._encoder, workers=settings.tokenize_workers)
+        parts = []
         try:
-            records = read_feedback(files, format=self._format)
-            result = tokenize_records(
-                records, self._tokenizer, max_length=self._max_length, append_eod=self._append_eod
-            )
+            for source in sources:
+                store = cache.tokens_of(source, skip_bad=settings.on_bad_record == "skip")
+                samples = fit(
+                    store,
+                    max_length=settings.max_length,
+                    overlong=settings.overlong,
+                    bos_token_id=self._encoder.tokenizer.bos_token_id,
+                )
+                parts.append((source, samples))
+            samples = mix(parts, seed=settings.seed)
+            self._describe(split, samples)
+            if not len(samples):
+                raise DataError(_nothing_left(parts, settings.max_length))
         except DataError as error:
             raise DataError(f"{split} data: {error}") from error
-        _log_split(split, result, num_records=len(records), max_length=self._max_length)
-        if isinstance(records[0].prompt, str) and self._tokenizer.chat_template:
-            _warn_about_plain_strings(split)
-        return result
+        return samples
+
+    def _describe(self, split: str, samples: Samples) -> None:
+        """Logs what a split consists of, and what is likely to be a mistake in it."""
+        limit = self._settings.max_length
+        counts = [f"{len(samples)} samples ({samples.num_desirable} desirable, {samples.num_undesirable} undesirable)"]
+        if samples.num_overlong:
+            counts.append(f"{samples.num_overlong} dropped because they exceed {limit} tokens")
+        if samples.num_truncated:
+            counts.append(f"{samples.num_truncated} cut to {limit} tokens")
+        if samples.num_bad:
+            counts.append(f"{samples.num_bad} bad records skipped")
+        _inform("%s data: %s", split, ", ".join(counts))
+        if samples.column("verbatim").any() and self._encoder.tokenizer.chat_template:
+            _warn(
+                "%s data: prompts and responses are strings, which are joined as they are, although the tokenizer has "
+                "a chat template. For a chat model set model.data.prompt_template=chat, unless the strings are in its "
+                "format already.",
+                split,
+            )
+        spelled = int(samples.column("spelled").sum())
+        if spelled:
+            _inform(
+                "%s data: %d samples are strings that spell special tokens, which count as such "
+                "(model.data.special_tokens=text makes ordinary text of them)",
+                split,
+                spelled,
+            )
+
+    def _list_bad_records(self) -> None:
+        """Writes down which records were left out."""
+        file = self._settings.bad_records_file
+        if file is None or not is_global_rank_zero():
+            return
+        stores = {store.folder: store for samples in self.splits.values() for store in samples.stores}
+        if not any(store.num_bad for store in stores.values()):
+            file.unlink(missing_ok=True)  # of an earlier run
+            return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            count = copy_bad_records(list(stores.values()), file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be written ({error.strerror}).") from error
+        _warn("%d bad records were skipped: %s", count, file)
 
     def digest(self, split: str) -> str:
         """A digest of a split's tokens and labels in their order; equal on every machine."""
-        digest = hashlib.blake2b(digest_size=16)
-        for sample in self.splits[split].samples:
-            digest.update(f"{sample.prompt_key}:{int(sample.desirable)}:".encode())
-            digest.update(sample.response.numpy().tobytes())
-        return digest.hexdigest()
-
-    def _prompt_keys(self, split: str) -> list[int]:
-        return [sample.prompt_key for sample in self.splits[split].samples]
+        return self.splits[split].digest()
 
     def _known_position(self) -> _Position:
         assert self._position is not None, "set_position(...) must be called before a loader is asked for"
         return self._position
 
     def _dataset(self, split: str) -> KTODataset:
-        return KTODataset(self.splits[split].samples, max_positions=self._max_positions)
+        return KTODataset(self.splits[split], max_positions=self._settings.max_positions)
 
     def _loader(self, split: str, sampler: GlobalBatchSampler | ValidationBatchSampler) -> DataLoader[KTOItem]:
         return DataLoader(
             self._dataset(split),
             batch_sampler=sampler,
             collate_fn=collate_pairs,
-            num_workers=self._num_workers,
+            num_workers=self._settings.num_workers,
         )
 
 
-@rank_zero_only
-def _log_split(split: str, result: TokenizationResult, *, num_records: int, max_length: int) -> None:
-    logger.info(
-        "%s data: %d records, %d kept (%d desirable, %d undesirable), %d dropped because they exceed %d tokens",
-        split,
-        num_records,
-        len(result.samples),
-        result.num_desirable,
-        result.num_undesirable,
-        result.num_overlong,
-        max_length,
+def _nothing_left(parts: Sequence[tuple[Source, Samples]], limit: int) -> str:
+    lengths = [store.samples["prompt"] + store.samples["response"] for _, part in parts for store in part.stores]
+    number = sum(map(len, lengths))
+    shortest = f"the shortest has {min(int(found.min()) for found in lengths if len(found))} tokens" if number else ""
+    return (
+        f"No trainable record is left in {', '.join(source.path for source, _ in parts)}: of {number} records none "
+        f"fits into {limit} tokens ({shortest or 'there are none'}). Raise model.data.seq_length or shorten the data."
     )
 
 
-@rank_zero_only
-def _warn_about_plain_strings(split: str) -> None:
-    logger.warning(
-        "%s data: prompts and responses are strings, which are joined as they are, although the tokenizer has a chat "
-        "template. For a chat model write them as messages, unless the strings are in its format already.",
-        split,
-    )
+def _inform(message: str, *values: object) -> None:
+    if is_global_rank_zero():
+        logger.info(message, *values)
 
 
-@rank_zero_only
-def _warn_without_kl(global_batch_size: int) -> None:
-    if global_batch_size == 1:
-        logger.warning(
-            "global_batch_size is 1: no response can be paired with another prompt, so the KL estimate is that of the "
-            "sample itself and its loss stays near 0.5; use at least 4."
-        )
+def _warn(message: str, *values: object) -> None:
+    if is_global_rank_zero():
+        logger.warning(message, *values)

@@ -97,7 +97,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
 
     def __init__(
         self,
-        prompt_keys: Sequence[int],
+        prompt_keys: Sequence[int] | np.ndarray,
         *,
         global_batch_size: int,
         dp_rank: int,
@@ -126,7 +126,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
             DataError: Fewer samples than a global batch.
             ConfigError: The global batch cannot be dealt evenly.
         """
-        self._prompt_keys = prompt_keys
+        self._prompt_keys = np.asarray(prompt_keys, dtype=np.int64)
         self._global_batch_size = global_batch_size
         self._share = _rank_share(global_batch_size, dp_rank, dp_size)
         self._seed = seed
@@ -143,7 +143,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
 
     def __iter__(self) -> Iterator[list[PairIndex]]:
         """Yields the rest of the run: from `start_step()` to its end."""
-        order: list[int] = []
+        order = np.empty(0, dtype=np.int64)
         ordered_epoch = None
         for step in range(self._start_step(), self._num_steps):
             epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
@@ -153,17 +153,17 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
             batch = order[start : start + self._global_batch_size]
             yield _pair_up(batch, self._prompt_keys)[self._share]
 
-    def _epoch_order(self, epoch: int) -> list[int]:
+    def _epoch_order(self, epoch: int) -> np.ndarray:
         num_samples = len(self._prompt_keys)
         if not self._shuffle:
-            return list(range(num_samples))
+            return np.arange(num_samples)
         dealt = 0 if self._shuffle == "batches" else epoch
-        order: list[int] = np.random.default_rng([self._seed, dealt]).permutation(num_samples).tolist()
+        order = np.random.default_rng([self._seed, dealt]).permutation(num_samples)
         if epoch == dealt:
             return order
         size = self._global_batch_size
-        batches = np.random.default_rng([self._seed, epoch]).permutation(self._steps_per_epoch).tolist()
-        return [sample for batch in batches for sample in order[batch * size : (batch + 1) * size]]
+        batches = np.random.default_rng([self._seed, epoch]).permutation(self._steps_per_epoch)
+        return order[: self._steps_per_epoch * size].reshape(-1, size)[batches].ravel()
 
 
 class ValidationBatchSampler(Sampler[list[PairIndex]]):
@@ -174,13 +174,15 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
     with repeats of its first pair at weight 0, so that every rank gets the same number.
     """
 
-    def __init__(self, prompt_keys: Sequence[int], *, global_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, prompt_keys: Sequence[int] | np.ndarray, *, global_batch_size: int, dp_rank: int, dp_size: int
+    ) -> None:
         """Checks the sizes; the arguments are those of `GlobalBatchSampler`.
 
         Raises:
             ConfigError: The global batch cannot be dealt evenly.
         """
-        self._prompt_keys = prompt_keys
+        self._prompt_keys = np.asarray(prompt_keys, dtype=np.int64)
         self._global_batch_size = global_batch_size
         self._share = _rank_share(global_batch_size, dp_rank, dp_size)
 
@@ -193,7 +195,7 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
         num_samples, num_batches = len(self._prompt_keys), len(self)
         for step in range(num_batches):
             start, end = step * num_samples // num_batches, (step + 1) * num_samples // num_batches
-            pairs = _pair_up(range(start, end), self._prompt_keys)
+            pairs = _pair_up(np.arange(start, end), self._prompt_keys)
             filler = pairs[0]._replace(weight=0.0)
             pairs += [filler] * (self._global_batch_size - len(pairs))
             yield pairs[self._share]
@@ -211,7 +213,7 @@ def _rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
     return slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
 
 
-def _pair_up(indices: Sequence[int], prompt_keys: Sequence[int]) -> list[PairIndex]:
+def _pair_up(samples: np.ndarray, prompt_keys: np.ndarray) -> list[PairIndex]:
     """Pairs the samples of one global batch by the mismatch permutation."""
-    partner = mismatch_permutation([prompt_keys[index] for index in indices])
-    return [PairIndex(index, indices[partner[i]]) for i, index in enumerate(indices)]
+    partner = mismatch_permutation(prompt_keys[samples].tolist())
+    return [PairIndex(*pair) for pair in zip(samples.tolist(), samples[partner].tolist(), strict=True)]

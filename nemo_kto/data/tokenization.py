@@ -10,33 +10,29 @@ Beginning of sequence. For strings, whatever the tokenizer puts in front of a te
 front of the prompt once, and not again when the text already begins with it. For messages the chat template alone
 decides, as it does at inference. Tokens that a tokenizer appends to a text are never taken over.
 
-Dates. A chat template that names today's date is given a fixed one: a run that is resumed tomorrow, or a rank that
-starts after midnight, must see the same tokens.
+Special tokens that people wrote (see rendering.py) become the tokens of their characters.
 
 Shapes: `p` tokens of the prompt, `r` tokens of the response.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jinja2 import TemplateError
+import numpy as np
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_kto.data.records import FeedbackRecord
-from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.data.records import EMPTY, BadRecord, FeedbackRecord, RecordError
+from nemo_kto.data.rendering import Renderer, Spans, Text, TokenizationSettings
+from nemo_kto.errors import ConfigError
 
 # One of these is present wherever transformers can build a tokenizer from files.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-# Records tokenised per call: few enough that the tokenizer's bulky intermediate results (offsets, masks, words) of a
-# large file never exist together.
-_CHUNK = 2048
-# Stands in for the function by which templates ask for today's date; Llama 3's own template falls back to this day.
-_FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-# A text that stays a token of its own in front of a response, see _encode_after_boundary.
+# A text that stays a token of its own in front of another, see _encode_after_boundary.
 _ANCHOR = "\n"
 
 
@@ -58,35 +54,34 @@ class TokenizedSample:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizationResult:
-    """The samples in the order of their records, and how many records were dropped for their length."""
+class EncodedRecord:
+    """A record's tokens.
 
-    samples: list[TokenizedSample]
-    num_overlong: int
+    Attributes:
+        prompt: [p] token ids, p >= 1.
+        response: [r] token ids, r >= 1.
+        desirable: True for thumbs up.
+        merged: Whether the tokenizer would merge the last characters of the prompt with the first of the response.
+        verbatim: Whether prompt and response are strings that were taken as they are.
+        spelled: Whether those spell special tokens, which count as such.
+    """
 
-    @property
-    def num_desirable(self) -> int:
-        """Samples with thumbs up."""
-        return sum(sample.desirable for sample in self.samples)
-
-    @property
-    def num_undesirable(self) -> int:
-        """Samples with thumbs down."""
-        return len(self.samples) - self.num_desirable
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """Prompt and response as text; `templated` when a chat template wrote them, special tokens included."""
-
-    prompt: str
-    response: str
-    templated: bool
+    prompt: list[int]
+    response: list[int]
+    desirable: bool
+    merged: bool
+    verbatim: bool
+    spelled: bool
 
 
 def prompt_key(prompt: Tensor) -> int:
     """A 63-bit number that is the same for equal prompts [p] on every machine and in every process."""
-    digest = hashlib.blake2b(prompt.to(torch.int64).numpy().tobytes(), digest_size=8).digest()
+    return token_key(prompt.numpy())
+
+
+def token_key(tokens: np.ndarray | list[int]) -> int:
+    """The same of any tokens [n] of any integer type."""
+    digest = hashlib.blake2b(np.asarray(tokens, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -110,157 +105,210 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenize_records(
-    records: Sequence[FeedbackRecord],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    append_eod: bool,
-) -> TokenizationResult:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides which tokens a tokenizer makes."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    special = sorted(
+        (number, str(token.content), token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
+        for number, token in tokenizer.added_tokens_decoder.items()
+    )
+    parts = [backend, tokenizer.chat_template, special, tokenizer.special_tokens_map, transformers.__version__]
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+class Encoder:
     """Tokenises records by the rules at the top of this file.
 
-    Args:
-        records: What `read_feedback` returned.
+    Attributes:
         tokenizer: Any transformers tokenizer; records made of messages need one with a chat template.
-        max_length: Most tokens of prompt and response together, what `append_eod` adds included. A longer record is
-            dropped and counted; nothing is ever cut off.
-        append_eod: End every response with the tokenizer's EOS token, unless it ends with one already.
-
-    Raises:
-        DataError: A response or a prompt has no tokens, a record's messages cannot be rendered, or no record is left.
-        ConfigError: `append_eod` with a tokenizer that has no EOS token.
+        settings: How.
     """
-    if append_eod and tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"The tokenizer in {tokenizer.name_or_path} has no EOS token: set eos_token in its tokenizer_config.json, "
-            "or model.data.append_eod=false."
-        )
-    prefix = _special_prefix(tokenizer, _render(records[0], tokenizer).response) if records else []
-    samples: list[TokenizedSample] = []
-    lengths: list[int] = []
-    for start in range(0, len(records), _CHUNK):
-        for sample in _tokenize_chunk(records[start : start + _CHUNK], tokenizer, prefix, append_eod=append_eod):
-            lengths.append(len(sample.prompt) + len(sample.response))
-            if lengths[-1] <= max_length:
-                samples.append(sample)
-    if not samples:
-        shortest = f"the shortest has {min(lengths)} tokens" if lengths else "there are none"
-        raise DataError(
-            f"No trainable record is left in {', '.join(dict.fromkeys(record.source for record in records))}: of "
-            f"{len(records)} records none fits into {max_length} tokens ({shortest}). Raise model.data.seq_length or "
-            "shorten the data."
-        )
-    return TokenizationResult(samples, num_overlong=len(lengths) - len(samples))
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings) -> None:
+        """Keeps both.
 
-def _tokenize_chunk(
-    records: Sequence[FeedbackRecord], tokenizer: PreTrainedTokenizerBase, prefix: list[int], *, append_eod: bool
-) -> list[TokenizedSample]:
-    texts = [_render(record, tokenizer) for record in records]
-    prompts = _encode(tokenizer, [text.prompt for text in texts])
-    responses = _encode_responses(tokenizer, texts, prompts)
-    samples = []
-    for record, text, prompt, response in zip(records, texts, prompts, responses, strict=True):
-        if not text.templated and prompt[: len(prefix)] != prefix:
-            prompt = prefix + prompt
+        Raises:
+            ConfigError: `settings.append_eod` with a tokenizer that has no EOS token.
+        """
+        if settings.append_eod and tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"The tokenizer in {tokenizer.name_or_path} has no EOS token: set eos_token in its "
+                "tokenizer_config.json, or model.data.append_eod=false."
+            )
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._renderer = Renderer(tokenizer, settings)
+        self._special_ids = frozenset(
+            [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+            + tokenizer.all_special_ids
+        )
+
+    def encode(self, records: Sequence[FeedbackRecord | BadRecord]) -> list[EncodedRecord | BadRecord]:
+        """Returns the tokens of each record, and what is wrong with those that have none."""
+        results: list[EncodedRecord | BadRecord] = []
+        texts: list[tuple[int, FeedbackRecord, Text]] = []
+        for record in records:
+            if isinstance(record, FeedbackRecord):
+                try:
+                    texts.append((len(results), record, self._renderer.render(record)))
+                    bad = BadRecord(record.source, record.line, None, "")  # until its tokens are there
+                except RecordError as error:
+                    bad = error.at(record.source, record.line)
+                results.append(bad)
+            else:
+                results.append(record)
+        for place, result in self._encode_texts(texts):
+            results[place] = result
+        return results
+
+    def _encode_texts(
+        self, texts: list[tuple[int, FeedbackRecord, Text]]
+    ) -> list[tuple[int, EncodedRecord | BadRecord]]:
+        try:
+            prompts = self._encode([(text.prompt, text.prompt_spans) for *_, text in texts])
+            responses, merged = self._encode_responses([text for *_, text in texts], prompts)
+            prefix = self._special_prefix([text for *_, text in texts if not text.templated])
+        except RecordError as error:  # of one record: find out of which
+            if len(texts) == 1:
+                place, record, _ = texts[0]
+                return [(place, error.at(record.source, record.line))]
+            return [result for text in texts for result in self._encode_texts([text])]
+        results: list[tuple[int, EncodedRecord | BadRecord]] = []
+        for (place, record, text), prompt, response, is_merged in zip(texts, prompts, responses, merged, strict=True):
+            if not text.templated and prompt[: len(prefix)] != prefix:
+                prompt = prefix + prompt
+            try:
+                results.append((place, self._record(record, text, prompt, response, merged=is_merged)))
+            except RecordError as error:
+                results.append((place, error.at(record.source, record.line)))
+        return results
+
+    def _record(
+        self, record: FeedbackRecord, text: Text, prompt: list[int], response: list[int], *, merged: bool
+    ) -> EncodedRecord:
         if not prompt:
-            raise DataError(f"{record.place}: the prompt has no tokens and the tokenizer adds no BOS token.")
+            raise RecordError("the prompt has no tokens and the tokenizer adds no BOS token.")
         if not response:
-            raise DataError(f"{record.place}: the response has no tokens.")
-        if append_eod and response[-1] != tokenizer.eos_token_id:
-            response = [*response, tokenizer.eos_token_id]
-        prompt_ids = torch.tensor(prompt, dtype=torch.int64)
-        response_ids = torch.tensor(response, dtype=torch.int64)
-        samples.append(TokenizedSample(prompt_ids, response_ids, record.desirable, prompt_key(prompt_ids)))
-    return samples
+            raise RecordError(EMPTY[1])
+        eos = self.tokenizer.eos_token_id
+        if self.settings.append_eod and response[-1] != eos:
+            response = [*response, eos]
+        verbatim = not text.templated and self.settings.prompt_template is None
+        return EncodedRecord(
+            prompt, response, record.desirable, merged=merged, verbatim=verbatim, spelled=text.spelled
+        )
 
+    def _encode(self, texts: Sequence[tuple[str, Spans]], *, split_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of each text, with no special token that is not spelled out in it, outside of the spans."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [text for text, _ in texts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=split_special_tokens,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return [
+            self._encode_with_spans(text, spans) if spans else plain
+            for (text, spans), plain in zip(texts, ids, strict=True)
+        ]
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with no special token that is not spelled out in it."""
-    if not texts:
+    def _encode_with_spans(self, text: str, spans: Spans) -> list[int]:
+        """Token ids of a text in which some special tokens are ordinary text."""
+        if not self.tokenizer.is_fast:
+            raise RecordError(
+                "the text spells special tokens, which this kind of tokenizer cannot take for ordinary text. Use a "
+                "fast tokenizer (tokenizer.json), or set model.data.special_tokens=control."
+            )
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+        )
+        ids: list[int] = []
+        run: list[int] = []  # since the last special token that is one
+        begin, before = 0, ""
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token in self._special_ids and not _overlaps(start, end, spans):
+                ids += [*self._encode_run(run, text[begin:start], before, _overlaps(begin, start, spans)), token]
+                run, begin, before = [], end, text[start:end]
+            else:
+                run.append(token)
+        return ids + self._encode_run(run, text[begin:], before, _overlaps(begin, len(text), spans))
+
+    def _encode_run(self, ids: list[int], text: str, before: str, spelled: bool) -> list[int]:
+        """Token ids of a text between two special tokens, without any in it.
+
+        Args:
+            ids: Its ids if special tokens in it count.
+            text: The text.
+            before: The special token in front of it; empty at the beginning.
+            spelled: Whether there are special tokens in it.
+        """
+        if not spelled:
+            return ids
+        # some tokenizers put a space in front of every text, some in front of the first only: see what this one does
+        probe = "a"
+        alone, front, both = self._encode([(probe, ()), (before, ()), (before + probe, ())])
+        if both[len(front) :] == alone:
+            return self._encode([(text, ())], split_special_tokens=True)[0]
+        return self._encode_after_boundary([text], split_special_tokens=True)[0]
+
+    def _special_prefix(self, texts: Sequence[Text]) -> list[int]:
+        """The ids the tokenizer puts in front of a text, here shown by one of the data: usually [BOS] or nothing."""
+        for text in texts:
+            plain = self._encode([(text.response, ())])[0]
+            if not plain:
+                continue
+            full: list[int] = self.tokenizer(text.response, verbose=False)["input_ids"]
+            for start in range(len(full) - len(plain) + 1):
+                if full[start : start + len(plain)] == plain:
+                    return full[:start]
+            raise ConfigError(
+                "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
+            )
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
-
-def _special_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids the tokenizer puts in front of a text, here shown by one text of the data: usually [BOS] or nothing."""
-    plain = _encode(tokenizer, [text])[0]
-    full: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    raise ConfigError(
-        "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
-    )
-
-
-def _encode_responses(
-    tokenizer: PreTrainedTokenizerBase, texts: list[_Text], prompts: list[list[int]]
-) -> list[list[int]]:
-    """Response ids that follow the given prompt ids; see the rule at the top of this file."""
-    joint = _encode(tokenizer, [text.prompt + text.response for text in texts])
-    responses = [ids[len(prompt) :] for ids, prompt in zip(joint, prompts, strict=True)]
-    merged = [i for i, prompt in enumerate(prompts) if joint[i][: len(prompt)] != prompt]
-    separate = _encode_after_boundary(tokenizer, [texts[i].response for i in merged])
-    for i, ids in zip(merged, separate, strict=True):
-        responses[i] = ids
-    return responses
-
-
-def _encode_after_boundary(tokenizer: PreTrainedTokenizerBase, responses: list[str]) -> list[list[int]]:
-    """Ids of each response on its own, as a continuation of a text.
-
-    Tokenizers of the Llama 2 and Mistral kind put a space in front of every text, which would land between prompt and
-    response. Tokenised behind an anchor whose tokens are then taken off again, a response gets no such space. Where
-    the anchor merges with the response it cannot be taken off, and the response is tokenised as it is.
-    """
-    anchor = _encode(tokenizer, [_ANCHOR])[0]
-    anchored = _encode(tokenizer, [_ANCHOR + response for response in responses])
-    alone = _encode(tokenizer, responses)
-    return [
-        behind[len(anchor) :] if behind[: len(anchor)] == anchor else plain
-        for behind, plain in zip(anchored, alone, strict=True)
-    ]
-
-
-def _undated_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.get_chat_template()
-    return _FIXED_DATE_MACRO + template if "strftime_now" in template else template
-
-
-def _render(record: FeedbackRecord, tokenizer: PreTrainedTokenizerBase) -> _Text:
-    """Prompt and response as text; messages go through the chat template.
-
-    The response is what the template writes after the prompt with its generation header, up to and including EOS: the
-    line break that many templates write after EOS is never generated, so it is not trained on either.
-    """
-    if isinstance(record.prompt, str):
-        assert isinstance(record.response, str), record.place
-        return _Text(record.prompt, record.response, templated=False)
-    assert isinstance(record.response, list), record.place
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{record.place}: the record is made of messages but the tokenizer has no chat template; "
-            "use the tokenizer of a chat model, or write prompt and response as strings."
+    def _encode_responses(self, texts: list[Text], prompts: list[list[int]]) -> tuple[list[list[int]], list[bool]]:
+        """Response ids that follow the given prompt ids, and where the two would merge; see the rule at the top."""
+        joint = self._encode([(text.prompt + text.response, _joined_spans(text)) for text in texts])
+        responses = [ids[len(prompt) :] for ids, prompt in zip(joint, prompts, strict=True)]
+        merged = [ids[: len(prompt)] != prompt for ids, prompt in zip(joint, prompts, strict=True)]
+        places = [i for i, is_merged in enumerate(merged) if is_merged]
+        separate = self._encode_after_boundary(
+            [texts[i].response for i in places], spans=[texts[i].response_spans for i in places]
         )
-    try:
-        template = _undated_template(tokenizer)
-        prompt = tokenizer.apply_chat_template(
-            record.prompt, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-        whole = tokenizer.apply_chat_template(record.prompt + record.response, chat_template=template, tokenize=False)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # a template is a program
-        raise DataError(f"{record.place}: the chat template refuses the messages ({error}).") from error
-    assert isinstance(prompt, str) and isinstance(whole, str)
-    if not whole.startswith(prompt):
-        raise DataError(
-            f"{record.place}: the chat template does not render the prompt as the beginning of the conversation, "
-            "so the response cannot be told apart; write prompt and response as strings instead."
-        )
-    response = whole[len(prompt) :]
-    eos = tokenizer.eos_token
-    if eos and response.rstrip().endswith(eos):
-        response = response.rstrip()
-    return _Text(prompt, response, templated=True)
+        for i, ids in zip(places, separate, strict=True):
+            responses[i] = ids
+        return responses, merged
+
+    def _encode_after_boundary(
+        self, texts: Sequence[str], *, spans: Sequence[Spans] | None = None, split_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Ids of each text on its own, as a continuation of another.
+
+        Tokenizers of the Llama 2 and Mistral kind put a space in front of every text, which would land between prompt
+        and response. Tokenised behind an anchor whose tokens are then taken off again, a response gets no such space.
+        Where the anchor merges with the response it cannot be taken off, and the response is tokenised as it is.
+        """
+        spans = spans or [()] * len(texts)
+        anchor = self._encode([(_ANCHOR, ())])[0]
+        behind = [
+            (_ANCHOR + text, tuple((first + len(_ANCHOR), last + len(_ANCHOR)) for first, last in inside))
+            for text, inside in zip(texts, spans, strict=True)
+        ]
+        anchored = self._encode(behind, split_special_tokens=split_special_tokens)
+        alone = self._encode(list(zip(texts, spans, strict=True)), split_special_tokens=split_special_tokens)
+        return [
+            ids[len(anchor) :] if ids[: len(anchor)] == anchor else plain
+            for ids, plain in zip(anchored, alone, strict=True)
+        ]
+
+
+def _overlaps(start: int, end: int, spans: Spans) -> bool:
+    return any(start < last and first < end for first, last in spans)
+
+
+def _joined_spans(text: Text) -> Spans:
+    shift = len(text.prompt)
+    return text.prompt_spans + tuple((first + shift, last + shift) for first, last in text.response_spans)

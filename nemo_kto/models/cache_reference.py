@@ -46,7 +46,7 @@ def open_cache(folder: Path, key: Key, data: KTODataModule, *, val_batches: int)
         ConfigError: The cache is of something else.
         CheckpointError: It cannot be read or made.
     """
-    num_samples = {split: len(result.samples) for split, result in data.splits.items()}
+    num_samples = {split: len(samples) for split, samples in data.splits.items()}
     cache = ReferenceCache(folder, key=key, num_samples=num_samples)
     known: list[Any] = [None]
 

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from nemo_kto.data.batching import Document, KTOBatch
-from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.data.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.sources import Source
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     EXPERTS,
@@ -55,18 +56,15 @@ def log_prob(model: torch.nn.Module, document: Document, *, average: bool) -> to
 
 def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
     """Return the run's training and validation batches; what is in them is tested in tests/data."""
-    data = KTODataModule(
-        train_files=[root / "train.jsonl"],
-        validation_files=[root / "validation.jsonl"],
-        format="auto",
-        tokenizer=make_tokenizer(),
+    settings = DataSettings(
+        train=[Source(str(root / "train.jsonl"))],
+        validation=[Source(str(root / "validation.jsonl"))],
         max_length=64,
-        append_eod=True,
+        cache_dir=root / "tokens",
         global_batch_size=GLOBAL_BATCH_SIZE,
-        shuffle=True,
         seed=1234,
-        num_workers=0,
     )
+    data = KTODataModule(settings, make_tokenizer())
     data.prepare()
     data.set_position(dp_rank=0, dp_size=1, num_steps=STEPS, steps_per_epoch=5, start_step=int)
     return list(data.train_dataloader()), list(data.val_dataloader())

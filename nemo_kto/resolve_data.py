@@ -1,0 +1,104 @@
+"""What a configuration means for the data, and what the data means for the loss weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
+from nemo_kto.config import KTOConfig
+from nemo_kto.data.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.rendering import TokenizationSettings
+from nemo_kto.data.row_reader import RowReader
+from nemo_kto.data.sources import parse_source
+from nemo_kto.errors import ConfigError
+from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.resolve import log_directory
+
+logger = logging.getLogger(__name__)
+
+
+def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> KTODataModule:
+    """Return the data of the run, read and tokenised.
+
+    Args:
+        config: The configuration.
+        tokenizer: The tokenizer.
+        max_positions: The longest document the model is defined for, in tokens.
+
+    Raises:
+        ConfigError: There is none, or what is said about it is impossible.
+        DataError: It cannot be used.
+    """
+    model, data = config.model, config.model.data
+    if not data.data_prefix.train:
+        raise ConfigError(
+            "There is no training data. Set model.data.data_prefix.train to a file with feedback, or several."
+        )
+    if data.prompt_template and "\\n" in data.prompt_template and is_global_rank_zero():
+        logger.warning(
+            "model.data.prompt_template=%s has a backslash and an n in it, not a line break. In bash, write the whole "
+            "argument as $'...'.",
+            data.prompt_template,
+        )
+    reader = RowReader(data.format, data.fields or {}, data.desirable_if)
+    settings = DataSettings(
+        train=[parse_source(entry, reader) for entry in data.data_prefix.train],
+        validation=[parse_source(entry, reader) for entry in data.data_prefix.validation or ()],
+        validation_fraction=data.validation_fraction,
+        tokenization=TokenizationSettings(data.append_eod, data.prompt_template, data.special_tokens),
+        max_length=min(data.seq_length, max_positions),
+        max_positions=max_positions,
+        overlong=data.overlong,
+        on_bad_record=data.on_bad_record,
+        bad_records_file=log_directory(config) / "bad_records.jsonl",
+        cache_dir=Path(data.cache_dir or log_directory(config) / "tokens").absolute(),
+        tokenize_workers=data.tokenize_workers,
+        global_batch_size=model.global_batch_size,
+        shuffle=data.shuffle,
+        seed=model.seed,
+        num_workers=data.num_workers,
+    )
+    module = KTODataModule(settings, tokenizer)
+    module.prepare()
+    return module
+
+
+def settle_loss_weights(config: KTOConfig, data: KTODataModule) -> KTOConfig:
+    """Return the configuration with numbers as loss weights, and warn about numbers that leave the data unbalanced."""
+    kto, train = config.model.kto, data.splits["train"]
+    counts = train.num_desirable, train.num_undesirable
+    given = {"desirable": kto.desirable_loss_weight, "undesirable": kto.undesirable_loss_weight}
+    if 0 in counts:
+        one = "desirable" if counts[1] == 0 else "undesirable"
+        if is_global_rank_zero():
+            logger.warning("All samples are %s: KTO learns more from data with both kinds.", one)
+        weights = [1.0 if weight == "auto" else weight for weight in given.values()]
+    else:
+        weights = balanced_weights(*counts, *(None if weight == "auto" else weight for weight in given.values()))
+        if "auto" in given.values() and is_global_rank_zero():
+            logger.info("Loss weights: %.4g for desirable and %.4g for undesirable samples", *weights)
+        _warn_about_weights(counts, weights)
+    desirable, undesirable = weights
+    kto = replace(kto, desirable_loss_weight=desirable, undesirable_loss_weight=undesirable)
+    return replace(config, model=replace(config.model, kto=kto))
+
+
+def _warn_about_weights(counts: tuple[int, int], weights: tuple[float, float]) -> None:
+    ratio = weighted_ratio(*counts, *weights)
+    if is_balanced(ratio) or 0 in weights or not is_global_rank_zero():  # a weight of 0 is no oversight
+        return
+    logger.warning(
+        "%d desirable samples with weight %.4g and %d undesirable ones with weight %.4g: the weighted ratio is %.3g, "
+        "and the KTO paper advises one from 1 to 4/3. For that, write\n"
+        "    model.kto.desirable_loss_weight=%.4g\n    model.kto.undesirable_loss_weight=%.4g",
+        counts[0],
+        weights[0],
+        counts[1],
+        weights[1],
+        ratio,
+        *balanced_weights(*counts),
+    )

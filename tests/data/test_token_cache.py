@@ -1,0 +1,286 @@
+"""Tokens are made once, found again by content and settings, and whole, whoever starts at once or is killed."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import train_byte_level
+
+from nemo_kto.data import token_cache
+from nemo_kto.data.rendering import TokenizationSettings
+from nemo_kto.data.row_reader import RowReader
+from nemo_kto.data.sources import Source, expected_rows
+from nemo_kto.data.token_cache import TokenCache
+from nemo_kto.data.token_store import TokenStore
+from nemo_kto.data.tokenization import Encoder
+from nemo_kto.errors import DataError
+
+
+def rows(count):
+    return [{"prompt": f"say {i}", "completion": " yes" * (1 + i % 5), "label": i % 3 == 0} for i in range(count)]
+
+
+@pytest.fixture
+def source(write_jsonl):
+    """Five calls of the tokenizer's worth of records."""
+    return Source(str(write_jsonl(*rows(5000))))
+
+
+def cache(folder, *, workers=1, tokenizer=None, **settings):
+    return TokenCache(
+        folder, Encoder(tokenizer or train_byte_level(), TokenizationSettings(**settings)), workers=workers
+    )
+
+
+def contents(store):
+    """What a store holds, as plain lists: per sample (prompt, response, desirable)."""
+    found = []
+    for row in store.samples:
+        middle = row["start"] + row["prompt"]
+        prompt, response = store.tokens[row["start"] : middle], store.tokens[middle : middle + row["response"]]
+        found.append((prompt.tolist(), response.tolist(), bool(row["desirable"])))
+    return found
+
+
+def finished(folder):
+    return [child for child in folder.iterdir() if child.is_dir() and child.suffix != ".partial"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_tokens_of_every_record_in_order(source, tmp_path, tokenizer, workers):
+    store = cache(tmp_path / "tokens", workers=workers).tokens_of(source, skip_bad=False)
+    backend = tokenizer.backend_tokenizer
+    expected = [
+        (
+            backend.encode(row["prompt"]).ids,
+            [*backend.encode(row["completion"]).ids, tokenizer.eos_token_id],
+            row["label"],
+        )
+        for row in rows(5000)
+    ]
+    assert contents(store) == expected
+    assert isinstance(store.tokens, np.memmap) and isinstance(store.samples, np.memmap)
+    assert not [child for child in (tmp_path / "tokens").iterdir() if child.suffix == ".partial"]
+
+
+def test_what_is_there_is_not_made_again(source, tmp_path, monkeypatch):
+    cache(tmp_path).tokens_of(source, skip_bad=False)
+    monkeypatch.setattr(token_cache, "read_chunks", None)
+    assert len(cache(tmp_path).tokens_of(source, skip_bad=False)) == 5000
+
+
+def test_what_changes_tokens_makes_another_store(write_jsonl, tmp_path):
+    path = write_jsonl(*rows(3))
+    changed = train_byte_level()
+    changed.chat_template += " "
+    stores = set()
+    cases = [
+        {},
+        {"append_eod": False},
+        {"prompt_template": "Q: {prompt}"},
+        {"special_tokens": "text"},
+        {"tokenizer": changed},
+        {"tokenizer": train_byte_level(bos=True)},
+    ]
+    for settings in cases:
+        stores.add(cache(tmp_path / "t", **settings).tokens_of(Source(str(path)), skip_bad=False).folder)
+    named = Source(str(path), reader=RowReader(format="trl"))
+    stores.add(cache(tmp_path / "t").tokens_of(named, skip_bad=False).folder)
+    write_jsonl(*rows(2), {**rows(1)[0], "label": False})
+    stores.add(cache(tmp_path / "t").tokens_of(Source(str(path)), skip_bad=False).folder)
+    assert len(stores) == len(finished(tmp_path / "t")) == len(cases) + 2
+    # neither its name nor how often it is taken changes a file's tokens
+    other = path.with_name("sub") / path.name
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    assert cache(tmp_path / "t").tokens_of(Source(str(other), weight=2), skip_bad=False).folder in stores
+
+
+def make_store(source, folder, delay, results):
+    """In another process: makes a store, slowly, and says what it found and whether it tokenised."""
+    made = []
+    original = token_cache.make_chunk
+
+    def slow(results):
+        made.append(1)
+        time.sleep(delay)
+        return original(results)
+
+    token_cache.make_chunk = slow
+    store = cache(folder).tokens_of(source, skip_bad=False)
+    results.put((len(store), len(made)))
+
+
+@pytest.fixture
+def start(source, tmp_path):
+    """Starts processes that make the same store, `delay` seconds for each of its five chunks."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    started = []
+
+    def run(delay):
+        process = context.Process(target=make_store, args=(source, tmp_path / "tokens", delay, results))
+        process.start()
+        started.append(process)
+        return process
+
+    yield run, results
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_processes_that_start_at_once_tokenise_once(start, source, tmp_path):
+    run, results = start
+    for process in [run(0.1), run(0.1), run(0.1)]:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(results.get() for _ in range(3)) == [(5000, 0), (5000, 0), (5000, 5)]
+    (store,) = finished(tmp_path / "tokens")
+    assert contents(TokenStore(store)) == contents(cache(tmp_path / "alone").tokens_of(source, skip_bad=False))
+
+
+def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
+    """The one that waits goes on from the beginning, with a lock that died with its holder."""
+    run, results = start
+    victim = run(0.5)
+    while not list(tmp_path.glob("tokens/*.partial/tokens.bin")):
+        time.sleep(0.01)
+    waiting = run(0)
+    victim.kill()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+    waiting.join()
+    assert waiting.exitcode == 0 and results.get() == (5000, 5)
+    assert not list(tmp_path.glob("tokens/*.partial"))
+    assert contents(TokenStore(*finished(tmp_path / "tokens"))) == contents(
+        cache(tmp_path / "alone").tokens_of(source, skip_bad=False)
+    )
+
+
+def hold_workers(source, folder):
+    """In another process: starts two workers that never finish."""
+    token_cache.make_chunk = lambda results: time.sleep(600)
+    cache(folder, workers=2).tokens_of(source, skip_bad=False)
+
+
+def test_workers_end_with_a_killed_parent(source, tmp_path):
+    parent = multiprocessing.get_context("fork").Process(target=hold_workers, args=(source, tmp_path))
+    parent.start()
+    process = psutil.Process(parent.pid)
+    while len(workers := process.children()) < 2:
+        time.sleep(0.01)
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "make_chunk", lambda results: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match="want of memory.*tokenize_workers"):
+        cache(tmp_path, workers=2).tokens_of(source, skip_bad=False)
+    assert not finished(tmp_path)
+
+
+def test_without_locks_the_first_complete_store_counts(start, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(token_cache.fcntl, "flock", refuse)  # the processes are forked from this one
+    run, results = start
+    for process in [run(0.1), run(0.1)]:
+        process.join()
+        assert process.exitcode == 0
+    assert [results.get() for _ in range(2)] == [(5000, 5), (5000, 5)]
+    assert len(finished(tmp_path / "tokens")) == 1 and not list(tmp_path.glob("tokens/*.partial"))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "samples.bin", "counts.json"])
+def test_a_damaged_store_is_made_anew(source, tmp_path, name, caplog):
+    (folder,) = [cache(tmp_path).tokens_of(source, skip_bad=False).folder]
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:-3])
+    store = cache(tmp_path).tokens_of(source, skip_bad=False)
+    assert len(contents(store)) == 5000 and "damaged" in caplog.text
+
+
+def test_bad_records_leave_no_store_unless_they_are_skipped(write_jsonl, tmp_path):
+    source = Source(str(write_jsonl(*rows(3), "{", {"prompt": "p", "completion": "c", "label": "?"})))
+    with pytest.raises(DataError, match=r"(?s)2 records cannot be used.*data.jsonl:4.*data.jsonl:5: field 'label'"):
+        cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+    assert not finished(tmp_path / "t")
+    store = cache(tmp_path / "t").tokens_of(source, skip_bad=True)
+    assert (len(store), store.num_bad) == (3, 2)
+    assert [(bad.line, bad.field) for bad in store.bad_records()] == [(4, None), (5, "label")]
+    assert len(store.bad_records(1)) == 1
+    with pytest.raises(DataError, match="2 records cannot be used"):
+        cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+
+
+def test_a_file_of_bad_records_only(write_jsonl, tmp_path):
+    store = cache(tmp_path / "t").tokens_of(Source(str(write_jsonl("{"))), skip_bad=True)
+    assert (len(store), store.num_bad, contents(store)) == (0, 1, [])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(source, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(DataError, match=r"cannot be written to .*model\.data\.cache_dir"):
+        cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+
+
+def test_a_file_in_the_place_of_the_folder(source, tmp_path):
+    (tmp_path / "t").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written to .*model\.data\.cache_dir"):
+        cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet: the file cannot be read"):
+        cache(tmp_path / "t").tokens_of(Source(str(path)), skip_bad=True)
+
+
+@pytest.mark.parametrize(("name", "total"), [("a.jsonl", 3), ("a.json", None), ("a.parquet", 3)])
+def test_what_the_progress_bar_counts_to(tmp_path, name, total):
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows(3)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(3)))
+    assert expected_rows(Source(str(path))) == total
+
+
+def test_a_store_travels_by_name(source, tmp_path):
+    store = cache(tmp_path).tokens_of(source, skip_bad=False)
+    maker, arguments = store.__reduce__()
+    assert arguments == (store.folder,) and contents(maker(*arguments)) == contents(store)
+
+
+def test_pairs_become_two_samples(write_jsonl, tmp_path):
+    path = write_jsonl({"prompt": "say", "chosen": " yes", "rejected": " no"})
+    store = cache(tmp_path).tokens_of(Source(str(path)), skip_bad=False)
+    (chosen, rejected) = contents(store)
+    assert chosen[0] == rejected[0] and chosen[1] != rejected[1] and (chosen[2], rejected[2]) == (True, False)
+    keys = store.samples["prompt_key"], store.samples["response_key"]
+    assert keys[0][0] == keys[0][1] and keys[1][0] != keys[1][1]
+
+
+def test_counts_are_those_of_the_files(source, tmp_path):
+    store = cache(tmp_path).tokens_of(source, skip_bad=False)
+    counts = json.loads(Path(store.folder, "counts.json").read_text())
+    assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0}
