@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nemo_kto.errors import KTOError
 from nemo_kto.quiet import silence_startup_noise
@@ -83,7 +83,73 @@ def _parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
     cache.set_defaults(run=_cache_reference)
+    _add_data_commands(commands)
     return parser
+
+
+def _add_data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="check, convert or look at feedback")
+    actions = data.add_subparsers(required=True, metavar="ACTION", dest="action")
+
+    check = actions.add_parser(
+        "check",
+        help="say what is in the data, and what is wrong with it",
+        description="Read feedback as training would, and print what is in it. The exit code is 1 if a record cannot "
+        "be used. Options have the defaults of the keys of model.data; docs/data.md explains them.",
+    )
+    _add_reading(check)
+    _add_tokenization(check)
+    check.add_argument("--seq-length", type=int, metavar="TOKENS", help="longest prompt + response")
+    check.add_argument("--overlong", metavar="WHAT", help="drop, truncate_prompt_left or truncate_response")
+    check.add_argument(
+        "--global-batch-size", type=int, metavar="SAMPLES", help="samples per step; default: what is recommended"
+    )
+    check.add_argument("--seed", type=int, help="model.seed, for the order of the samples")
+    check.add_argument("--cache-dir", metavar="FOLDER", help="keep the tokens here, as model.data.cache_dir does")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_run_data_command)
+
+    convert = actions.add_parser(
+        "convert",
+        help="write feedback of any format as JSON Lines",
+        description="Write feedback as JSON Lines with prompt, completion and label, which TRL reads as well.",
+    )
+    _add_reading(convert)
+    convert.add_argument("--output", "-o", type=Path, required=True, help="file to create")
+    convert.add_argument("--on-bad-record", metavar="WHAT", help="error or skip")
+    convert.set_defaults(run=_run_data_command)
+
+    show = actions.add_parser(
+        "show",
+        help="print a record as the model will see it",
+        description="Print prompt and response of a record as the model will see them, special tokens included.",
+    )
+    show.add_argument("number", type=int, metavar="N", help="number of the record, from 1")
+    _add_reading(show)
+    _add_tokenization(show)
+    show.set_defaults(run=_run_data_command)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder, pattern or data set with feedback")
+    parser.add_argument("--format", metavar="NAME", help="format of the files; default: told by the columns")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="column that holds prompt, response, label ...; may be repeated",
+    )
+    parser.add_argument("--desirable-if", metavar="COMPARISON", help="labels are ratings: '>= 4'")
+
+
+def _add_tokenization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of model or tokenizer"
+    )
+    parser.add_argument("--prompt-template", metavar="TEXT", help="for strings: text with {prompt} in it, or chat")
+    parser.add_argument("--special-tokens", metavar="WHAT", help="auto, text or control")
+    parser.add_argument("--no-append-eod", action="store_true", help="end no response with the EOS token")
 
 
 def _export_hf(options: argparse.Namespace) -> None:
@@ -101,6 +167,15 @@ def _cache_reference(options: argparse.Namespace) -> None:
     from nemo_kto.train import cache_reference, run_configured
 
     run_configured(cache_reference, [*options.overrides, "model.kto.reference.mode=cached"])
+
+
+def _run_data_command(options: argparse.Namespace) -> None:
+    silence_startup_noise()
+    from nemo_kto import data_commands
+
+    {"check": data_commands.check, "convert": data_commands.convert, "show": data_commands.show}[options.action](
+        options
+    )
 
 
 if __name__ == "__main__":
