@@ -29,6 +29,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
         "lightning>=2.4,<2.5",
+        "loky>=3.4",
         "megatron-core>=0.16.1,<0.20",
         "nemo_toolkit[common-only,core]>=3.0.0,<4",
         "numpy>=1.26",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_kto.config_reader import leaf_values
 from nemo_kto.errors import ConfigError
@@ -74,13 +75,17 @@ _NEEDED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_
 """Sizes without which no model can be made."""
 
 
-def check_values(config: KTOConfig) -> None:
-    """Raise a ConfigError for a value that is of the right type and still impossible."""
-    values = leaf_values(config)
+def check_least(values: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a value that is less than its key can have; only some keys need be there."""
     for key, least in _LEAST.items():
-        value = values[key]
+        value = values.get(key)
         if value is not None and not isinstance(value, str) and value < least:
             raise ConfigError(f"{key}={value} is too small. It must be at least {least}.")
+
+
+def check_values(config: KTOConfig) -> None:
+    """Raise a ConfigError for a value that is of the right type and still impossible."""
+    check_least(leaf_values(config))
     if config.model.kto.ref_policy_kl_penalty <= 0:
         raise ConfigError(
             f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.config import DataConfig, ModelConfig
-from nemo_kto.config_checks import check_data
+from nemo_kto.config_checks import check_data, check_least
 from nemo_kto.config_reader import build
 from nemo_kto.data.records import BadRecord, FeedbackRecord
-from nemo_kto.data.rendering import TokenizationSettings
-from nemo_kto.data.row_reader import RowReader
-from nemo_kto.data.samples import Samples, fit, mix
-from nemo_kto.data.sources import MAX_SHOWN, Source, bad_records_error, parse_chunk, parse_source, read_chunks
+from nemo_kto.data.samples import Samples, read_samples
+from nemo_kto.data.sources import MAX_SHOWN, Source, bad_records_error, parse_chunk, read_chunks
 from nemo_kto.data.statistics import DataStatistics, describe
 from nemo_kto.data.token_cache import TokenCache
-from nemo_kto.data.tokenization import Encoder, load_tokenizer
+from nemo_kto.data.tokenization import Encoder
+from nemo_kto.data.tokenizer import load_tokenizer
 from nemo_kto.errors import ConfigError, DataError, KTOError
+from nemo_kto.resolve_records import sources, tokenization_settings
 
 _ROWS = 1000
+_MODEL_OPTIONS = ("seed", "global_batch_size")
+"""Options that are keys of `model`, not of `model.data`."""
 
 
 def _settings(options: argparse.Namespace) -> DataConfig:
@@ -45,6 +48,9 @@ def _settings(options: argparse.Namespace) -> DataConfig:
     given[f"{prefix}fields"] = dict(map(_field, options.field))
     data: DataConfig = build(DataConfig, given, prefix)
     data.append_eod = not getattr(options, "no_append_eod", False)
+    numbers = {"seq_length": data.seq_length, **{name: getattr(options, name, None) for name in _MODEL_OPTIONS}}
+    keys = {"seq_length": "model.data.seq_length", **{name: f"model.{name}" for name in _MODEL_OPTIONS}}
+    check_least({keys[name]: value for name, value in numbers.items()})
     check_data(data)
     return data
 
@@ -56,22 +62,16 @@ def _field(text: str) -> tuple[str, str]:
     return name, column
 
 
-def _sources(options: argparse.Namespace, data: DataConfig) -> list[Source]:
-    reader = RowReader(data.format, data.fields or {}, data.desirable_if)
-    return [parse_source(path, reader) for path in options.files]
-
-
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
-    settings = TokenizationSettings(data.append_eod, data.prompt_template, data.special_tokens)
-    return Encoder(load_tokenizer(options.tokenizer), settings)
+    return Encoder(load_tokenizer(options.tokenizer), tokenization_settings(data))
 
 
 def _seed(options: argparse.Namespace) -> int:
     return ModelConfig().seed if options.seed is None else options.seed
 
 
-def _records(sources: list[Source]) -> Iterator[FeedbackRecord | BadRecord]:
-    for source in sources:
+def _records(found: list[Source]) -> Iterator[FeedbackRecord | BadRecord]:
+    for source in found:
         for chunk in read_chunks(source, _ROWS):
             yield from parse_chunk(chunk)
 
@@ -79,6 +79,7 @@ def _records(sources: list[Source]) -> Iterator[FeedbackRecord | BadRecord]:
 def check(options: argparse.Namespace) -> None:
     """Print what is in some feedback; exit code 1 if a record cannot be used."""
     data = _settings(options)
+    data.seq_length = min(data.seq_length, _max_positions(options.tokenizer) or data.seq_length)
     try:
         with tempfile.TemporaryDirectory(prefix="nemo_kto-") as temporary:
             samples = _tokenized(options, data, Path(data.cache_dir or temporary))
@@ -90,7 +91,7 @@ def check(options: argparse.Namespace) -> None:
     except KTOError as error:
         if not options.json:
             raise
-        print(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
+        print(json.dumps({"ok": False, "error": str(error)}))
         raise SystemExit(1) from error
     ok = found is not None and not samples.num_bad
     if options.json:
@@ -99,7 +100,7 @@ def check(options: argparse.Namespace) -> None:
             "statistics": found and dataclasses.asdict(found),
             "bad_records": [dataclasses.asdict(record) for record in bad],
         }
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _print_report(found, samples, bad, limit=data.seq_length)
     if not ok:
@@ -107,14 +108,25 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _tokenized(options: argparse.Namespace, data: DataConfig, cache_dir: Path) -> Samples:
-    sources, encoder = _sources(options, data), _encoder(options, data)
-    cache = TokenCache(cache_dir, encoder)
-    bos = encoder.tokenizer.bos_token_id
-    parts = []
-    for source in sources:
-        store = cache.tokens_of(source, skip_bad=True)
-        parts.append((source, fit(store, max_length=data.seq_length, overlong=data.overlong, bos_token_id=bos)))
-    return mix(parts, seed=_seed(options))
+    encoder = _encoder(options, data)
+    return read_samples(
+        sources(data, options.files),
+        partial(TokenCache(cache_dir, encoder).tokens_of, skip_bad=True),
+        max_length=data.seq_length,
+        overlong=data.overlong,
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        seed=_seed(options),
+    )
+
+
+def _max_positions(folder: Path) -> int | None:
+    """Return the longest document of the model in a folder, in tokens; None if there is only a tokenizer."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    positions = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return positions if isinstance(positions, int) else None
 
 
 def _print_report(found: DataStatistics | None, samples: Samples, bad: list[BadRecord], *, limit: int) -> None:
@@ -185,7 +197,6 @@ def _yellow(count: int | None) -> str | None:
 def convert(options: argparse.Namespace) -> None:
     """Write feedback as JSON Lines."""
     data, output = _settings(options), options.output
-    sources = _sources(options, data)
     if output.exists():
         raise ConfigError(f"{output} exists. Name another file, or remove it.")
     partial = output.with_name(f"{output.name}.partial")
@@ -193,7 +204,7 @@ def convert(options: argparse.Namespace) -> None:
     written = 0
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for record in _records(sources):
+            for record in _records(sources(data, options.files)):
                 if isinstance(record, BadRecord):
                     bad.append(record)
                     if data.on_bad_record == "error" and len(bad) > MAX_SHOWN:
@@ -230,7 +241,7 @@ def show(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.number}: records are counted from 1.")
     data = _settings(options)
     encoder = _encoder(options, data)
-    record = next(itertools.islice(_records(_sources(options, data)), options.number - 1, None), None)
+    record = next(itertools.islice(_records(sources(data, options.files)), options.number - 1, None), None)
     if record is None:
         raise DataError(f"There is no record {options.number}; the data ends before.")
     (result,) = encoder.encode([record])

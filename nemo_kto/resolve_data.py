@@ -11,12 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import DataSettings, KTODataModule
-from nemo_kto.data.rendering import TokenizationSettings
-from nemo_kto.data.row_reader import RowReader
-from nemo_kto.data.sources import parse_source
 from nemo_kto.errors import ConfigError
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.resolve import log_directory
+from nemo_kto.resolve_records import sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +42,11 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
             "argument as $'...'.",
             data.prompt_template,
         )
-    reader = RowReader(data.format, data.fields or {}, data.desirable_if)
     settings = DataSettings(
-        train=[parse_source(entry, reader) for entry in data.data_prefix.train],
-        validation=[parse_source(entry, reader) for entry in data.data_prefix.validation or ()],
+        train=sources(data, data.data_prefix.train),
+        validation=sources(data, data.data_prefix.validation or ()),
         validation_fraction=data.validation_fraction,
-        tokenization=TokenizationSettings(data.append_eod, data.prompt_template, data.special_tokens),
+        tokenization=tokenization_settings(data),
         max_length=min(data.seq_length, max_positions),
         max_positions=max_positions,
         overlong=data.overlong,

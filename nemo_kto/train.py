@@ -23,7 +23,7 @@ from nemo_kto import resolve
 from nemo_kto.cli import run_guarded
 from nemo_kto.config import KTOConfig, config_dir, parse_config
 from nemo_kto.data.datamodule import KTODataModule
-from nemo_kto.data.tokenization import load_tokenizer
+from nemo_kto.data.tokenizer import load_tokenizer
 from nemo_kto.errors import StoppedEarly
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.lora import LoRASettings

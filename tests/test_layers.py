@@ -25,6 +25,7 @@ LAYERS = {
     "data_commands": 5,
     "resolve": 5,
     "resolve_data": 5,
+    "resolve_records": 5,
     "resolve_reference": 5,
     "resume": 5,
     "train": 5,
@@ -37,6 +38,8 @@ FORBIDDEN = {
     "data": {"megatron", "nemo", "omegaconf", "hydra"},
     "config": {"torch", "megatron", "nemo", "lightning", "transformers"},
     "quiet": {"torch", "megatron", "lightning", "transformers"},
+    "resolve_records": {"megatron", "nemo", "lightning"},
+    "data_commands": {"megatron", "nemo", "lightning"},
 }
 # parts that take plain values, never a configuration
 WITHOUT_CONFIG = {"algorithms", "data"}

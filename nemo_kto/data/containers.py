@@ -23,6 +23,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from nemo_kto.data.json_array import array_elements
 from nemo_kto.data.records import MAX_NESTING, BadRecord, json_type
 from nemo_kto.errors import DataError
 
@@ -140,11 +141,14 @@ def _chunks(handle: IO[bytes]) -> Iterator[bytes]:
 
 def _lines(handle: IO[bytes]) -> Iterator[bytes]:
     """Lines end at a newline byte only, so line numbers agree with any editor's."""
-    rest = b""
+    pieces: list[bytes] = []
     for chunk in _chunks(handle):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    yield rest
+        first, *others = chunk.split(b"\n")
+        pieces.append(first)
+        for line in others:
+            yield b"".join(pieces)
+            pieces = [line]
+    yield b"".join(pieces)
 
 
 def _json_lines(path: Path) -> Rows:
@@ -190,7 +194,13 @@ def _json(path: Path) -> Rows:
     with _open(path) as handle:
         start = handle.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if start.startswith(b"["):
-        yield from _json_array(path)
+        with _open(path) as handle:
+            for line, value in array_elements(_chunks(handle), str(path)):
+                if isinstance(value, dict):
+                    yield _row(str(path), line, value)
+                else:
+                    reason = f"a JSON {json_type(value)} where an object was expected."
+                    yield BadRecord(str(path), line, None, reason)
         return
     first_line, newline, _ = start.partition(b"\n")
     if newline and start.startswith(b"{") and not first_line.rstrip().endswith(b"}"):
@@ -199,96 +209,6 @@ def _json(path: Path) -> Rows:
             "whole object per line."
         )
     yield from _json_lines(path)
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class _Text:
-    """The text of a file of which only a part is in memory: a window that is moved on as it is read."""
-
-    def __init__(self, path: Path, handle: IO[bytes]) -> None:
-        self._path = path
-        self._decoded = codecs.iterdecode(_chunks(handle), "utf-8-sig")
-        self._window = ""
-        self._place = 0
-        self.line = 1
-
-    def error(self, reason: str) -> DataError:
-        return DataError(f"{self._path}:{self.line}: {reason}; the file must be one JSON array of objects.")
-
-    def next_character(self) -> str:
-        """The next one that is no space, "" at the end; it is not taken."""
-        while True:
-            end = _SPACE.match(self._window, self._place).end()  # type: ignore[union-attr]  # it matches nothing, too
-            self._move(end)
-            if end < len(self._window) or not self._read():
-                return self._window[end : end + 1]
-
-    def take(self, length: int = 1) -> None:
-        self._move(self._place + length)
-
-    def take_value(self) -> Any:
-        """The JSON value that begins here."""
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._window, self._place)
-            except json.JSONDecodeError as error:
-                position = error.pos - self._place
-                if not self._read():
-                    self._move(position)
-                    raise self.error(f"no valid JSON ({error.msg})") from error
-            except (ValueError, RecursionError) as error:
-                raise self.error(f"the JSON cannot be read ({error})") from error
-            else:
-                self._move(end)
-                return value
-
-    def _move(self, place: int) -> None:
-        self.line += self._window.count("\n", self._place, place)
-        self._place = place
-
-    def _read(self) -> bool:
-        """Appends to the window, at least as much as is left in it; False at the end of the file."""
-        self._window, self._place = self._window[self._place :], 0
-        wanted = 2 * len(self._window)
-        more = False
-        try:
-            while len(self._window) <= wanted and (text := next(self._decoded, "")):
-                self._window += text
-                more = True
-        except UnicodeDecodeError as error:
-            self.line += self._window.count("\n") + error.object.count(b"\n", 0, error.start)
-            raise self.error(f"the text is not UTF-8 ({error.reason})") from error
-        return more
-
-
-_DECODER = json.JSONDecoder()
-
-
-def _json_array(path: Path) -> Rows:
-    with _open(path) as handle:
-        text = _Text(path, handle)
-        assert text.next_character() == "[", path
-        text.take()
-        while (character := text.next_character()) != "]":
-            line = text.line
-            value = text.take_value()
-            if isinstance(value, dict):
-                yield _row(str(path), line, value)
-            else:
-                yield BadRecord(str(path), line, None, f"a JSON {json_type(value)} where an object was expected.")
-            character = text.next_character()
-            if character == ",":
-                text.take()
-                character = text.next_character()
-                if character == "]":
-                    raise text.error("a comma before the array's end")
-            elif character != "]":
-                raise text.error("the array goes on without a comma" if character else "the array does not end")
-        text.take()
-        if text.next_character():
-            raise text.error("something follows the array")
 
 
 def _csv(path: Path, delimiter: str) -> Rows:

@@ -19,7 +19,8 @@ def checked_answer(
         prompt: Text, or messages.
         response: Text, or one assistant message, in a list or by itself; of the prompt's kind.
         names: The fields that the two come from.
-        system: A system prompt from a field of its own, None or empty if there is none. It makes messages of strings.
+        system: A system prompt from a field of its own, None if there is no such field. Even an empty one makes
+            messages of strings: all records of a file go the same way.
         system_name: That field.
 
     Raises:
@@ -35,7 +36,7 @@ def checked_answer(
             "lists of messages.",
             names[0],
         )
-    if system not in (None, ""):
+    if system is not None:
         prompt, response = _with_system(prompt, response, system, system_name)
     if isinstance(prompt, list):
         _check_roles(prompt, response, names)
@@ -222,9 +223,11 @@ def _check_text(value: Any, name: str, where: str = "", depth: int = MAX_NESTING
         for key, inner in value.items():
             _check_text(key, name, where)
             _check_text(inner, name, where or f", '{key}': ", depth - 1)
-    elif isinstance(value, Sequence):
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for inner in value:
             _check_text(inner, name, where, depth - 1)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise RecordError(f"{where}holds a {json_type(value)}, which is not JSON.", name)
 
 
 def _with_system(prompt: Any, response: Any, system: Any, name: str) -> tuple[Messages, Messages]:
@@ -233,6 +236,8 @@ def _with_system(prompt: Any, response: Any, system: Any, name: str) -> tuple[Me
     _check_text(system, name)
     if isinstance(prompt, str):
         prompt, response = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
+    if not system:
+        return prompt, response
     if prompt[0]["role"] == "system":
         raise RecordError("is set, and the messages begin with a system message as well.", name)
     return [{"role": "system", "content": system}, *prompt], response
@@ -251,4 +256,4 @@ def _check_roles(prompt: Messages, response: Messages, names: tuple[str, str]) -
     if prompt[-1]["role"] == "assistant":
         raise RecordError("ends with two assistant messages; only the last one is the rated answer.", names[0])
     if not response[0].get("content") and not response[0].get("tool_calls"):
-        raise RecordError(EMPTY[0], names[1])
+        raise RecordError(EMPTY[1] if together else EMPTY[0], names[1])

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_pairs
 from nemo_kto.data.rendering import TokenizationSettings
-from nemo_kto.data.samples import Overlong, Samples, fit, mix, split_by_prompt
+from nemo_kto.data.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, Shuffle, ValidationBatchSampler, epoch_length
 from nemo_kto.data.sources import Source
 from nemo_kto.data.token_cache import TokenCache
@@ -203,21 +204,18 @@ class KTODataModule(LightningDataModule):
     def _read(self, split: str, sources: Sequence[Source]) -> Samples:
         settings = self._settings
         cache = TokenCache(settings.cache_dir, self._encoder, workers=settings.tokenize_workers)
-        parts = []
         try:
-            for source in sources:
-                store = cache.tokens_of(source, skip_bad=settings.on_bad_record == "skip")
-                samples = fit(
-                    store,
-                    max_length=settings.max_length,
-                    overlong=settings.overlong,
-                    bos_token_id=self._encoder.tokenizer.bos_token_id,
-                )
-                parts.append((source, samples))
-            samples = mix(parts, seed=settings.seed)
+            samples = read_samples(
+                sources,
+                partial(cache.tokens_of, skip_bad=settings.on_bad_record == "skip"),
+                max_length=settings.max_length,
+                overlong=settings.overlong,
+                bos_token_id=self._encoder.tokenizer.bos_token_id,
+                seed=settings.seed,
+            )
             self._describe(split, samples)
             if not len(samples):
-                raise DataError(_nothing_left(parts, settings.max_length))
+                raise DataError(_nothing_left(sources, samples, settings.max_length))
         except DataError as error:
             raise DataError(f"{split} data: {error}") from error
         return samples
@@ -255,10 +253,10 @@ class KTODataModule(LightningDataModule):
         if file is None or not is_global_rank_zero():
             return
         stores = {store.folder: store for samples in self.splits.values() for store in samples.stores}
-        if not any(store.num_bad for store in stores.values()):
-            file.unlink(missing_ok=True)  # of an earlier run
-            return
         try:
+            if not any(store.num_bad for store in stores.values()):
+                file.unlink(missing_ok=True)  # of an earlier run
+                return
             file.parent.mkdir(parents=True, exist_ok=True)
             count = copy_bad_records(list(stores.values()), file)
         except OSError as error:
@@ -285,12 +283,12 @@ class KTODataModule(LightningDataModule):
         )
 
 
-def _nothing_left(parts: Sequence[tuple[Source, Samples]], limit: int) -> str:
-    lengths = [store.samples["prompt"] + store.samples["response"] for _, part in parts for store in part.stores]
+def _nothing_left(sources: Sequence[Source], samples: Samples, limit: int) -> str:
+    lengths = [store.samples["prompt"] + store.samples["response"] for store in samples.stores]
     number = sum(map(len, lengths))
     shortest = f"the shortest has {min(int(found.min()) for found in lengths if len(found))} tokens" if number else ""
     return (
-        f"No trainable record is left in {', '.join(source.path for source, _ in parts)}: of {number} records none "
+        f"No trainable record is left in {', '.join(source.path for source in sources)}: of {number} records none "
         f"fits into {limit} tokens ({shortest or 'there are none'}). Raise model.data.seq_length or shorten the data."
     )
 

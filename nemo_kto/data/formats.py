@@ -162,10 +162,16 @@ def _shared_prompt(chosen: Any, rejected: Any, row: Columns) -> tuple[Any, Any, 
             )
         if row.column("prompt") in row.values:
             raise RecordError("is null.", row.column("prompt"))
-    limit = min(len(chosen), len(rejected)) - 1
+    limit = min(len(chosen), len(rejected))
     length = 0
     while length < limit and chosen[length] == rejected[length]:
         length += 1
+    if length == limit:
+        raise RecordError(
+            "and the rejected answer are the same, or one begins with the other; without a prompt nothing tells where "
+            "the answers begin.",
+            row.column("chosen"),
+        )
     if isinstance(chosen, str) and length and chosen[length - 1] == " ":
         length -= 1
     if length < 1:
@@ -178,7 +184,7 @@ def _shared_prompt(chosen: Any, rejected: Any, row: Columns) -> tuple[Any, Any, 
 def _messages(row: Columns) -> list[Answer]:
     """A conversation whose last message is rated; or whose end is, in a chosen and a rejected form."""
     name, messages = row.column("messages"), turns(row.need("messages"), row.column("messages"))
-    if row.has("chosen") or row.has("rejected"):
+    if row.get("chosen") or row.get("rejected"):
         answers = []
         for side in ("chosen", "rejected"):
             response = turns(row.need(side), row.column(side))
@@ -196,7 +202,7 @@ def _alpaca(row: Columns) -> list[Answer]:
             raise RecordError(f"must be a string, not a {json_type(part)}.", row.column(name))
     question = "\n".join(part for _, part in parts if part)
     prompt = [*_history(row.get("history"), row.column("history")), {"role": "user", "content": question}]
-    if row.has("chosen") or row.has("rejected"):
+    if row.get("chosen") or row.get("rejected"):
         sides = [("chosen", True), ("rejected", False)]
     else:
         sides = [("response", row.label())]
@@ -225,7 +231,7 @@ def _history(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _halos_pair(row: Columns) -> list[Answer]:
     """output_A is the chosen one of label 1, output_B that of label 0."""
-    first = row.label()
+    first = parse_label(row.need("label"), row.column("label"))  # which of the two, whatever ratings mean
     return [
         Answer(
             row.need("prompt"), row.need(name), first == (name == "output_A"), (row.column("prompt"), row.column(name))

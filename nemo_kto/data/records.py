@@ -8,7 +8,11 @@ Messages = list[dict[str, Any]]
 MAX_NESTING = 100
 """Lists and objects inside each other; Python gives up at several hundred, where one record must not end a run."""
 
-EMPTY = ("is empty; there is nothing to learn from.", "the response has no tokens.")
+EMPTY = (
+    "is empty; there is nothing to learn from.",
+    "ends with an empty answer; there is nothing to learn from.",
+    "the response has no tokens.",
+)
 """Reasons of bad records that have no answer: no characters, or none that the tokenizer knows."""
 
 

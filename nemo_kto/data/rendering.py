@@ -98,7 +98,7 @@ class Renderer:
         meaning = self._settings.special_tokens
         as_text = meaning == "text" or (meaning == "auto" and template is not None)
         spelled = not as_text and any(self._special.search(text) for text in (prompt, response))
-        marker = _Marker(self._special, prompt + response) if as_text else None
+        marker = _Marker(self._special, [prompt, response, template]) if as_text else None
         if marker is not None:
             prompt, response = marker.hide(prompt), marker.hide(response)
         if template is not None:
@@ -111,13 +111,13 @@ class Renderer:
                 "the record is made of messages but the tokenizer has no chat template; use the tokenizer of a chat "
                 "model, or write prompt and response as strings."
             )
-        marker = None
-        if self._settings.special_tokens != "control":
-            whole = "".join(_strings(messages))
-            if self._special.search(whole):
-                marker = _Marker(self._special, whole)
-                messages = [_hidden(message, marker.hide) for message in messages]
-        prompt, whole = self._apply_template(messages, record)
+        marker, given = None, (messages, record.tools, record.template_kwargs)
+        if self._settings.special_tokens != "control" and any(map(self._special.search, _strings(given))):
+            if any(self._special.search(message["role"]) for message in messages):
+                raise RecordError("the role of a message spells a special token.")
+            marker = _Marker(self._special, given)
+            given = tuple(_hidden(part, marker.hide) for part in given)
+        prompt, whole = self._apply_template(*given)
         if not whole.startswith(prompt):
             raise RecordError(
                 "the chat template does not render the prompt as the beginning of the conversation, so the response "
@@ -131,12 +131,14 @@ class Renderer:
             response = response.rstrip()
         return _text(prompt, response, marker, templated=True)
 
-    def _apply_template(self, messages: list[dict[str, Any]], record: FeedbackRecord) -> tuple[str, str]:
+    def _apply_template(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, variables: dict[str, Any] | None
+    ) -> tuple[str, str]:
         """The prompt with its generation header, and the whole conversation."""
-        kwargs: Mapping[str, Any] = {"tools": record.tools, "tokenize": False, **(record.template_kwargs or {})}
+        kwargs: Mapping[str, Any] = {"tools": tools, "tokenize": False, **(variables or {})}
         apply = self._tokenizer.apply_chat_template
         try:
-            template = self._tokenizer.get_chat_template(tools=record.tools)
+            template = self._tokenizer.get_chat_template(tools=tools)
             if "strftime_now" in template:
                 template = _FIXED_DATE_MACRO + template
             prompt = apply(messages[:-1], chat_template=template, add_generation_prompt=True, **kwargs)
@@ -152,10 +154,14 @@ class Renderer:
 class _Marker:
     """Hides special tokens in texts behind characters that nothing else in them has, and finds them again."""
 
-    def __init__(self, special: re.Pattern[str], texts: str) -> None:
+    def __init__(self, special: re.Pattern[str], given: Any) -> None:
         self._special = special
         self._hidden: list[str] = []
-        self._sign = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)  # private use
+        used = {character for text in _strings(given) for character in text}
+        sign = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)  # private use
+        if sign is None:
+            raise RecordError("the text spells special tokens and uses every character of Unicode's private use area.")
+        self._sign = sign
 
     def hide(self, text: str) -> str:
         return self._special.sub(self._hide_one, text)
@@ -166,11 +172,14 @@ class _Marker:
 
     def reveal(self, text: str) -> tuple[str, Spans]:
         """The text as it was, and where special tokens had been hidden."""
-        parts, spans, length = [], [], 0
-        for number, part in enumerate(text.split(self._sign)):
+        parts: list[str] = []
+        spans, length = [], 0
+        for number, part in enumerate(re.split(f"{self._sign}([0-9]+){self._sign}", text)):
             if number % 2:
                 part = self._hidden[int(part)]
                 spans.append((length, length + len(part)))
+            elif self._sign in part:
+                raise RecordError("the chat template cuts through special tokens that the messages spell.")
             parts.append(part)
             length += len(part)
         return "".join(parts), tuple(spans)
@@ -185,18 +194,18 @@ def _text(prompt: str, response: str, marker: _Marker | None, *, templated: bool
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string in messages."""
+    """Every string in messages, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return [text for inner in value.values() for text in _strings(inner)]
-    return [text for inner in value for text in _strings(inner)] if isinstance(value, list) else []
+        return [text for item in value.items() for part in item for text in _strings(part)]
+    return [text for inner in value for text in _strings(inner)] if isinstance(value, list | tuple) else []
 
 
 def _hidden(value: Any, hide: Callable[[str], str]) -> Any:
-    """Messages with special tokens hidden in all of their strings but the roles, which templates compare."""
+    """Messages with special tokens hidden in all of their strings."""
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
-        return {key: inner if key == "role" else _hidden(inner, hide) for key, inner in value.items()}
+        return {hide(key): _hidden(inner, hide) for key, inner in value.items()}
     return [_hidden(inner, hide) for inner in value] if isinstance(value, list) else value

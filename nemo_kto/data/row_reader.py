@@ -22,11 +22,13 @@ class RowReader:
         format: A name in `FORMATS`, or "auto".
         fields: One of `FIELDS` -> the column it is in.
         desirable_if: See `parse_threshold`; None where labels are no ratings.
+        label: The column that holds the labels; None until `detect` has seen a row.
     """
 
     format: str = "auto"
     fields: Mapping[str, str] = field(default_factory=dict)
     desirable_if: str | None = None
+    label: str | None = None
 
     def check(self) -> None:
         """Raises a ConfigError for a format, a name or a threshold that does not exist."""
@@ -41,13 +43,13 @@ class RowReader:
             parse_threshold(self.desirable_if)
 
     def detect(self, row: Row) -> "RowReader":
-        """Returns a reader for the format of a row: all its fields are there, or most of them.
+        """Returns a reader for the row's file: of the format that has all its fields or most, with its label column.
 
         Raises:
             DataError: It is of none.
         """
         if self.format != "auto":
-            return self
+            return replace(self, label=self._columns(self.format, row).column("label"))
         found = {name: self._share(name, row) for name in FORMATS}
         best = max(found, key=lambda name: found[name])
         if not any(found[best]):
@@ -58,7 +60,7 @@ class RowReader:
                 f"{row.source}:{row.line}: the fields ({columns}) fit no known format. Say with model.data.fields "
                 "which of them hold prompt, response and label, or see docs/data.md for the formats."
             )
-        return replace(self, format=best)
+        return replace(self, format=best, label=self._columns(best, row).column("label"))
 
     def read(self, row: Row) -> list[FeedbackRecord]:
         """Returns the records in a row.
@@ -90,7 +92,11 @@ class RowReader:
             threshold = None
         else:
             threshold = parse_threshold(self.desirable_if)
-            names["label"] = (*SCORES, *names.get("label", ("label",)))
+            # a column of labels is one of ratings only where there is no other
+            scores = tuple(name for name in SCORES if name in row.values)
+            names["label"] = scores or (*names.get("label", ("label",)), *SCORES)
+        if self.label is not None:  # the same in every row of a file, whatever is missing in one
+            names["label"] = (self.label,)
         given = {name: (column,) for name, column in self.fields.items()}
         return Columns(row.values, names | given, threshold, frozenset(given))
 

@@ -6,7 +6,7 @@ Shapes: `n` samples of a split.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,7 +35,6 @@ class Samples(Sequence[TokenizedSample]):
         response_kept: [n] tokens of its response, the first ones.
         bos_token_id: What a prompt that lost its beginning still begins with, if it did before.
         num_overlong: Records that were left out for their length.
-        num_truncated: Records that lost tokens.
         num_bad: Records that could not be used.
     """
 
@@ -46,7 +45,6 @@ class Samples(Sequence[TokenizedSample]):
     response_kept: np.ndarray
     bos_token_id: int | None = None
     num_overlong: int = 0
-    num_truncated: int = 0
     num_bad: int = 0
 
     def __len__(self) -> int:
@@ -97,6 +95,12 @@ class Samples(Sequence[TokenizedSample]):
         """Samples with thumbs down."""
         return len(self) - self.num_desirable
 
+    @property
+    def num_truncated(self) -> int:
+        """Samples that lost tokens."""
+        whole = self.column("prompt") + self.column("response")
+        return int((self.lengths < whole).sum())
+
     def digest(self) -> str:
         """A digest of tokens and labels in their order; equal on every machine and wherever they were read from."""
         digest = hashlib.blake2b(digest_size=16)
@@ -130,13 +134,12 @@ def fit(store: TokenStore, *, max_length: int, overlong: Overlong, bos_token_id:
     dropped = too_long & ~truncated
     everything = Samples(
         [store],
-        store_of=np.zeros(len(store), dtype=np.int16),
+        store_of=np.zeros(len(store), dtype=np.int32),
         place=np.arange(len(store)),
         prompt_kept=prompt,
         response_kept=response,
         bos_token_id=bos_token_id,
         num_overlong=int(dropped.sum()),
-        num_truncated=int(truncated.sum()),
         num_bad=store.num_bad,
     )
     return everything.chosen(~dropped)
@@ -150,13 +153,12 @@ def mix(parts: Sequence[tuple[Source, Samples]], *, seed: int) -> Samples:
     taken = [_portion(source, samples, np.random.default_rng([seed, i])) for i, (source, samples) in enumerate(parts)]
     return Samples(
         [part.stores[0] for part in taken],
-        store_of=np.concatenate([np.full(len(part), i, dtype=np.int16) for i, part in enumerate(taken)]),
+        store_of=np.concatenate([np.full(len(part), i, dtype=np.int32) for i, part in enumerate(taken)]),
         place=np.concatenate([part.place for part in taken]),
         prompt_kept=np.concatenate([part.prompt_kept for part in taken]),
         response_kept=np.concatenate([part.response_kept for part in taken]),
         bos_token_id=taken[0].bos_token_id,
         num_overlong=sum(part.num_overlong for part in taken),
-        num_truncated=sum(part.num_truncated for part in taken),
         num_bad=sum(part.num_bad for part in taken),
     )
 
@@ -178,8 +180,7 @@ def split_by_prompt(samples: Samples, fraction: float, *, seed: int) -> tuple[Sa
     have `fraction` of the samples, are validated on. So a split hardly changes when data is added.
     """
     keys, group, sizes = np.unique(samples.prompt_keys, return_inverse=True, return_counts=True)
-    ranks = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys.tolist()]
-    order = np.array(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
+    order = np.argsort(_mixed(keys.astype(np.uint64), seed), kind="stable")
     wanted = fraction * len(samples)
     before = np.cumsum(sizes[order]) - sizes[order]
     held_out = np.zeros(len(keys), dtype=bool)
@@ -188,3 +189,28 @@ def split_by_prompt(samples: Samples, fraction: float, *, seed: int) -> tuple[Sa
     held_out[order[-1]] = False
     validated = held_out[group]
     return samples.chosen(~validated), samples.chosen(validated)
+
+
+def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Numbers [k] uint64 that look drawn at random for each key and seed: the finalizer of SplitMix64."""
+    mixed = keys + np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def read_samples(
+    sources: Sequence[Source],
+    tokens_of: Callable[[Source], TokenStore],
+    *,
+    max_length: int,
+    overlong: Overlong,
+    bos_token_id: int | None,
+    seed: int,
+) -> Samples:
+    """Returns the samples of several sources, fitted and mixed; see `fit` and `mix`."""
+    fitted = (
+        fit(tokens_of(source), max_length=max_length, overlong=overlong, bos_token_id=bos_token_id)
+        for source in sources
+    )
+    return mix(list(zip(sources, fitted, strict=True)), seed=seed)

@@ -6,8 +6,10 @@ Bad records are yielded among the good ones, so that whoever reads decides wheth
 import glob
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from nemo_kto.data.containers import (
     Row,
     Rows,
     count_rows,
-    data_suffix,
     dataset_rows,
     is_data_file,
     is_saved_dataset,
@@ -83,8 +84,9 @@ def parse_source(entry: str | Path | Mapping[str, Any], reader: RowReader) -> So
         if key not in _KINDS:
             raise ConfigError(f"{where}, {key!r} is unknown; use {', '.join(_KINDS)}.")
         if isinstance(value, bool) or not isinstance(value, _KINDS[key]):
-            kinds = " or ".join(dict.fromkeys(json_type(kind()) for kind in _KINDS[key]))
-            raise ConfigError(f"{where}, {key}={value!r} must be a {kinds}.")
+            kinds = [json_type(kind()) for kind in _KINDS[key]]
+            wanted = "whole number" if _KINDS[key] == (int,) else " or ".join(dict.fromkeys(kinds))
+            raise ConfigError(f"{where}, {key}={value!r} must be a {wanted}.")
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise ConfigError(f"{where}, {key}={value} must be above 0.")
     if not entry.get("path"):
@@ -219,6 +221,13 @@ def bad_records_error(bad: Sequence[BadRecord]) -> DataError:
 
 
 def _parts(source: Source) -> list[_Part]:
+    try:
+        return _find_parts(source)
+    except OSError as error:
+        raise DataError(f"{source.path}: it cannot be read ({error.strerror}: {error.filename}).") from error
+
+
+def _find_parts(source: Source) -> list[_Part]:
     path = Path(source.path)
     if is_saved_dataset(path):
         return [_saved_part(path, source)]
@@ -226,8 +235,7 @@ def _parts(source: Source) -> list[_Part]:
         if getattr(source, key) is not None and (path.exists() or not _may_be_on_hub(source.path)):
             raise ConfigError(f"{source.path}: {key}={getattr(source, key)} is for data sets; files have none.")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and is_data_file(file))
-        files = [file for file in files if not any(map(_is_hidden, file.relative_to(path).parts))]
+        files = sorted(_files_below(path))
         if not files:
             raise DataError(f"{path}: the folder holds no data file (.jsonl, .json, .parquet, .csv ...).")
         return [_file_part(file) for file in files]
@@ -241,8 +249,21 @@ def _parts(source: Source) -> list[_Part]:
     return [_hub_part(source)]
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Data files of a folder and those below, links followed, hidden ones left out; an OSError at a closed one."""
+    visited = set()
+    for name, below, files in os.walk(folder, onerror=_raise, followlinks=True):
+        place = Path(name)
+        if place.resolve() in visited:  # a link that leads back
+            below.clear()
+            continue
+        visited.add(place.resolve())
+        below[:] = [inner for inner in below if not inner.startswith(".")]
+        yield from (place / file for file in files if is_data_file(Path(file)))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _file_part(path: Path) -> _Part:
@@ -276,14 +297,19 @@ def _saved_part(path: Path, source: Source) -> _Part:
 
 def _may_be_on_hub(path: str) -> bool:
     parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not data_suffix(Path(path)) and not path.startswith((".", "~"))
+    return len(parts) == 2 and all(parts) and not is_data_file(Path(path)) and not path.startswith((".", "~"))
+
+
+@lru_cache(maxsize=4)
+def _load_dataset(path: str, name: str | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, name)
 
 
 def _hub_part(source: Source) -> _Part:
-    import datasets
-
     try:
-        dataset = _chosen_split(datasets.load_dataset(source.path, source.name), source)
+        dataset = _chosen_split(_load_dataset(source.path, source.name), source)
     except DataError:
         raise
     except Exception as error:  # the network, the hub and the readers behind it raise anything

@@ -12,19 +12,21 @@ import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import shutil
+import socket
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing.connection import wait
 from pathlib import Path
 
+import loky
+import psutil
 from tqdm import tqdm
 
 from nemo_kto.data.records import BadRecord
@@ -39,7 +41,8 @@ from nemo_kto.data.sources import (
     read_chunks,
 )
 from nemo_kto.data.token_store import StoreWriter, TokenChunk, TokenStore, make_chunk
-from nemo_kto.data.tokenization import Encoder, tokenizer_digest
+from nemo_kto.data.tokenization import Encoder
+from nemo_kto.data.tokenizer import tokenizer_digest
 from nemo_kto.errors import DataError
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -48,8 +51,11 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
-_ROWS = 1024
-"""Rows tokenised per call: few enough that the tokenizer's bulky intermediate results never exist for a whole file."""
+_ROWS = 256
+"""Rows tokenised per call: few enough that what waits for many processes is small, even of long records."""
+
+_FEW = 32
+"""With fewer calls, starting processes takes longer than they save."""
 
 _MAX_WORKERS = 32
 """Beyond that, the one process that reads cannot keep the others busy."""
@@ -87,8 +93,8 @@ class TokenCache:
             store = _open(final)
             if store is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with _locked(final.with_suffix(".lock")) as alone:
-                    store = _open(final) or self._make(source, final, skip_bad=skip_bad, alone=alone)
+                with _locked(final.with_suffix(".lock"), source):
+                    store = _open(final) or self._make(source, final, skip_bad=skip_bad)
         except OSError as error:
             raise DataError(
                 f"The tokens of {source.path} cannot be written to {self._folder} ({error.strerror or error}). "
@@ -109,22 +115,19 @@ class TokenCache:
         ]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def _make(self, source: Source, final: Path, *, skip_bad: bool, alone: bool) -> TokenStore:
-        if alone:  # what is there under such names, nobody is writing any more
-            for left in [*final.parent.glob(f"{final.name}-*{_PARTIAL}"), final]:
+    def _make(self, source: Source, final: Path, *, skip_bad: bool) -> TokenStore:
+        for left in final.parent.glob(f"{final.name}-*{_PARTIAL}"):
+            if _is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-        partial = final.with_name(f"{final.name}-{uuid.uuid4().hex}{_PARTIAL}")
+        partial = _partial(final)
         try:
             with StoreWriter(partial) as writer, contextlib.closing(self._chunks(source)) as chunks:
                 bad: list[BadRecord] = []
                 for chunk in chunks:
                     writer.add(chunk)
-                    if not skip_bad:
-                        bad += chunk.bad
-                        if len(bad) > MAX_SHOWN:
-                            break
-                if bad:
-                    raise bad_records_error(bad)
+                    bad += [] if skip_bad else chunk.bad
+                    if len(bad) > MAX_SHOWN:
+                        raise bad_records_error(bad)
             try:
                 partial.rename(final)
             except OSError as error:
@@ -135,19 +138,26 @@ class TokenCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _chunks(self, source: Source) -> Generator[TokenChunk, None, None]:
-        """Yields the tokens of a source in order, with a progress bar on the process that speaks for the run."""
-        rows = read_chunks(source, _ROWS)
-        with contextlib.closing(_in_order(rows, self._encoder, self._workers)) as chunks:
-            disable = None if is_global_rank_zero() else True  # None: where the output is no terminal
-            with tqdm(
+        """Yields the tokens of a source in order; the process that speaks for the run tells how far it is."""
+        started, done = time.monotonic(), 0
+        speaks = is_global_rank_zero()
+        if speaks:
+            logger.info("Tokenizing %s", source.path)
+        with (
+            contextlib.closing(_in_order(read_chunks(source, _ROWS), self._encoder, self._workers)) as chunks,
+            tqdm(
                 desc=f"Tokenizing {Path(source.path).name}",
-                total=None if disable else expected_rows(source),
+                total=expected_rows(source) if speaks else None,
                 unit=" rows",
-                disable=disable,
-            ) as progress:
-                for chunk, number in chunks:
-                    progress.update(number)
-                    yield chunk
+                disable=None if speaks else True,  # None: where the output is no terminal
+            ) as progress,
+        ):
+            for chunk, number in chunks:
+                done += number
+                progress.update(number)
+                yield chunk
+        if speaks:
+            logger.info("Tokenized %d rows of %s in %.0f s", done, source.path, time.monotonic() - started)
 
 
 def _open(folder: Path) -> TokenStore | None:
@@ -155,21 +165,44 @@ def _open(folder: Path) -> TokenStore | None:
         return TokenStore(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         logger.warning("The tokens in %s are damaged (%s) and made anew.", folder, error)
+        aside = _partial(folder)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            folder.rename(aside)  # those who have opened it keep what they have
+        shutil.rmtree(aside, ignore_errors=True)
         return None
 
 
+def _partial(final: Path) -> Path:
+    """A name for what this process is writing."""
+    return final.with_name(f"{final.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{_PARTIAL}")
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether a process of this machine was writing there and is no more; of other machines' nothing is known."""
+    host, pid, _ = partial.name.rsplit("-", 2)
+    if not host.endswith(f"-{socket.gethostname()}"):
+        return False
+    try:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Holds a lock that ends with its process, waiting for it; yields False where the file system has none."""
+def _locked(file: Path, source: Source) -> Iterator[None]:
+    """Holds a lock that ends with its process, waiting for it; does nothing where the file system has none."""
     with file.open("ab") as handle:  # closing it gives the lock back
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if is_global_rank_zero():
+                logger.info("Waiting for another process that tokenizes %s (%s)", source.path, file)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
+        except OSError as error:
+            logger.debug("No lock for %s: %s", file, error)
+        yield
 
 
 def _encode(chunk: Chunk, encoder: Encoder) -> tuple[TokenChunk, int]:
@@ -178,18 +211,17 @@ def _encode(chunk: Chunk, encoder: Encoder) -> tuple[TokenChunk, int]:
 
 def _in_order(rows: Iterator[Chunk], encoder: Encoder, workers: int) -> Generator[tuple[TokenChunk, int], None, None]:
     """Yields the tokens of all chunks in order, and of how many rows; several processes make many."""
-    begin = list(itertools.islice(rows, 2))
+    begin = list(itertools.islice(rows, _FEW))
     rows = itertools.chain(begin, rows)
-    if workers == 1 or len(begin) < 2:
+    if workers == 1 or len(begin) < _FEW:
         for chunk in rows:
             yield _encode(chunk, encoder)
         return
-    # forked, so that the tokenizer need not travel; nothing here has started threads yet
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(encoder,)
-    )
+    # New processes: in copies of this one, locks that its libraries' threads hold would never be free. And loky's,
+    # because multiprocessing's run the user's script once more.
+    pool = loky.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(encoder, os.getpid()))
+    waiting: deque[Future[tuple[TokenChunk, int]]] = deque()
     try:
-        waiting: deque[Future[tuple[TokenChunk, int]]] = deque()
         for chunk in rows:
             waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) > 2 * workers:  # what is read ahead must not grow with the data
@@ -202,7 +234,7 @@ def _in_order(rows: Iterator[Chunk], encoder: Encoder, workers: int) -> Generato
             "to fewer processes."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(kill_workers=True)
 
 
 _of_worker: dict[str, Encoder] = {}
@@ -213,14 +245,13 @@ def _encode_in_worker(chunk: Chunk) -> tuple[TokenChunk, int]:
     return _encode(chunk, _of_worker["encoder"])
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder, parent: int) -> None:
     _of_worker["encoder"] = encoder
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
-    """Ends this process when its parent has been killed; otherwise it would wait for work for ever."""
-    wait([sentinel])
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has been killed; otherwise it would wait for work."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(1)

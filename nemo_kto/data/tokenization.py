@@ -16,22 +16,19 @@ Shapes: `p` tokens of the prompt, `r` tokens of the response.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.records import EMPTY, BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.rendering import Renderer, Spans, Text, TokenizationSettings
 from nemo_kto.errors import ConfigError
 
-# One of these is present wherever transformers can build a tokenizer from files.
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+# A text of several tokens in any vocabulary, to see what a tokenizer puts in front of it.
+_PROBE = "a b c 0 1 2"
 # A text that stays a token of its own in front of another, see _encode_after_boundary.
 _ANCHOR = "\n"
 
@@ -85,37 +82,6 @@ def token_key(tokens: np.ndarray | list[int]) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local Hugging Face folder; never looks anywhere else.
-
-    Raises:
-        ConfigError: `path` is no folder, has no tokenizer files, or transformers cannot read them.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; the tokenizer is read from a local Hugging Face folder.")
-    # Checked here because transformers may build an empty tokenizer from a config.json alone.
-    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
-        raise ConfigError(f"{folder}: the folder has no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the readers behind it raise anything from KeyError to bare Exception
-        raise ConfigError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
-    return tokenizer
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides which tokens a tokenizer makes."""
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    special = sorted(
-        (number, str(token.content), token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
-        for number, token in tokenizer.added_tokens_decoder.items()
-    )
-    parts = [backend, tokenizer.chat_template, special, tokenizer.special_tokens_map, transformers.__version__]
-    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
-
-
 class Encoder:
     """Tokenises records by the rules at the top of this file.
 
@@ -128,7 +94,7 @@ class Encoder:
         """Keeps both.
 
         Raises:
-            ConfigError: `settings.append_eod` with a tokenizer that has no EOS token.
+            ConfigError: `settings.append_eod` with a tokenizer that has no EOS token; or one that does not work here.
         """
         if settings.append_eod and tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -142,6 +108,7 @@ class Encoder:
             [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             + tokenizer.all_special_ids
         )
+        self._prefix = self._find_special_prefix()
 
     def encode(self, records: Sequence[FeedbackRecord | BadRecord]) -> list[EncodedRecord | BadRecord]:
         """Returns the tokens of each record, and what is wrong with those that have none."""
@@ -167,7 +134,6 @@ class Encoder:
         try:
             prompts = self._encode([(text.prompt, text.prompt_spans) for *_, text in texts])
             responses, merged = self._encode_responses([text for *_, text in texts], prompts)
-            prefix = self._special_prefix([text for *_, text in texts if not text.templated])
         except RecordError as error:  # of one record: find out of which
             if len(texts) == 1:
                 place, record, _ = texts[0]
@@ -175,8 +141,8 @@ class Encoder:
             return [result for text in texts for result in self._encode_texts([text])]
         results: list[tuple[int, EncodedRecord | BadRecord]] = []
         for (place, record, text), prompt, response, is_merged in zip(texts, prompts, responses, merged, strict=True):
-            if not text.templated and prompt[: len(prefix)] != prefix:
-                prompt = prefix + prompt
+            if not text.templated and prompt[: len(self._prefix)] != self._prefix:
+                prompt = self._prefix + prompt
             try:
                 results.append((place, self._record(record, text, prompt, response, merged=is_merged)))
             except RecordError as error:
@@ -189,7 +155,7 @@ class Encoder:
         if not prompt:
             raise RecordError("the prompt has no tokens and the tokenizer adds no BOS token.")
         if not response:
-            raise RecordError(EMPTY[1])
+            raise RecordError(EMPTY[2])
         eos = self.tokenizer.eos_token_id
         if self.settings.append_eod and response[-1] != eos:
             response = [*response, eos]
@@ -223,7 +189,12 @@ class Encoder:
                 "fast tokenizer (tokenizer.json), or set model.data.special_tokens=control."
             )
         encoded = self.tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+            split_special_tokens=False,
         )
         ids: list[int] = []
         run: list[int] = []  # since the last special token that is one
@@ -254,20 +225,16 @@ class Encoder:
             return self._encode([(text, ())], split_special_tokens=True)[0]
         return self._encode_after_boundary([text], split_special_tokens=True)[0]
 
-    def _special_prefix(self, texts: Sequence[Text]) -> list[int]:
-        """The ids the tokenizer puts in front of a text, here shown by one of the data: usually [BOS] or nothing."""
-        for text in texts:
-            plain = self._encode([(text.response, ())])[0]
-            if not plain:
-                continue
-            full: list[int] = self.tokenizer(text.response, verbose=False)["input_ids"]
-            for start in range(len(full) - len(plain) + 1):
-                if full[start : start + len(plain)] == plain:
-                    return full[:start]
-            raise ConfigError(
-                "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
-            )
-        return []
+    def _find_special_prefix(self) -> list[int]:
+        """The ids the tokenizer puts in front of a text: usually [BOS] or nothing."""
+        plain = self._encode([(_PROBE, ())])[0]
+        full: list[int] = self.tokenizer(_PROBE, verbose=False, split_special_tokens=False)["input_ids"]
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+        raise ConfigError(
+            "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
+        )
 
     def _encode_responses(self, texts: list[Text], prompts: list[list[int]]) -> tuple[list[list[int]], list[bool]]:
         """Response ids that follow the given prompt ids, and where the two would merge; see the rule at the top."""

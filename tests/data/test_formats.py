@@ -281,8 +281,6 @@ def test_tables_hold_conversations_tools_and_kwargs_as_json():
         ("ab", "ac", ("a", "b", "c")),
         ("a b", "a c", ("a", " b", " c")),
         ("a  b", "a  c", ("a ", " b", " c")),
-        ("ab", "abc", ("a", "b", "bc")),  # both keep something
-        ("same", "same", ("sam", "e", "e")),
         ("né😀x", "né😀y", ("né😀", "x", "y")),
     ],
 )
@@ -293,7 +291,18 @@ def test_common_beginning_of_strings(chosen, rejected, expected):
 
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
-    [("", ""), ("", "a"), ("a", "b"), (" a", " b"), ([], []), ([user("q")], [user("r")]), ([user("q")], "q"), (1, 1)],
+    [
+        ("", ""),
+        ("", "a"),
+        ("ab", "abc"),
+        ("same", "same"),
+        ("a", "b"),
+        (" a", " b"),
+        ([], []),
+        ([user("q")], [user("r")]),
+        ([user("q")], "q"),
+        (1, 1),
+    ],
 )
 def test_pairs_without_a_common_beginning(chosen, rejected):
     message = error_of({"good": chosen, "bad": rejected}, fields={"chosen": "good", "rejected": "bad"})
@@ -334,7 +343,7 @@ def test_named_format_decides_over_the_fields():
         (  # axolotl chatml.intel
             {"system": "", "question": "q", "completion": "a", "label": False},
             {"prompt": "question"},
-            ("q", "a", False),
+            ([user("q")], [assistant("a")], False),
         ),
         (  # axolotl chatml.ultra and chatml.prompt_pairs
             {"system": None, "prompt": "q", "completion": "a", "label": 0},
@@ -609,3 +618,26 @@ def test_roles_of_ms_swift():
         "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}],
     }
     assert prompt[2] == {"role": "tool", "content": "sun"} and answer == [assistant("Sunny.")]
+
+
+def test_a_threshold_is_for_ratings_not_for_which_of_two():
+    row = {"prompt": "p", "output_A": "good", "output_B": "bad", "label": 1}
+    assert read(row, desirable_if=">= 4") == [("p", "good", True), ("p", "bad", False)]
+
+
+def test_the_label_column_is_one_for_a_file():
+    """A rating that is missing is a bad record; the next column is no substitute, and may be on another scale."""
+    first = {"prompt": "p", "response": "r", "score": 5, "reward": 0.9, "label": 1}
+    reader = RowReader(desirable_if=">= 4").detect(Row("f", 1, first))
+    assert [record.desirable for record in reader.read(Row("f", 1, first))] == [True]
+    with pytest.raises(RecordError, match="field 'score' must be a number"):
+        reader.read(Row("f", 2, first | {"score": None}))
+    first = {"prompt": "p", "response": "r", "preference": "chosen", "label": 1}
+    reader = RowReader().detect(Row("f", 1, first))
+    with pytest.raises(RecordError, match="field 'preference' must be true or false"):
+        reader.read(Row("f", 2, first | {"preference": None}))
+
+
+def test_empty_cells_of_other_formats_do_no_harm():
+    row = {"instruction": "i", "output": "o", "label": "1", "chosen": "", "rejected": ""}
+    assert read(row, "alpaca") == [([user("i")], [assistant("o")], True)]

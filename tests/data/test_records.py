@@ -83,7 +83,13 @@ def test_valid_answers(prompt, response, expected):
     [
         ("hi", "hello", "be kind", ([SYSTEM, USER], [ASSISTANT])),
         ([USER], [ASSISTANT], "be kind", ([SYSTEM, USER], [ASSISTANT])),
-        ("hi", "hello", "", ("hi", "hello")),
+        (
+            "hi",
+            "hello",
+            "",
+            ([USER], [ASSISTANT]),
+        ),  # the records of a file go one way, with a system prompt or without
+        ([USER], [ASSISTANT], "", ([USER], [ASSISTANT])),
         ("hi", "hello", None, ("hi", "hello")),
     ],
 )

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
+from nemo_kto.data import sources
 from nemo_kto.data.records import BadRecord, FeedbackRecord
 from nemo_kto.data.row_reader import RowReader
 from nemo_kto.data.sources import (
@@ -284,6 +286,12 @@ def test_damaged_saved_dataset(tmp_path, damaged, content):
     assert error_of(folder).startswith(f"{folder}: ")
 
 
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    """What one test loads from its hub is not there for the next."""
+    sources._load_dataset.cache_clear()
+
+
 def test_hub(monkeypatch):
     asked = []
 
@@ -298,7 +306,8 @@ def test_hub(monkeypatch):
     with pytest.raises(DataError, match="org/data: there is no split 'dev'.* train, test"):
         of_split("org/data", "dev")
     assert len(content_digest(Source("org/data", name="small"))) == 32
-    assert asked == [("org/data", None)] * 3 + [("org/data", "small")]
+    assert asked == [("org/data", None), ("org/data", "small")]  # once each, however often they are looked at
+    assert len(read_feedback(["org/data-2.5"])) == 1  # a dot makes no file of it
 
 
 def test_hub_data_set_with_other_rows_has_another_digest(monkeypatch):
@@ -379,10 +388,10 @@ def test_entry_goes_before_the_settings_for_all():
         ({"weight": -0.5}, "weight=-0.5 must be above 0."),
         ({"weight": math.nan}, "weight=nan must be above 0."),
         ({"weight": math.inf}, "weight=inf must be above 0."),
-        ({"max_records": 1.5}, "max_records=1.5 must be a number."),
+        ({"max_records": 1.5}, "max_records=1.5 must be a whole number."),
         ({"max_records": 0}, "max_records=0 must be above 0."),
         ({"max_records": -1}, "max_records=-1 must be above 0."),
-        ({"max_records": False}, "max_records=False must be a number."),
+        ({"max_records": False}, "max_records=False must be a whole number."),
         ({"split": 0}, "split=0 must be a string."),
         ({"name": ["a"]}, "must be a string."),
         ({"format": None}, "format=None must be a string."),
@@ -499,3 +508,28 @@ def test_files_about_data_sets_are_no_data(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match="holds no data file"):
         list(read_chunks(Source(str(tmp_path)), 10))
+
+
+def test_folders_are_followed_through_links(tmp_path):
+    line = json.dumps({"prompt": "p", "response": "r", "preference": "chosen"}) + "\n"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "top" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "b.jsonl").write_text(line)
+    (tmp_path / "top" / "a.jsonl").write_text(line)
+    (tmp_path / "top" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "top" / "sub" / "back").symlink_to(tmp_path / "top")
+    found = [Path(record.source).name for record in read_feedback([tmp_path / "top"])]
+    assert found == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_closed_folder_is_an_error(tmp_path, monkeypatch):
+    """Root may open any folder, so the system's answer is made up here."""
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied"):
+        list(read_chunks(Source(str(tmp_path)), 10))
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long"):
+        list(read_chunks(Source("x" * 300), 10))

@@ -4,7 +4,9 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import train_byte_level
+from datasets import Dataset, DatasetDict
 
 from nemo_kto.data import token_cache
 from nemo_kto.data.rendering import TokenizationSettings
@@ -28,6 +31,13 @@ from nemo_kto.errors import DataError
 
 def rows(count):
     return [{"prompt": f"say {i}", "completion": " yes" * (1 + i % 5), "label": i % 3 == 0} for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def small_calls(monkeypatch):
+    """Five calls for 5000 records, and several processes for any number of them."""
+    monkeypatch.setattr(token_cache, "_ROWS", 1024)
+    monkeypatch.setattr(token_cache, "_FEW", 2)
 
 
 @pytest.fixture
@@ -94,16 +104,37 @@ def test_what_changes_tokens_makes_another_store(write_jsonl, tmp_path):
     ]
     for settings in cases:
         stores.add(cache(tmp_path / "t", **settings).tokens_of(Source(str(path)), skip_bad=False).folder)
-    named = Source(str(path), reader=RowReader(format="trl"))
-    stores.add(cache(tmp_path / "t").tokens_of(named, skip_bad=False).folder)
+    readers = [RowReader(format="trl"), RowReader(fields={"response": "completion"}), RowReader(desirable_if=">= 1")]
+    for reader in readers:
+        stores.add(cache(tmp_path / "t").tokens_of(Source(str(path), reader=reader), skip_bad=True).folder)
     write_jsonl(*rows(2), {**rows(1)[0], "label": False})
     stores.add(cache(tmp_path / "t").tokens_of(Source(str(path)), skip_bad=False).folder)
-    assert len(stores) == len(finished(tmp_path / "t")) == len(cases) + 2
+    assert len(stores) == len(finished(tmp_path / "t")) == len(cases) + len(readers) + 1
     # neither its name nor how often it is taken changes a file's tokens
     other = path.with_name("sub") / path.name
     other.parent.mkdir()
     other.write_bytes(path.read_bytes())
     assert cache(tmp_path / "t").tokens_of(Source(str(other), weight=2), skip_bad=False).folder in stores
+
+
+def test_splits_of_a_data_set_are_stores_of_their_own(tmp_path):
+    parts = {name: Dataset.from_list([rows(9)[place]]) for place, name in enumerate(("train", "test"))}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    made = [
+        contents(cache(tmp_path / "t").tokens_of(Source(str(tmp_path / "saved"), split=name), skip_bad=False))
+        for name in parts
+    ]
+    assert made[0] != made[1] and len(finished(tmp_path / "t")) == 2
+
+
+def test_a_tokenizer_that_was_saved_in_use_has_one_key(source, tmp_path):
+    """Truncation and padding, which its first call takes away, are no part of it."""
+    used = train_byte_level()
+    used.backend_tokenizer.enable_truncation(5)
+    used.backend_tokenizer.enable_padding()
+    for _ in range(2):
+        cache(tmp_path, tokenizer=used).tokens_of(source, skip_bad=False)
+    assert len(finished(tmp_path)) == 1
 
 
 def make_store(source, folder, delay, results):
@@ -168,18 +199,36 @@ def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
     )
 
 
-def hold_workers(source, folder):
-    """In another process: starts two workers that never finish."""
-    token_cache.make_chunk = lambda results: time.sleep(600)
-    cache(folder, workers=2).tokens_of(source, skip_bad=False)
+def refuse_lock(*arguments):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+class Sleeping(Encoder):
+    """Never finishes; at the top of this file, where worker processes can find it."""
+
+    def encode(self, records):
+        time.sleep(600)
+
+
+class Killed(Encoder):
+    def encode(self, records):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def encode_with(kind, source, folder):
+    encoder = kind(train_byte_level(), TokenizationSettings())
+    TokenCache(folder, encoder, workers=2).tokens_of(source, skip_bad=False)
 
 
 def test_workers_end_with_a_killed_parent(source, tmp_path):
-    parent = multiprocessing.get_context("fork").Process(target=hold_workers, args=(source, tmp_path))
+    parent = multiprocessing.get_context("fork").Process(target=encode_with, args=(Sleeping, source, tmp_path))
     parent.start()
     process = psutil.Process(parent.pid)
-    while len(workers := process.children()) < 2:
-        time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    while len(workers := [child for child in process.children() if "popen_loky" in " ".join(child.cmdline())]) < 2:
+        assert time.monotonic() < deadline and parent.is_alive()
+        time.sleep(0.05)
+    time.sleep(5)  # until they have imported what they need
     parent.kill()
     parent.join()
     _, alive = psutil.wait_procs(workers, timeout=20)
@@ -188,18 +237,14 @@ def test_workers_end_with_a_killed_parent(source, tmp_path):
     assert not alive
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "make_chunk", lambda results: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_killed_worker_is_an_error_not_a_hang(source, tmp_path):
     with pytest.raises(DataError, match="want of memory.*tokenize_workers"):
-        cache(tmp_path, workers=2).tokens_of(source, skip_bad=False)
+        encode_with(Killed, source, tmp_path)
     assert not finished(tmp_path)
 
 
 def test_without_locks_the_first_complete_store_counts(start, tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(token_cache.fcntl, "flock", refuse)  # the processes are forked from this one
+    monkeypatch.setattr(token_cache.fcntl, "flock", refuse_lock)  # the processes are forked from this one
     run, results = start
     for process in [run(0.1), run(0.1)]:
         process.join()
@@ -208,26 +253,58 @@ def test_without_locks_the_first_complete_store_counts(start, tmp_path, monkeypa
     assert len(finished(tmp_path / "tokens")) == 1 and not list(tmp_path.glob("tokens/*.partial"))
 
 
+@pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("name", ["tokens.bin", "samples.bin", "counts.json"])
-def test_a_damaged_store_is_made_anew(source, tmp_path, name, caplog):
-    (folder,) = [cache(tmp_path).tokens_of(source, skip_bad=False).folder]
-    file = folder / name
-    file.write_bytes(file.read_bytes()[:-3])
+def test_a_damaged_store_is_made_anew(write_jsonl, tmp_path, name, locks, caplog, monkeypatch):
+    source = Source(str(write_jsonl(*rows(9))))
     store = cache(tmp_path).tokens_of(source, skip_bad=False)
-    assert len(contents(store)) == 5000 and "damaged" in caplog.text
+    file = store.folder / name
+    file.write_bytes(b"[]" if name == "counts.json" else file.read_bytes()[:-3])
+    if not locks:
+        monkeypatch.setattr(token_cache.fcntl, "flock", refuse_lock)
+    again = cache(tmp_path).tokens_of(source, skip_bad=False)
+    assert len(contents(again)) == 9 and "damaged" in caplog.text
+    assert finished(tmp_path) == [store.folder] and not list(tmp_path.glob("*.partial"))
 
 
-def test_bad_records_leave_no_store_unless_they_are_skipped(write_jsonl, tmp_path):
+def test_what_others_are_writing_stays(write_jsonl, tmp_path):
+    """Locks of some file systems hold for one machine only: what another one writes, and what is alive here, stays."""
+    source = Source(str(write_jsonl(*rows(9))))
+    name = cache(tmp_path).tokens_of(source, skip_bad=False).folder.name
+    host, dead = socket.gethostname(), multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    left = {
+        "elsewhere": tmp_path / f"{name}-other-machine-{dead.pid}-0.partial",
+        "alive": tmp_path / f"{name}-{host}-{os.getpid()}-0.partial",
+        "dead": tmp_path / f"{name}-{host}-{dead.pid}-0.partial",
+    }
+    for folder in left.values():
+        folder.mkdir()
+    shutil.rmtree(tmp_path / name)
+    cache(tmp_path).tokens_of(source, skip_bad=False)
+    assert {key for key, folder in left.items() if folder.exists()} == {"elsewhere", "alive"}
+
+
+def test_bad_records_are_an_error_unless_they_are_skipped(write_jsonl, tmp_path, monkeypatch):
     source = Source(str(write_jsonl(*rows(3), "{", {"prompt": "p", "completion": "c", "label": "?"})))
-    with pytest.raises(DataError, match=r"(?s)2 records cannot be used.*data.jsonl:4.*data.jsonl:5: field 'label'"):
+    expected = r"(?s)2 records cannot be used.*data.jsonl:4.*data.jsonl:5: field 'label'"
+    with pytest.raises(DataError, match=expected):
         cache(tmp_path / "t").tokens_of(source, skip_bad=False)
-    assert not finished(tmp_path / "t")
+    monkeypatch.setattr(token_cache, "read_chunks", None)  # what was made of the others is kept
     store = cache(tmp_path / "t").tokens_of(source, skip_bad=True)
     assert (len(store), store.num_bad) == (3, 2)
     assert [(bad.line, bad.field) for bad in store.bad_records()] == [(4, None), (5, "label")]
     assert len(store.bad_records(1)) == 1
-    with pytest.raises(DataError, match="2 records cannot be used"):
+    with pytest.raises(DataError, match=expected):
         cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+
+
+def test_many_bad_records_end_it_early(write_jsonl, tmp_path):
+    source = Source(str(write_jsonl(*["{"] * 11, *rows(3000))))
+    with pytest.raises(DataError, match="More than 10 records"):
+        cache(tmp_path / "t").tokens_of(source, skip_bad=False)
+    assert not finished(tmp_path / "t") and not list(tmp_path.glob("t/*.partial"))
 
 
 def test_a_file_of_bad_records_only(write_jsonl, tmp_path):

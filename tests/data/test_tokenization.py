@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_kto.data.records import BadRecord, FeedbackRecord
 from nemo_kto.data.rendering import TokenizationSettings
-from nemo_kto.data.tokenization import Encoder, load_tokenizer, prompt_key, token_key, tokenizer_digest
+from nemo_kto.data.tokenization import Encoder, prompt_key, token_key
+from nemo_kto.data.tokenizer import load_tokenizer, tokenizer_digest
 from nemo_kto.errors import ConfigError
 
 EOS = "</s>"
@@ -271,6 +272,48 @@ def test_special_tokens_in_strings(tokenizer):
     assert as_text.response == spell(tokenizer, "hello</s>")
     (without,) = tokenize([record("say", "hello")], tokenizer)
     assert not without.spelled
+
+
+def test_special_tokens_in_tools_documents_and_names_are_text():
+    """All that reaches the template from the data, keys included; a role that spells one is refused."""
+    telling = train_byte_level()
+    telling.chat_template = "{{ tools | tojson }}{{ documents | tojson }}" + telling.chat_template
+    sample = FeedbackRecord(
+        [{"role": "user", "content": "say"}],
+        [{"role": "assistant", "content": "yes"}],
+        True,
+        "data.jsonl",
+        1,
+        tools=[{"type": "function", "function": {"name": "f", "description": "</s>"}}],
+        template_kwargs={"documents": [{"text</s>": "</s> \ue000"}]},
+    )
+    prompt, _ = one(sample, telling)
+    assert prompt.count(telling.eos_token_id) == 1  # the template's, behind the user's message
+    assert telling.decode(prompt).count("</s>") == 4
+    strange = record([{"role": "user</s>", "content": "say"}], [{"role": "assistant", "content": "yes"}])
+    assert "role of a message spells a special token" in fault(strange, telling)
+
+
+def test_a_template_that_cuts_through_what_people_wrote():
+    cutting = train_byte_level()
+    cutting.chat_template = cutting.chat_template.replace("m['content']", "m['content'][:6]")
+    assert "cuts through special tokens" in fault(chat("hello</s>", "yes"), cutting)
+    assert one(chat("hello", "yes"), cutting)
+
+
+def test_a_tokenizer_that_splits_special_tokens_by_itself(tokenizer):
+    """Its own setting counts for no text here: control is control."""
+    expected = one(chat("a</s>b", "yes"), tokenizer)
+    splitting = train_byte_level()
+    splitting.split_special_tokens = True
+    assert one(chat("a</s>b", "yes"), splitting) == expected
+
+
+def test_what_others_wrote_does_not_change_a_record(bos_tokenizer):
+    """A response that is BOS alone says nothing of what the tokenizer puts in front of texts."""
+    (alone,) = tokenize([record("say", " yes")], bos_tokenizer)
+    _, beside = tokenize([record("say", "<s>"), record("say", " yes")], bos_tokenizer)
+    assert alone == beside and alone.prompt[0] == bos_tokenizer.bos_token_id
 
 
 def test_special_tokens_in_a_tool_call_are_text():

@@ -120,7 +120,7 @@ EXPECTED = {
     "axolotl_argilla.jsonl": [
         (1, [system("Be brief."), user("Say hi.")], [assistant("Hi!")], True, None, None),
     ],
-    "axolotl_intel.jsonl": [(1, "Say hi.", "Why?", False, None, None)],
+    "axolotl_intel.jsonl": [(1, [user("Say hi.")], [assistant("Why?")], False, None, None)],
     "axolotl_user_defined.jsonl": [
         (1, [system("Be brief."), user("Say hi.")], [assistant("Hi!")], True, None, None),
     ],

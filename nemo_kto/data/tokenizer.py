@@ -1,0 +1,55 @@
+"""The tokenizer of a Hugging Face folder: loaded, and told apart from others."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nemo_kto.errors import ConfigError
+
+# One of these is present wherever transformers can build a tokenizer from files.
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a local Hugging Face folder; never looks anywhere else.
+
+    Raises:
+        ConfigError: `path` is no folder, has no tokenizer files, or transformers cannot read them.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; the tokenizer is read from a local Hugging Face folder.")
+    # Checked here because transformers may build an empty tokenizer from a config.json alone.
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise ConfigError(f"{folder}: the folder has no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the readers behind it raise anything from KeyError to bare Exception
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides which tokens a tokenizer makes."""
+    special = sorted(
+        (number, str(token.content), token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
+        for number, token in tokenizer.added_tokens_decoder.items()
+    )
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    parts = [_backend(tokenizer), tokenizer.chat_template, special, tokenizer.special_tokens_map, versions]
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is below the Python class: of a fast tokenizer its definition, of another one its files."""
+    if tokenizer.is_fast:
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        # what is left of a tokenizer.json that was saved in use; the first call takes it away
+        return [json.dumps({key: part for key, part in definition.items() if key not in ("truncation", "padding")})]
+    files = [Path(tokenizer.name_or_path) / name for name in (*_VOCABULARY_FILES, "merges.txt")]
+    contents = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return [json.dumps(sorted(tokenizer.get_vocab().items())), *contents]
