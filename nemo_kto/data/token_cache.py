@@ -185,7 +185,7 @@ def _is_abandoned(partial: Path) -> bool:
     if not host.endswith(f"-{socket.gethostname()}"):
         return False
     try:
-        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 
