@@ -164,12 +164,12 @@ def mix(parts: Sequence[tuple[Source, Samples]], *, seed: int) -> Samples:
 
 
 def _portion(source: Source, samples: Samples, rng: np.random.Generator) -> Samples:
-    """A source's samples, at most `max_records` of them, each `weight` times."""
+    """A source's samples, at most `max_records` of them, each `weight` times; at least one if there are any."""
     places = np.arange(len(samples))
     if source.max_records is not None and source.max_records < len(places):
         places = np.sort(rng.permutation(places)[: source.max_records])
     times, fraction = divmod(source.weight, 1)
-    some = np.sort(rng.permutation(places)[: round(fraction * len(places))])
+    some = np.sort(rng.permutation(places)[: max(round(fraction * len(places)), 0 if times else 1)])
     return samples.chosen(np.concatenate([*[places] * int(times), some]))
 
 

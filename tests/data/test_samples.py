@@ -83,6 +83,7 @@ def test_counts_and_columns_over_several_stores(store_of):
         (Source("a"), [1] * 10),
         (Source("a", weight=3), [3] * 10),
         (Source("a", weight=0.3), (3, {1})),
+        (Source("a", weight=0.001), (1, {1})),
         (Source("a", weight=1.5), (15, {1, 2})),
         (Source("a", max_records=4), (4, {1})),
         (Source("a", max_records=4, weight=2), (8, {2})),

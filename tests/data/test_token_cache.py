@@ -1,13 +1,12 @@
 """Tokens are made once, found again by content and settings, and whole, whoever starts at once or is killed."""
 
-import errno
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cache_process import Killed, refuse_lock
 from conftest import train_byte_level
 from datasets import Dataset, DatasetDict
 
@@ -137,100 +137,70 @@ def test_a_tokenizer_that_was_saved_in_use_has_one_key(source, tmp_path):
     assert len(finished(tmp_path)) == 1
 
 
-def make_store(source, folder, delay, results):
-    """In another process: makes a store, slowly, and says what it found and whether it tokenised."""
-    made = []
-    original = token_cache.make_chunk
-
-    def slow(results):
-        made.append(1)
-        time.sleep(delay)
-        return original(results)
-
-    token_cache.make_chunk = slow
-    store = cache(folder).tokens_of(source, skip_bad=False)
-    results.put((len(store), len(made)))
-
-
 @pytest.fixture
 def start(source, tmp_path):
-    """Starts processes that make the same store, `delay` seconds for each of its five chunks."""
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
+    """Starts cache_process.py; processes of their own, as copies of this one could wait for its threads' locks."""
     started = []
 
-    def run(delay):
-        process = context.Process(target=make_store, args=(source, tmp_path / "tokens", delay, results))
-        process.start()
-        started.append(process)
-        return process
+    def run(number=1, *, kind="slow", workers=1, locks=True, seconds=0.0):
+        arguments = [source.path, tmp_path / "tokens", kind, workers, int(locks), seconds]
+        command = [sys.executable, Path(__file__).with_name("cache_process.py"), *map(str, arguments)]
+        new = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(number)
+        ]
+        started.extend(new)
+        for process in new:
+            assert process.stdout.readline() == "ready\n"
+        for process in new:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return new
 
-    yield run, results
+    yield run
     for process in started:
         process.kill()
-        process.join()
+        process.communicate()
+
+
+def outcome(process):
+    """(samples, calls of the tokenizer) of a process that ended well."""
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    samples, calls = output.split()
+    return int(samples), int(calls)
 
 
 def test_processes_that_start_at_once_tokenise_once(start, source, tmp_path):
-    run, results = start
-    for process in [run(0.1), run(0.1), run(0.1)]:
-        process.join()
-        assert process.exitcode == 0
-    assert sorted(results.get() for _ in range(3)) == [(5000, 0), (5000, 0), (5000, 5)]
+    assert sorted(map(outcome, start(3, seconds=0.1))) == [(5000, 0), (5000, 0), (5000, 5)]
     (store,) = finished(tmp_path / "tokens")
     assert contents(TokenStore(store)) == contents(cache(tmp_path / "alone").tokens_of(source, skip_bad=False))
 
 
 def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
     """The one that waits goes on from the beginning, with a lock that died with its holder."""
-    run, results = start
-    victim = run(0.5)
+    (victim,) = start(seconds=60)
     while not list(tmp_path.glob("tokens/*.partial/tokens.bin")):
         time.sleep(0.01)
-    waiting = run(0)
+    (waiting,) = start()
+    assert not finished(tmp_path / "tokens")
     victim.kill()
-    victim.join()
-    assert victim.exitcode == -signal.SIGKILL
-    waiting.join()
-    assert waiting.exitcode == 0 and results.get() == (5000, 5)
+    victim.wait()
+    assert outcome(waiting) == (5000, 5)
     assert not list(tmp_path.glob("tokens/*.partial"))
     assert contents(TokenStore(*finished(tmp_path / "tokens"))) == contents(
         cache(tmp_path / "alone").tokens_of(source, skip_bad=False)
     )
 
 
-def refuse_lock(*arguments):
-    raise OSError(errno.ENOSYS, "Function not implemented")
-
-
-class Sleeping(Encoder):
-    """Never finishes; at the top of this file, where worker processes can find it."""
-
-    def encode(self, records):
-        time.sleep(600)
-
-
-class Killed(Encoder):
-    def encode(self, records):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def encode_with(kind, source, folder):
-    encoder = kind(train_byte_level(), TokenizationSettings())
-    TokenCache(folder, encoder, workers=2).tokens_of(source, skip_bad=False)
-
-
-def test_workers_end_with_a_killed_parent(source, tmp_path):
-    parent = multiprocessing.get_context("fork").Process(target=encode_with, args=(Sleeping, source, tmp_path))
-    parent.start()
-    process = psutil.Process(parent.pid)
-    deadline = time.monotonic() + 60
+def test_workers_end_with_a_killed_parent(start):
+    (parent,) = start(kind="sleeping", workers=2)
+    process, deadline = psutil.Process(parent.pid), time.monotonic() + 60
     while len(workers := [child for child in process.children() if "popen_loky" in " ".join(child.cmdline())]) < 2:
-        assert time.monotonic() < deadline and parent.is_alive()
+        assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.05)
     time.sleep(5)  # until they have imported what they need
     parent.kill()
-    parent.join()
+    parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)
     for worker in alive:
         worker.kill()
@@ -238,18 +208,14 @@ def test_workers_end_with_a_killed_parent(source, tmp_path):
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(source, tmp_path):
+    encoder = Killed(train_byte_level(), TokenizationSettings())
     with pytest.raises(DataError, match="want of memory.*tokenize_workers"):
-        encode_with(Killed, source, tmp_path)
+        TokenCache(tmp_path, encoder, workers=2).tokens_of(source, skip_bad=False)
     assert not finished(tmp_path)
 
 
-def test_without_locks_the_first_complete_store_counts(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache.fcntl, "flock", refuse_lock)  # the processes are forked from this one
-    run, results = start
-    for process in [run(0.1), run(0.1)]:
-        process.join()
-        assert process.exitcode == 0
-    assert [results.get() for _ in range(2)] == [(5000, 5), (5000, 5)]
+def test_without_locks_the_first_complete_store_counts(start, tmp_path):
+    assert list(map(outcome, start(2, locks=False, seconds=0.1))) == [(5000, 5), (5000, 5)]
     assert len(finished(tmp_path / "tokens")) == 1 and not list(tmp_path.glob("tokens/*.partial"))
 
 
@@ -271,9 +237,8 @@ def test_what_others_are_writing_stays(write_jsonl, tmp_path):
     """Locks of some file systems hold for one machine only: what another one writes, and what is alive here, stays."""
     source = Source(str(write_jsonl(*rows(9))))
     name = cache(tmp_path).tokens_of(source, skip_bad=False).folder.name
-    host, dead = socket.gethostname(), multiprocessing.get_context("fork").Process(target=int)
-    dead.start()
-    dead.join()
+    host, dead = socket.gethostname(), subprocess.Popen(["true"])
+    dead.wait()
     left = {
         "elsewhere": tmp_path / f"{name}-other-machine-{dead.pid}-0.partial",
         "alive": tmp_path / f"{name}-{host}-{os.getpid()}-0.partial",

@@ -71,7 +71,7 @@ def test_automatic_weights_are_those_worked_out_by_hand(
     assert read_series(automatic)["train/loss"] == read_series(by_hand)["train/loss"]
 
 
-def test_a_validation_fraction_is_the_two_files(root: Path, train: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_validation_fraction_is_validated_on(root: Path, train: Callable[..., Path], tmp_path: Path) -> None:
     """50 prompts with two answers each; a fifth is validated on."""
     pairs = [
         {"prompt": f"{one} {other}", "chosen": " sea", "rejected": " tree"}
