@@ -51,7 +51,6 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
         max_positions=max_positions,
         overlong=data.overlong,
         on_bad_record=data.on_bad_record,
-        bad_records_file=log_directory(config) / "bad_records.jsonl",
         cache_dir=Path(data.cache_dir or log_directory(config) / "tokens").absolute(),
         tokenize_workers=data.tokenize_workers,
         global_batch_size=model.global_batch_size,

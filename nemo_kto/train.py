@@ -165,6 +165,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
             steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
             print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
         trainer = _make_trainer(run, source_folder=source_folder)
+        run.data.list_bad_records(log_dir / "bad_records.jsonl")  # now: exp_manager puts a folder's files aside
         trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
         if export_folder is not None:
             replace = last is not None and config.export.folder is None

@@ -42,7 +42,6 @@ class DataSettings:
         max_positions: See `KTODataset`.
         overlong: What becomes of longer samples.
         on_bad_record: Whether a record that cannot be used ends the run or is left out.
-        bad_records_file: Where the records that were left out are listed; None for nowhere.
         cache_dir: See `TokenCache`.
         tokenize_workers: See `TokenCache`.
         global_batch_size: Samples per step over all ranks, in training and in validation.
@@ -59,7 +58,6 @@ class DataSettings:
     max_positions: int | None = None
     overlong: Overlong = "drop"
     on_bad_record: Literal["error", "skip"] = "error"
-    bad_records_file: Path | None = None
     cache_dir: Path
     tokenize_workers: int | None = None
     global_batch_size: int
@@ -124,7 +122,6 @@ class KTODataModule(LightningDataModule):
             _inform("%d samples are trained on, %d with other prompts are validated on", len(train), len(validation))
         if "train" in self.splits:
             epoch_length(len(self.splits["train"]), settings.global_batch_size)
-        self._list_bad_records()
         if settings.global_batch_size == 1:
             _warn(
                 "global_batch_size is 1: no response can be paired with another prompt, so the KL estimate is that of "
@@ -247,15 +244,18 @@ class KTODataModule(LightningDataModule):
                 spelled,
             )
 
-    def _list_bad_records(self) -> None:
-        """Writes down which records were left out."""
-        file = self._settings.bad_records_file
-        if file is None or not is_global_rank_zero():
+    def list_bad_records(self, file: Path) -> None:
+        """Writes down which records were left out, in the process that speaks for the run; removes an older list.
+
+        Raises:
+            DataError: The file cannot be written.
+        """
+        if not is_global_rank_zero():
             return
         stores = {store.folder: store for samples in self.splits.values() for store in samples.stores}
         try:
             if not any(store.num_bad for store in stores.values()):
-                file.unlink(missing_ok=True)  # of an earlier run
+                file.unlink(missing_ok=True)
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
             count = copy_bad_records(list(stores.values()), file)

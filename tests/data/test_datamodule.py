@@ -238,7 +238,8 @@ def test_bad_records_may_be_skipped(make, write_jsonl, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="nemo_kto")
     listed = tmp_path / "logs" / "bad_records.jsonl"
     path = write_jsonl(BAD, *rows(6), "{", name="bad.jsonl")
-    module = make(train=[path], on_bad_record="skip", bad_records_file=listed)
+    module = make(train=[path], on_bad_record="skip")
+    module.list_bad_records(listed)
     assert len(module.splits["train"]) == 6
     assert "2 bad records skipped" in caplog.text
     first, second = (json.loads(line) for line in listed.read_text().splitlines())
@@ -247,8 +248,12 @@ def test_bad_records_may_be_skipped(make, write_jsonl, tmp_path, caplog):
     # found in the cache, they are as bad as before
     with pytest.raises(DataError, match="2 records cannot be used"):
         make(train=[path])
-    make(bad_records_file=listed)
+    make().list_bad_records(listed)  # another run in this folder
     assert not listed.exists()
+    listed.parent.rmdir()
+    listed.parent.write_text("")
+    with pytest.raises(DataError, match="bad_records.jsonl cannot be written"):
+        module.list_bad_records(listed)
 
 
 def test_a_validation_split_shares_no_prompt_with_training(make, write_jsonl):
