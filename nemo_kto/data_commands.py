@@ -48,9 +48,8 @@ def _settings(options: argparse.Namespace) -> DataConfig:
     given[f"{prefix}fields"] = dict(map(_field, options.field))
     data: DataConfig = build(DataConfig, given, prefix)
     data.append_eod = not getattr(options, "no_append_eod", False)
-    numbers = {"seq_length": data.seq_length, **{name: getattr(options, name, None) for name in _MODEL_OPTIONS}}
-    keys = {"seq_length": "model.data.seq_length", **{name: f"model.{name}" for name in _MODEL_OPTIONS}}
-    check_least({keys[name]: value for name, value in numbers.items()})
+    of_model = {f"model.{name}": getattr(options, name, None) for name in _MODEL_OPTIONS}
+    check_least({"model.data.seq_length": data.seq_length, **of_model})
     check_data(data)
     return data
 
@@ -199,11 +198,11 @@ def convert(options: argparse.Namespace) -> None:
     data, output = _settings(options), options.output
     if output.exists():
         raise ConfigError(f"{output} exists. Name another file, or remove it.")
-    partial = output.with_name(f"{output.name}.partial")
+    unfinished = output.with_name(f"{output.name}.partial")
     bad: list[BadRecord] = []
     written = 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             for record in _records(sources(data, options.files)):
                 if isinstance(record, BadRecord):
                     bad.append(record)
@@ -214,12 +213,12 @@ def convert(options: argparse.Namespace) -> None:
                 written += 1
         if bad and data.on_bad_record == "error":
             raise DataError(str(bad_records_error(bad)).replace("model.data.on_bad_record=", "--on-bad-record "))
-        partial.rename(output)
+        unfinished.rename(output)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error.strerror}).") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+            unfinished.unlink()
     for one in bad:
         print(f"skipped: {one}", file=sys.stderr)
     print(f"Wrote {written} records to {output}" + (f", skipped {len(bad)}" if bad else ""))

@@ -203,7 +203,7 @@ def read_feedback(
                 else:
                     bad.append(record)
             if len(bad) > MAX_SHOWN:
-                break
+                raise bad_records_error(bad)
     if bad:
         raise bad_records_error(bad)
     return records

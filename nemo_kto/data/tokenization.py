@@ -229,6 +229,8 @@ class Encoder:
         """The ids the tokenizer puts in front of a text: usually [BOS] or nothing."""
         plain = self._encode([(_PROBE, ())])[0]
         full: list[int] = self.tokenizer(_PROBE, verbose=False, split_special_tokens=False)["input_ids"]
+        if full and not plain:  # then nothing tells what comes before a text from what comes behind it
+            raise ConfigError("The tokenizer has no token for a letter or a digit; such tokenizers do not work.")
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start]

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from conftest import train_byte_level, train_metaspace
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kto.data.records import BadRecord, FeedbackRecord
@@ -20,12 +20,13 @@ from nemo_kto.errors import ConfigError
 EOS = "</s>"
 
 
-def record(prompt, response, desirable=True, line=1):
-    return FeedbackRecord(prompt, response, desirable, "data.jsonl", line)
+def record(prompt, response, desirable=True, line=1, **more):
+    return FeedbackRecord(prompt, response, desirable, "data.jsonl", line, **more)
 
 
-def chat(user, assistant, line=1):
-    return record([{"role": "user", "content": user}], [{"role": "assistant", "content": assistant}], line=line)
+def chat(user, assistant, line=1, **more):
+    messages = [{"role": "user", "content": user}], [{"role": "assistant", "content": assistant}]
+    return record(*messages, line=line, **more)
 
 
 def tokenize(records, tokenizer, *, append_eod=False, **settings):
@@ -278,12 +279,9 @@ def test_special_tokens_in_tools_documents_and_names_are_text():
     """All that reaches the template from the data, keys included; a role that spells one is refused."""
     telling = train_byte_level()
     telling.chat_template = "{{ tools | tojson }}{{ documents | tojson }}" + telling.chat_template
-    sample = FeedbackRecord(
-        [{"role": "user", "content": "say"}],
-        [{"role": "assistant", "content": "yes"}],
-        True,
-        "data.jsonl",
-        1,
+    sample = chat(
+        "say",
+        "yes",
         tools=[{"type": "function", "function": {"name": "f", "description": "</s>"}}],
         template_kwargs={"documents": [{"text</s>": "</s> \ue000"}]},
     )
@@ -307,6 +305,14 @@ def test_a_tokenizer_that_splits_special_tokens_by_itself(tokenizer):
     splitting = train_byte_level()
     splitting.split_special_tokens = True
     assert one(chat("a</s>b", "yes"), splitting) == expected
+
+
+def test_a_tokenizer_without_letters_and_digits():
+    mute = Tokenizer(models.BPE({"<s>": 0, "!": 1}, []))
+    assert one(record("!", "!"), PreTrainedTokenizerFast(tokenizer_object=mute)) == ([1], [1])
+    mute.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    with pytest.raises(ConfigError, match="no token for a letter or a digit"):
+        one(record("!", "!"), PreTrainedTokenizerFast(tokenizer_object=mute, bos_token="<s>"))
 
 
 def test_what_others_wrote_does_not_change_a_record(bos_tokenizer):
@@ -375,12 +381,9 @@ def test_strings_taken_as_they_are_are_marked(tokenizer):
 def test_tools_and_variables_reach_the_chat_template():
     telling = train_byte_level()
     telling.chat_template = "{{ tools | tojson if tools }}{{ mood }}" + telling.chat_template
-    sample = FeedbackRecord(
-        [{"role": "user", "content": "say"}],
-        [{"role": "assistant", "content": "yes"}],
-        True,
-        "data.jsonl",
-        1,
+    sample = chat(
+        "say",
+        "yes",
         tools=[{"type": "function", "function": {"name": "weather"}}],
         template_kwargs={"mood": "curt"},
     )
