@@ -116,13 +116,16 @@ class ReferenceConfig:
 class KTOLossConfig:
     """`model.kto`: the algorithm."""
 
-    loss: Literal["kto"] = "kto"
+    loss: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
     ref_policy_kl_penalty: float = 0.2
     desirable_loss_weight: float | Literal["auto"] = 1.0
     undesirable_loss_weight: float | Literal["auto"] = 1.0
     kl_scope: Literal["global_batch", "micro_batch"] = "global_batch"
     loss_reduction: Literal["sample_mean", "class_mean"] = "sample_mean"
     preference_average_log_probs: bool = False
+    humanline_clamp: list[float] | None = None
+    sft_loss_weight: float = 0.0
+    sft_average_log_probs: bool = True
     log_prob_forward_micro_batch_size: int | None = None
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 

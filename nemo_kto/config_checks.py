@@ -53,6 +53,7 @@ _LEAST = {
     "model.kto.desirable_loss_weight": 0,
     "model.kto.undesirable_loss_weight": 0,
     "model.kto.log_prob_forward_micro_batch_size": 1,
+    "model.kto.sft_loss_weight": 0,
     "model.kto.reference.sync_every_n_steps": 1,
     "model.peft.lora_tuning.adapter_dim": 1,
     "model.optim.lr": 0,
@@ -98,7 +99,8 @@ def check_values(config: KTOConfig) -> None:
     _check_recompute(config.model)
     _check_optimizer(config.model.optim)
     check_data(config.model.data)
-    _check_loss_weights(config.model.kto)
+    _check_objective(config.model.kto)
+    _check_monitor(config)
 
 
 def _check_length(kto: TrainerKTOConfig) -> None:
@@ -236,6 +238,43 @@ def check_data(data: DataConfig) -> None:
     template = data.prompt_template
     if template is not None and template != "chat" and "{prompt}" not in template:
         raise ConfigError(f"{prefix}prompt_template={template!r} must have {{prompt}} in it, or be chat.")
+
+
+def _check_objective(kto: KTOLossConfig) -> None:
+    prefix = "model.kto."
+    if kto.loss != "kto":
+        without = f"cannot be used with {prefix}loss={kto.loss}, which has no KL set. Leave it out."
+        if kto.kl_scope != "global_batch":
+            raise ConfigError(f"{prefix}kl_scope={kto.kl_scope} {without}")
+        if kto.log_prob_forward_micro_batch_size is not None:
+            size = kto.log_prob_forward_micro_batch_size
+            raise ConfigError(f"{prefix}log_prob_forward_micro_batch_size={size} {without}")
+    if kto.humanline_clamp is not None:
+        clamp = f"{prefix}humanline_clamp={kto.humanline_clamp}"
+        if len(kto.humanline_clamp) != 2 or not kto.humanline_clamp[0] < 0 < kto.humanline_clamp[1]:
+            raise ConfigError(f"{clamp} must be a number below 0 and one above, such as [-1.0, 1.5].")
+        if kto.loss != "kto":
+            raise ConfigError(f"{clamp} is a variant of {prefix}loss=kto; it cannot be used with {kto.loss}.")
+        if kto.reference.mode == "cached":
+            raise ConfigError(
+                f"{clamp} needs the reference's log-prob of every token; {prefix}reference.mode=cached keeps their "
+                "sums only. Use auto."
+            )
+    if kto.desirable_loss_weight == kto.undesirable_loss_weight == 0 and not kto.sft_loss_weight:
+        raise ConfigError(
+            f"{prefix}desirable_loss_weight and undesirable_loss_weight are both 0: there is nothing to learn. "
+            "Raise one of them."
+        )
+    _check_loss_weights(kto)
+
+
+def _check_monitor(config: KTOConfig) -> None:
+    monitor, loss = config.exp_manager.checkpoint_callback_params.monitor, config.model.kto.loss
+    if monitor == "val_kl" and loss != "kto":
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.monitor=val_kl cannot be used with model.kto.loss={loss}, which "
+            "has no KL set. Use val_loss."
+        )
 
 
 def _check_loss_weights(kto: KTOLossConfig) -> None:

@@ -38,7 +38,6 @@ IGNORED = (
     "exp_manager.checkpoint_callback_params.model_parallel_size",
     "model.mcore_gpt",
     "model.megatron_amp_O2",
-    "model.kto.sft_average_log_probs",
     "model.optim.bucket_cap_mb",
     "model.optim.contiguous_grad_buffer",
     "model.optim.contiguous_param_buffer",
@@ -60,18 +59,12 @@ and the model is exported by this package, training reads no test split."""
 IGNORED_VALUES = {"model.optim.name": ("fused_adam", "megatron_fused_adam")}
 """Known keys -> old values that mean today's default."""
 
-LATER_VALUES = {
-    "model.kto.loss": ("apo_zero_unpaired", "bco"),
-}
-"""Known keys -> values of features that do not exist yet."""
-
 _ADAPTER_FOLDER = "Name a folder with a PEFT adapter in model.peft.lora_tuning.restore_from_path."
 _ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.peft.restore_from_ckpt.checkpoint_dir": ((None,), _ADAPTER_FOLDER),
     "model.peft.restore_from_ckpt.checkpoint_name": ((None,), _ADAPTER_FOLDER),
     "model.peft.lora_tuning.weight_tying": ((False,), "Every layer has adapters of its own; leave it out."),
-    "model.kto.sft_loss_weight": ((0,), "An SFT term comes with a later version; set it to 0."),
     "model.kto.preference_loss_weight": ((1,), "The KTO loss is all there is, with weight 1; scale model.optim.lr."),
     "model.kto.gt_reward_scale": ((1,), "Ground-truth rewards are not part of KTO; leave it out."),
     "model.data.data_impl": ((None, "json", "jsonl"), "How a file is read follows from its name."),
@@ -112,8 +105,6 @@ def take_legacy_keys(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
         elif value in IGNORED_VALUES.get(key, ()):
             ignored[f"{key}={value}"] = None
             del kept[key]
-        elif value in LATER_VALUES.get(key, ()):
-            raise ConfigError(f"{key}={value} is not available yet in this version.")
     return kept, list(ignored)
 
 

@@ -231,6 +231,8 @@ def canonical_row(record: FeedbackRecord) -> dict[str, Any]:
         row["tools"] = record.tools
     if record.template_kwargs is not None:
         row["chat_template_kwargs"] = record.template_kwargs
+    if record.weight != 1:
+        row["weight"] = record.weight
     return row
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
+from nemo_kto.algorithms.losses import LOSSES
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import DataSettings, KTODataModule
 from nemo_kto.errors import ConfigError
@@ -54,6 +55,7 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
         cache_dir=Path(data.cache_dir or log_directory(config) / "tokens").absolute(),
         tokenize_workers=data.tokenize_workers,
         global_batch_size=model.global_batch_size,
+        kl_set=LOSSES[model.kto.loss].baseline == "kl",
         shuffle=data.shuffle,
         seed=model.seed,
         num_workers=data.num_workers,
@@ -66,7 +68,7 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
 def settle_loss_weights(config: KTOConfig, data: KTODataModule) -> KTOConfig:
     """Return the configuration with numbers as loss weights, and warn about numbers that leave the data unbalanced."""
     kto, train = config.model.kto, data.splits["train"]
-    counts = train.num_desirable, train.num_undesirable
+    counts = train.class_totals
     given = {"desirable": kto.desirable_loss_weight, "undesirable": kto.undesirable_loss_weight}
     if 0 in counts:
         one = "desirable" if counts[1] == 0 else "undesirable"
@@ -83,13 +85,13 @@ def settle_loss_weights(config: KTOConfig, data: KTODataModule) -> KTOConfig:
     return replace(config, model=replace(config.model, kto=kto))
 
 
-def _warn_about_weights(counts: tuple[int, int], weights: tuple[float, float]) -> None:
+def _warn_about_weights(counts: tuple[float, float], weights: tuple[float, float]) -> None:
     ratio = weighted_ratio(*counts, *weights)
     if is_balanced(ratio) or 0 in weights or not is_global_rank_zero():  # a weight of 0 is no oversight
         return
     logger.warning(
-        "%d desirable samples with weight %.4g and %d undesirable ones with weight %.4g: the weighted ratio is %.3g, "
-        "and the KTO paper advises one from 1 to 4/3. For that, write\n"
+        "%.10g desirable samples with weight %.4g and %.10g undesirable ones with weight %.4g: the weighted ratio "
+        "is %.3g, and the KTO paper advises one from 1 to 4/3. For that, write\n"
         "    model.kto.desirable_loss_weight=%.4g\n    model.kto.undesirable_loss_weight=%.4g",
         counts[0],
         weights[0],

@@ -32,6 +32,9 @@ _OBJECTIVE = (
     "kl_scope",
     "loss_reduction",
     "preference_average_log_probs",
+    "humanline_clamp",
+    "sft_loss_weight",
+    "sft_average_log_probs",
 )
 """Keys of `model.kto` that say what is optimised."""
 
@@ -86,7 +89,7 @@ def run_identity(
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
         "model.init_method_std": None if folder else model.init_method_std,
         "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
-        "model.data.data_prefix.train": data.digest("train"),
+        "model.data.data_prefix.train": data.digest("train", weights=True),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
         "model.seed": config.model.seed,

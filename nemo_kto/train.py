@@ -2,123 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig
-from transformers import PretrainedConfig
 
 from nemo_kto import resolve
-from nemo_kto.cli import run_guarded
-from nemo_kto.config import KTOConfig, config_dir, parse_config
-from nemo_kto.data.datamodule import KTODataModule
-from nemo_kto.data.tokenizer import load_tokenizer
+from nemo_kto.config import KTOConfig
 from nemo_kto.errors import StoppedEarly
+from nemo_kto.facts import run_facts, write_facts
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
-from nemo_kto.models.lora import LoRASettings
-from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
-from nemo_kto.models.reference import ReferenceSettings
-from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
-from nemo_kto.resolve_data import read_data, settle_loss_weights
-from nemo_kto.resolve_reference import cache_settings, lora_settings, reference_settings
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
-from nemo_kto.runtime import cpu_megatron
+from nemo_kto.run import Run, prepare, run_configured, trainer_settings
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves, step_of
-from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
 from nemo_kto.runtime.strategy import MegatronStrategy
-
-_PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 
 def main() -> None:
     """Run the training command: configuration from conf/gpt_kto.yaml and the command line."""
     run_configured(train, sys.argv[1:])
-
-
-def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]) -> None:
-    """Run `action` with the configuration from conf/gpt_kto.yaml and `overrides` of the command line."""
-    silence_loaded_packages()
-    command = list(sys.argv)
-
-    def act(raw: DictConfig) -> None:
-        sys.argv = command  # Lightning starts the other processes with it
-        # Hydra turns exceptions into its own report: ours must not reach it
-        run_guarded(lambda: action(parse_config(raw)))
-
-    sys.argv = [command[0], *(_forced(argument) for argument in overrides)]
-    run_guarded(hydra_runner(config_path=str(config_dir()), config_name="gpt_kto")(act))
-
-
-def _forced(argument: str) -> str:
-    """Return an override that Hydra accepts for any key: `parse_config` judges keys, NeMo-Aligner's included."""
-    plain = argument.lstrip("+")
-    return "++" + plain if _PLAIN_OVERRIDE.match(argument) and not plain.startswith("hydra.") else argument
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What a configuration was found to mean."""
-
-    config: KTOConfig
-    accelerator: str
-    layout: Layout
-    hf_config: PretrainedConfig
-    lora: LoRASettings | None
-    reference: ReferenceSettings
-    data: KTODataModule
-    schedule: resolve.Schedule
-
-    def model(self) -> MegatronGPTKTOModel:
-        return MegatronGPTKTOModel(
-            self.config,
-            self.hf_config,
-            layout=self.layout,
-            params_dtype=resolve.params_dtype(self.config),
-            recompute=resolve.recompute(self.config),
-            lora=self.lora,
-            reference=self.reference,
-            steps_per_epoch=self.schedule.per_epoch,
-            val_batches=self.schedule.val_batches,
-        )
-
-
-def _prepare(config: KTOConfig) -> _Run:
-    """Check the configuration and read the data, as every process does."""
-    accelerator = resolve.accelerator(config)
-    if accelerator == "cpu":
-        cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(resolve.tokenizer_folder(config))
-    hf_config = resolve.model(config, tokenizer)
-    layout = resolve.layout(config, hf_config, accelerator)
-    lora = lora_settings(config, hf_config)
-    reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
-    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
-    config = settle_loss_weights(config, data)
-    if reference.mode == "cached":
-        cache = cache_settings(config, hf_config, reference, data, tokenizer)
-        reference = dataclasses.replace(reference, cache=cache)
-    return _Run(
-        config=config,
-        accelerator=accelerator,
-        layout=layout,
-        hf_config=hf_config,
-        lora=lora,
-        reference=reference,
-        data=data,
-        schedule=resolve.plan_schedule(config, data),
-    )
 
 
 def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
@@ -138,7 +48,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         DivergenceError: A gradient is not finite.
     """
     stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))  # its time begins here
-    run = _prepare(config)
+    run = prepare(config)
     config = run.config
     resolve.warn_about_rates(config, run.schedule)
     log_dir = resolve.log_directory(config)
@@ -162,10 +72,15 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
                 lora=run.lora,
             )
             write_identity(source_folder, identity)
+            facts = run_facts(run)
+            write_facts(source_folder, facts)
             steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
             print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
         trainer = _make_trainer(run, source_folder=source_folder)
-        run.data.list_bad_records(log_dir / "bad_records.jsonl")  # now: exp_manager puts a folder's files aside
+        # now: exp_manager puts a folder's older files aside
+        run.data.list_bad_records(log_dir / "bad_records.jsonl")
+        if is_global_rank_zero():
+            write_facts(log_dir, facts)
         trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
         if export_folder is not None:
             replace = last is not None and config.export.folder is None
@@ -188,10 +103,10 @@ def cache_reference(config: KTOConfig) -> None:
         CheckpointError: See `train`.
     """
     stop = GracefulStop(_time_limit(config.exp_manager.max_time_per_run))
-    run = _prepare(config)
+    run = prepare(config)
     assert run.reference.cache is not None, "reference.mode is cached"
     trainer = Trainer(
-        **{**_trainer_settings(run), "limit_val_batches": 0},
+        **{**trainer_settings(run), "limit_val_batches": 0},
         strategy=MegatronStrategy(
             run.layout,
             config.model.optim,
@@ -239,26 +154,7 @@ def _time_limit(text: str | None) -> timedelta | None:
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 
 
-def _trainer_settings(run: _Run) -> dict[str, Any]:
-    """Return the Trainer's settings that do not depend on what it is to do."""
-    return {
-        "accelerator": run.accelerator,
-        "devices": run.layout.world_size // run.config.trainer.num_nodes,
-        "num_nodes": run.config.trainer.num_nodes,
-        "precision": "32-true",  # Lightning's part only: Megatron's is in the model and the strategy
-        "max_steps": run.schedule.total,
-        "max_epochs": -1,
-        "limit_val_batches": run.schedule.val_batches,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-    }
-
-
-def _make_trainer(run: _Run, *, source_folder: Path) -> Trainer:
+def _make_trainer(run: Run, *, source_folder: Path) -> Trainer:
     config, schedule = run.config, run.schedule
     params = config.exp_manager.checkpoint_callback_params
     strategy = MegatronStrategy(
@@ -271,7 +167,7 @@ def _make_trainer(run: _Run, *, source_folder: Path) -> Trainer:
         source_folder=source_folder,
     )
     trainer = Trainer(
-        **_trainer_settings(run),
+        **trainer_settings(run),
         strategy=strategy,
         log_every_n_steps=config.trainer.log_every_n_steps,
         callbacks=[ProgressBar(), *([FinishBackgroundSaves()] if params.async_save else [])],

@@ -329,8 +329,10 @@ def test_accepted(override, key, value):
         ("model.kto.reference.mode=adapter_off", ["mode=adapter_off", "model.peft.peft_scheme=lora"]),
         ("model.kto.reference.cache_dir=x", ["cache_dir=x", "mode=cached"]),
         ("model.kto.reference.sync_every_n_steps=0", ["sync_every_n_steps=0", "at least 1"]),
-        ("model.kto.sft_loss_weight=0.1", ["model.kto.sft_loss_weight=0.1", "later version"]),
-        ("model.kto.loss=bco", ["model.kto.loss=bco", "not available"]),
+        ("model.kto.sft_loss_weight=-0.1", ["model.kto.sft_loss_weight=-0.1", "at least 0"]),
+        ("model.kto.loss=dpo", ["model.kto.loss='dpo'", "apo_zero_unpaired"]),
+        ("model.kto.humanline_clamp=[-1.0]", ["humanline_clamp=[-1.0]", "[-1.0, 1.5]"]),
+        ("model.kto.humanline_clamp=[0.5,1.5]", ["humanline_clamp=[0.5, 1.5]", "below 0 and one above"]),
         ("model.kto.desirable_loss_weight=even", ["desirable_loss_weight", "a number or auto"]),
         # data
         ("model.data.overlong=keep", ["model.data.overlong", "truncate_prompt_left", "truncate_response"]),
@@ -357,6 +359,36 @@ def test_refused(override, parts):
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.kto.loss=bco", "model.kto.kl_scope=micro_batch"], ["kl_scope=micro_batch", "loss=bco", "no KL set"]),
+        (
+            ["model.kto.loss=apo_zero_unpaired", "model.kto.log_prob_forward_micro_batch_size=4"],
+            ["log_prob_forward_micro_batch_size=4", "loss=apo_zero_unpaired"],
+        ),
+        (["model.kto.loss=bco", "model.kto.humanline_clamp=[-1.0,1.5]"], ["humanline_clamp", "loss=kto", "bco"]),
+        (["model.kto.reference.mode=cached", "model.kto.humanline_clamp=[-1.0,1.5]"], ["every token", "mode=cached"]),
+        (["model.kto.desirable_loss_weight=0", "model.kto.undesirable_loss_weight=0"], ["both 0", "nothing to learn"]),
+        (
+            ["model.kto.loss=bco", "exp_manager.checkpoint_callback_params.monitor=val_kl"],
+            ["monitor=val_kl", "loss=bco", "val_loss"],
+        ),
+    ],
+)
+def test_combinations_without_sense_are_refused(overrides, parts):
+    with pytest.raises(ConfigError) as error:
+        parse(*overrides)
+    assert all(part in str(error.value) for part in parts), error.value
+    for override in overrides:  # each alone is fine, or is refused for a reason of its own
+        if "=0" not in override:
+            parse(override)
+
+
+def test_learning_from_likelihood_alone_is_possible():
+    parse(*[f"model.kto.{name}_loss_weight=0" for name in ("desirable", "undesirable")], "model.kto.sft_loss_weight=1")
 
 
 LORA = ["model.peft.peft_scheme=lora", f"pretrained_checkpoint.restore_from_path={ROOT}"]

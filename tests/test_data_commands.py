@@ -114,7 +114,7 @@ def test_convert_and_read_again(run: Any, tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
         {"messages": messages, "label": 1, "tools": json.dumps(tools), "chat_template_kwargs": {"x": 1}},
-        {"messages": messages, "label": "rejected"},
+        {"messages": messages, "label": "rejected", "weight": 0.5},
     )
     pairs = write(tmp_path / "b.jsonl", {"prompt": "p", "chosen": " a", "rejected": " b"})
     out = tmp_path / "out.jsonl"
@@ -131,7 +131,8 @@ def test_convert_and_read_again(run: Any, tmp_path: Path) -> None:
     assert rows[3] == {"prompt": "p", "completion": " b", "label": False}
     before, after = read_feedback([path, pairs]), read_feedback([out])
     values = [
-        [(r.prompt, r.response, r.desirable, r.tools, r.template_kwargs) for r in found] for found in (before, after)
+        [(r.prompt, r.response, r.desirable, r.tools, r.template_kwargs, r.weight) for r in found]
+        for found in (before, after)
     ]
     assert values[0] == values[1]
     code, _, error = run("convert", path, "--output", out)

@@ -23,11 +23,15 @@ LAYERS = {
     "models": 4,
     "cli": 5,
     "data_commands": 5,
+    "facts": 5,
+    "report": 5,
+    "reporting": 5,
     "resolve": 5,
     "resolve_data": 5,
     "resolve_records": 5,
     "resolve_reference": 5,
     "resume": 5,
+    "run": 5,
     "train": 5,
 }
 """Part of nemo_kto (a folder or a file) -> its layer; examples are above all of them."""
@@ -40,6 +44,8 @@ FORBIDDEN = {
     "quiet": {"torch", "megatron", "lightning", "transformers"},
     "resolve_records": {"megatron", "nemo", "lightning"},
     "data_commands": {"megatron", "nemo", "lightning"},
+    "report": {"torch", "megatron", "nemo", "lightning", "transformers"},
+    "reporting": {"torch", "megatron", "nemo", "lightning", "transformers"},
 }
 # parts that take plain values, never a configuration
 WITHOUT_CONFIG = {"algorithms", "data"}

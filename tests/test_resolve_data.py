@@ -17,7 +17,7 @@ def settle(counts: tuple[int, int], **weights: float | str) -> KTOConfig:
     config = KTOConfig()
     for name, weight in weights.items():
         setattr(config.model.kto, f"{name}_loss_weight", weight)
-    train = SimpleNamespace(num_desirable=counts[0], num_undesirable=counts[1])
+    train = SimpleNamespace(class_totals=counts)
     return settle_loss_weights(config, SimpleNamespace(splits={"train": train}))  # type: ignore[arg-type]
 
 

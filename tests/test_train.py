@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from nemo_kto.train import _forced, _time_limit
+from nemo_kto.run import _forced
+from nemo_kto.train import _time_limit
 
 
 @pytest.mark.parametrize(

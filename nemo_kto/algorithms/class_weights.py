@@ -6,7 +6,7 @@ The KTO paper (arXiv 2402.01306, section 4.2, on hyperparameters) asks for w_d *
 LOWEST_RATIO, HIGHEST_RATIO = 1.0, 4.0 / 3.0
 
 
-def weighted_ratio(num_desirable: int, num_undesirable: int, desirable: float, undesirable: float) -> float:
+def weighted_ratio(num_desirable: float, num_undesirable: float, desirable: float, undesirable: float) -> float:
     """Returns w_d * n_d / (w_u * n_u); infinite where the undesirable side is zero."""
     below = undesirable * num_undesirable
     return desirable * num_desirable / below if below else float("inf")
@@ -21,13 +21,13 @@ def is_balanced(ratio: float) -> bool:
 
 
 def balanced_weights(
-    num_desirable: int, num_undesirable: int, desirable: float | None = None, undesirable: float | None = None
+    num_desirable: float, num_undesirable: float, desirable: float | None = None, undesirable: float | None = None
 ) -> tuple[float, float]:
     """Returns (w_d, w_u) whose weighted ratio is in the paper's range.
 
     Args:
-        num_desirable: Samples with thumbs up, at least 1.
-        num_undesirable: Samples with thumbs down, at least 1.
+        num_desirable: Samples with thumbs up, or the sum of their own weights; above 0.
+        num_undesirable: The same of thumbs down.
         desirable: w_d, if it is given; above 0.
         undesirable: w_u, if it is given; above 0.
 

@@ -14,7 +14,10 @@ _NAMES = (
     "loss",
     "loss/chosen",
     "loss/rejected",
+    "sft_loss",
     "kl",
+    "unclamped",
+    "log_ratios",
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -50,7 +53,7 @@ class MetricSums:
         slot[1] += weights.sum()
 
     def reduce_(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up over all ranks of `group` (default: the world) in place: one all-reduce of 20 float64."""
+        """Add up over all ranks of `group` (default: the world) in place: one all-reduce of 26 float64."""
         dist.all_reduce(self._slots, group=group)
 
     def means(self) -> dict[str, float]:
@@ -74,9 +77,9 @@ def add_kto_metrics(
     losses: Tensor,
     rewards: Tensor,
     policy_logps: Tensor,
-    kl_estimate: Tensor,
     desirable: Tensor,
     weights: Tensor,
+    loss_weights: Tensor,
 ) -> None:
     """Add one batch's samples to `sums`, with the names of TRL's KTOTrainer where it has one.
 
@@ -88,13 +91,13 @@ def add_kto_metrics(
         losses: `[b]` float32.
         rewards: `[b]` float32, beta times the log-ratio.
         policy_logps: `[b]` float32, natural log.
-        kl_estimate: `[b]` float32, the baseline z each sample was compared with.
         desirable: `[b]` bool.
         weights: `[b]` float32, 1 for a sample, 0 for one that only fills a place.
+        loss_weights: `[b]` float32, what each loss is multiplied with.
     """
     chosen, rejected = weights * desirable, weights * ~desirable
+    losses = losses * loss_weights
     sums.add("loss", losses, weights)
-    sums.add("kl", kl_estimate, weights)
     sums.add("rewards/accuracies", torch.where(desirable, rewards > 0, rewards < 0), weights)
     for name, values in (("loss", losses), ("rewards", rewards), ("logps", policy_logps)):
         sums.add(f"{name}/chosen", values, chosen)

@@ -141,16 +141,18 @@ class KTOItem:
     Attributes:
         prompt: [p] int64.
         response: [r] int64.
-        kl_response: [k] int64, the response of another sample.
+        kl_response: [k] int64, the response of another sample; None without a KL set.
         desirable: True for thumbs up.
         index: Which samples these are, and 1 for a sample that counts, 0 for one that only fills a place.
+        weight: What its loss is multiplied with.
     """
 
     prompt: Tensor
     response: Tensor
-    kl_response: Tensor
+    kl_response: Tensor | None
     desirable: bool
     index: PairIndex
+    weight: float = 1.0
 
 
 class KTODataset(Dataset[KTOItem]):
@@ -172,10 +174,12 @@ class KTODataset(Dataset[KTOItem]):
     def __getitem__(self, index: PairIndex) -> KTOItem:
         """The sample and its KL response."""
         sample = self._samples[index.sample]
-        kl_response = self._samples[index.kl].response
-        if self._max_positions is not None:
-            kl_response = kl_response[: self._max_positions - sample.prompt.numel()]
-        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index)
+        kl_response = None
+        if index.kl is not None:
+            kl_response = self._samples[index.kl].response
+            if self._max_positions is not None:
+                kl_response = kl_response[: self._max_positions - sample.prompt.numel()]
+        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index, sample.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +188,12 @@ class KTOBatch:
 
     Attributes:
         samples: n (prompt, response).
-        kl_samples: n (prompt, response of another sample), in the same order.
-        pairs: [n, 2] int64, the numbers of the sample and of the one whose response joins its prompt; always on the
-            CPU.
+        kl_samples: n (prompt, response of another sample), in the same order; empty without a KL set.
+        pairs: [n, 2] int64, the numbers of the sample and of the one whose response joins its prompt (-1 for none);
+            always on the CPU.
         desirable: [n] bool.
         weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
+        loss_weights: [n] float32, what each loss is multiplied with; 0 for a sample that only fills a place.
     """
 
     samples: list[Document]
@@ -196,16 +201,19 @@ class KTOBatch:
     pairs: Tensor
     desirable: Tensor
     weights: Tensor
+    loss_weights: Tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels between processes as five tensors: each tensor sent costs a file descriptor on both sides."""
+        """Travels between processes as six tensors: each tensor sent costs a file descriptor on both sides."""
         parts = [part for document in self.samples + self.kl_samples for part in document]
         lengths = torch.tensor([part.numel() for part in parts])
-        return _batch_from_flat, (torch.cat(parts), lengths, self.pairs, self.desirable, self.weights)
+        others = (self.pairs, self.desirable, self.weights, self.loss_weights)
+        return _batch_from_flat, (torch.cat(parts), lengths, *others)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
-        return replace(self, desirable=self.desirable.to(device), weights=self.weights.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("desirable", "weights", "loss_weights")}
+        return replace(self, **moved)
 
     def sample_rows(self, micro_batch_size: int) -> list[PackedRow]:
         """The samples as packed rows of `micro_batch_size` consecutive documents (the last may hold fewer)."""
@@ -220,17 +228,18 @@ def collate_pairs(items: Sequence[KTOItem]) -> KTOBatch:
     """Joins the items of a batch; the `collate_fn` for DataLoader."""
     return KTOBatch(
         samples=[(item.prompt, item.response) for item in items],
-        kl_samples=[(item.prompt, item.kl_response) for item in items],
-        pairs=torch.tensor([(item.index.sample, item.index.kl) for item in items]),
+        kl_samples=[(item.prompt, item.kl_response) for item in items if item.kl_response is not None],
+        pairs=torch.tensor([(item.index.sample, -1 if item.index.kl is None else item.index.kl) for item in items]),
         desirable=torch.tensor([item.desirable for item in items], dtype=torch.bool),
         weights=torch.tensor([item.index.weight for item in items], dtype=torch.float32),
+        loss_weights=torch.tensor([item.index.weight * item.weight for item in items], dtype=torch.float32),
     )
 
 
-def _batch_from_flat(tokens: Tensor, lengths: Tensor, pairs: Tensor, desirable: Tensor, weights: Tensor) -> KTOBatch:
+def _batch_from_flat(tokens: Tensor, lengths: Tensor, pairs: Tensor, *others: Tensor) -> KTOBatch:
     parts = torch.split(tokens, lengths.tolist())
     documents = list(zip(parts[::2], parts[1::2], strict=True))
-    return KTOBatch(documents[: len(documents) // 2], documents[len(documents) // 2 :], pairs, desirable, weights)
+    return KTOBatch(documents[: len(pairs)], documents[len(pairs) :], pairs, *others)
 
 
 def _rows(documents: list[Document], micro_batch_size: int) -> list[PackedRow]:

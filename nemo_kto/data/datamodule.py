@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_pairs
 from nemo_kto.data.rendering import TokenizationSettings
 from nemo_kto.data.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, Shuffle, ValidationBatchSampler, epoch_length
-from nemo_kto.data.sources import Source
+from nemo_kto.data.sources import Source, file_names
 from nemo_kto.data.token_cache import TokenCache
 from nemo_kto.data.token_store import copy_bad_records
 from nemo_kto.data.tokenization import Encoder
@@ -45,6 +46,7 @@ class DataSettings:
         cache_dir: See `TokenCache`.
         tokenize_workers: See `TokenCache`.
         global_batch_size: Samples per step over all ranks, in training and in validation.
+        kl_set: Whether each prompt is also paired with another sample's response.
         shuffle: How the training data is shuffled.
         seed: Non-negative seed of that order, of what is taken of a source, and of the validation split.
         num_workers: Processes that build batches; 0 builds them in the training process.
@@ -61,6 +63,7 @@ class DataSettings:
     cache_dir: Path
     tokenize_workers: int | None = None
     global_batch_size: int
+    kl_set: bool = True
     shuffle: Shuffle = True
     seed: int
     num_workers: int = 0
@@ -122,7 +125,7 @@ class KTODataModule(LightningDataModule):
             _inform("%d samples are trained on, %d with other prompts are validated on", len(train), len(validation))
         if "train" in self.splits:
             epoch_length(len(self.splits["train"]), settings.global_batch_size)
-        if settings.global_batch_size == 1:
+        if settings.global_batch_size == 1 and settings.kl_set:
             _warn(
                 "global_batch_size is 1: no response can be paired with another prompt, so the KL estimate is that of "
                 "the sample itself and its loss stays near 0.5; use at least 4."
@@ -185,6 +188,7 @@ class KTODataModule(LightningDataModule):
                 global_batch_size=self._settings.global_batch_size,
                 dp_rank=position.dp_rank,
                 dp_size=position.dp_size,
+                kl_set=self._settings.kl_set,
             )
         return GlobalBatchSampler(
             self.splits[split].prompt_keys,
@@ -196,6 +200,7 @@ class KTODataModule(LightningDataModule):
             num_steps=position.num_steps,
             steps_per_epoch=position.steps_per_epoch,
             start_step=position.start_step,
+            kl_set=self._settings.kl_set,
         )
 
     def _read(self, split: str, sources: Sequence[Source]) -> Samples:
@@ -228,6 +233,9 @@ class KTODataModule(LightningDataModule):
         if samples.num_bad:
             counts.append(f"{samples.num_bad} bad records skipped")
         _inform("%s data: %s", split, ", ".join(counts))
+        weights = samples.column("weight")
+        if len(samples) and (weights != 1).any():
+            _inform("%s data: the samples' own weights are %.4g to %.4g", split, weights.min(), weights.max())
         if samples.column("verbatim").any() and self._encoder.tokenizer.chat_template:
             _warn(
                 "%s data: prompts and responses are strings, which are joined as they are, although the tokenizer has "
@@ -263,9 +271,20 @@ class KTODataModule(LightningDataModule):
             raise DataError(f"{file} cannot be written ({error.strerror}).") from error
         _warn("%d bad records were skipped: %s", count, file)
 
-    def digest(self, split: str) -> str:
-        """A digest of a split's tokens and labels in their order; equal on every machine."""
-        return self.splits[split].digest()
+    def digest(self, split: str, *, weights: bool = False) -> str:
+        """A digest of a split's tokens and labels in their order, and of the samples' weights if so wished."""
+        return self.splits[split].digest(weights=weights)
+
+    def files_of(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Returns the names of the files a split was read from, and the number of the one that each sample is of."""
+        samples, settings = self.splits[split], self._settings
+        sources = settings.validation if split == "validation" and settings.validation else settings.train
+        names: list[str] = []
+        file_of = samples.column("file").astype(np.int64)
+        for number, source in enumerate(sources):
+            file_of[samples.store_of == number] += len(names)
+            names += file_names(source)
+        return names, file_of
 
     def _known_position(self) -> _Position:
         assert self._position is not None, "set_position(...) must be called before a loader is asked for"

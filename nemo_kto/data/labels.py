@@ -1,4 +1,4 @@
-"""What people write for thumbs up and thumbs down; anything else is an error, never a silent default."""
+"""What people write for thumbs up and down, and for how much one counts; anything else is an error."""
 
 import math
 import operator
@@ -53,6 +53,22 @@ def parse_threshold(text: str) -> Threshold:
             f"{', '.join(_COMPARISONS)}."
         )
     return Threshold(text.strip(), _COMPARISONS[match[1]], float(match[2]))
+
+
+def parse_weight(value: Any, column: str) -> float:
+    """Returns a sample's weight in the loss; 1 where none is given.
+
+    Raises:
+        RecordError: It is no number of at least 0.
+    """
+    if value is None:
+        return 1.0
+    weight = -1.0 if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    if not 0 <= weight < math.inf:
+        raise RecordError(
+            f"must be a number of at least 0, by which the sample's loss is multiplied, got {shown(value)}.", column
+        )
+    return weight
 
 
 _LABELS = {

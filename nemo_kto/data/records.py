@@ -28,6 +28,7 @@ class FeedbackRecord:
         line: Line in that file, counted from 1; where there are no lines, the number of the record.
         tools: JSON schemas of the tools that the chat template is told of.
         template_kwargs: Other variables for the chat template.
+        weight: What its loss is multiplied with.
     """
 
     prompt: str | Messages
@@ -37,6 +38,7 @@ class FeedbackRecord:
     line: int
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
+    weight: float = 1.0
 
     @property
     def place(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from nemo_kto.data.containers import Row
 from nemo_kto.data.conversations import checked_answer, checked_kwargs, checked_tools
 from nemo_kto.data.formats import FIELDS, FORMATS, SCORES, Columns
-from nemo_kto.data.labels import parse_threshold
+from nemo_kto.data.labels import parse_threshold, parse_weight
 from nemo_kto.data.records import FeedbackRecord, RecordError
 from nemo_kto.errors import ConfigError, DataError
 
@@ -74,6 +74,7 @@ class RowReader:
                 raise RecordError("cannot be trained on; only text is.", name)
         tools = checked_tools(columns.get("tools"), columns.column("tools"))
         kwargs = checked_kwargs(columns.get("chat_template_kwargs"), columns.column("chat_template_kwargs"))
+        weight = parse_weight(columns.get("weight"), columns.column("weight"))
         records = []
         for answer in FORMATS[self.format].read(columns):
             prompt, response = checked_answer(
@@ -83,7 +84,9 @@ class RowReader:
                 system=columns.get("system"),
                 system_name=columns.column("system"),
             )
-            records.append(FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs))
+            records.append(
+                FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs, weight)
+            )
         return records
 
     def _columns(self, format: str, row: Row) -> Columns:

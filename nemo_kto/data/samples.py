@@ -62,7 +62,11 @@ class Samples(Sequence[TokenizedSample]):
             prompt[0] = self.bos_token_id
         response = store.tokens[middle : middle + int(self.response_kept[index])].astype(np.int64)
         return TokenizedSample(
-            torch.from_numpy(prompt), torch.from_numpy(response), bool(row["desirable"]), int(row["prompt_key"])
+            torch.from_numpy(prompt),
+            torch.from_numpy(response),
+            bool(row["desirable"]),
+            int(row["prompt_key"]),
+            float(row["weight"]),
         )
 
     def column(self, name: str) -> np.ndarray:
@@ -96,15 +100,25 @@ class Samples(Sequence[TokenizedSample]):
         return len(self) - self.num_desirable
 
     @property
+    def class_totals(self) -> tuple[float, float]:
+        """The sums of the weights of the samples with thumbs up, and of those with thumbs down."""
+        weights, desirable = self.column("weight").astype(np.float64), self.column("desirable")
+        return float(weights[desirable].sum()), float(weights[~desirable].sum())
+
+    @property
     def num_truncated(self) -> int:
         """Samples that lost tokens."""
         whole = self.column("prompt") + self.column("response")
         return int((self.lengths < whole).sum())
 
-    def digest(self) -> str:
-        """A digest of tokens and labels in their order; equal on every machine and wherever they were read from."""
+    def digest(self, *, weights: bool) -> str:
+        """A digest of tokens and labels in their order; equal on every machine and wherever they were read from.
+
+        Args:
+            weights: Whether it also depends on the samples' weights.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("prompt_key", "response_key", "desirable"):
+        for name in ("prompt_key", "response_key", "desirable", *(["weight"] if weights else [])):
             digest.update(self.column(name).tobytes())
         digest.update(self.prompt_kept.tobytes() + self.response_kept.tobytes())
         return digest.hexdigest()

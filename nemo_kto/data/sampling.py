@@ -23,12 +23,12 @@ class PairIndex(NamedTuple):
 
     Attributes:
         sample: Index of the record.
-        kl: Index of the record whose response joins the sample's prompt in the KL set.
+        kl: Index of the record whose response joins the sample's prompt in the KL set; None without such a set.
         weight: 1 for a sample that counts, 0 for one that only fills a place.
     """
 
     sample: int
-    kl: int
+    kl: int | None
     weight: float = 1.0
 
 
@@ -107,6 +107,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         num_steps: int,
         steps_per_epoch: int | None = None,
         start_step: Callable[[], int] = int,
+        kl_set: bool = True,
     ) -> None:
         """Checks the sizes; reads nothing yet.
 
@@ -121,6 +122,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
             steps_per_epoch: Steps after which the next epoch begins; None for all whole batches of the data.
             start_step: Returns the number of steps taken before, where a resumed run goes on; asked when iteration
                 starts.
+            kl_set: Whether samples are paired with others' responses.
 
         Raises:
             DataError: Fewer samples than a global batch.
@@ -136,6 +138,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         self._steps_per_epoch = whole if steps_per_epoch is None else steps_per_epoch
         assert 0 < self._steps_per_epoch <= whole, (steps_per_epoch, whole)
         self._start_step = start_step
+        self._kl_set = kl_set
 
     def __len__(self) -> int:
         """Steps of the whole run, whatever the position."""
@@ -151,7 +154,7 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
                 order, ordered_epoch = self._epoch_order(epoch), epoch
             start = step_in_epoch * self._global_batch_size
             batch = order[start : start + self._global_batch_size]
-            yield _pair_up(batch, self._prompt_keys)[self._share]
+            yield _pair_up(batch, self._prompt_keys, kl_set=self._kl_set)[self._share]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         num_samples = len(self._prompt_keys)
@@ -175,7 +178,13 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
     """
 
     def __init__(
-        self, prompt_keys: Sequence[int] | np.ndarray, *, global_batch_size: int, dp_rank: int, dp_size: int
+        self,
+        prompt_keys: Sequence[int] | np.ndarray,
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        kl_set: bool = True,
     ) -> None:
         """Checks the sizes; the arguments are those of `GlobalBatchSampler`.
 
@@ -185,6 +194,7 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
         self._prompt_keys = np.asarray(prompt_keys, dtype=np.int64)
         self._global_batch_size = global_batch_size
         self._share = _rank_share(global_batch_size, dp_rank, dp_size)
+        self._kl_set = kl_set
 
     def __len__(self) -> int:
         """Batches in one pass."""
@@ -195,7 +205,7 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
         num_samples, num_batches = len(self._prompt_keys), len(self)
         for step in range(num_batches):
             start, end = step * num_samples // num_batches, (step + 1) * num_samples // num_batches
-            pairs = _pair_up(np.arange(start, end), self._prompt_keys)
+            pairs = _pair_up(np.arange(start, end), self._prompt_keys, kl_set=self._kl_set)
             filler = pairs[0]._replace(weight=0.0)
             pairs += [filler] * (self._global_batch_size - len(pairs))
             yield pairs[self._share]
@@ -213,7 +223,9 @@ def _rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
     return slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
 
 
-def _pair_up(samples: np.ndarray, prompt_keys: np.ndarray) -> list[PairIndex]:
-    """Pairs the samples of one global batch by the mismatch permutation."""
+def _pair_up(samples: np.ndarray, prompt_keys: np.ndarray, *, kl_set: bool) -> list[PairIndex]:
+    """Pairs the samples of one global batch by the mismatch permutation, or none of them."""
+    if not kl_set:
+        return [PairIndex(sample, None) for sample in samples.tolist()]
     partner = mismatch_permutation(prompt_keys[samples].tolist())
     return [PairIndex(*pair) for pair in zip(samples.tolist(), samples[partner].tolist(), strict=True)]

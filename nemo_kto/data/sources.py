@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_kto.data.containers import (
     Row,
@@ -131,7 +131,27 @@ def expected_rows(source: Source) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-Chunk = tuple[RowReader, list[Row | BadRecord]]
+class Chunk(NamedTuple):
+    """Some consecutive rows of a file.
+
+    Attributes:
+        reader: How they are read.
+        rows: The rows.
+        file: Which of the source's files they are in, counted from 0; see `file_names`.
+    """
+
+    reader: RowReader
+    rows: list[Row | BadRecord]
+    file: int = 0
+
+
+def file_names(source: Source) -> list[str]:
+    """Returns the names of the files that a source consists of, in order; of a data set, its own.
+
+    Raises:
+        DataError: There are none.
+    """
+    return [part.name for part in _parts(source)]
 
 
 def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
@@ -140,7 +160,7 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
     Raises:
         DataError: Nothing of that name is there, it cannot be read, holds no record, or is of no known format.
     """
-    for part in _parts(source):
+    for file, part in enumerate(_parts(source)):
         reader: RowReader | None = None
         chunk: list[Row | BadRecord] = []
         empty = True
@@ -150,23 +170,22 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
                 reader = source.reader.detect(row)
             chunk.append(row)
             if len(chunk) == size:
-                yield reader or source.reader, chunk
+                yield Chunk(reader or source.reader, chunk, file)
                 chunk = []
         if empty:
             raise DataError(f"{part.name}: the file holds no record.")
         if chunk:
-            yield reader or source.reader, chunk
+            yield Chunk(reader or source.reader, chunk, file)
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
     """Yields the records of some rows, in order."""
-    reader, rows = chunk
-    for row in rows:
+    for row in chunk.rows:
         if isinstance(row, BadRecord):
             yield row
             continue
         try:
-            yield from reader.read(row)
+            yield from chunk.reader.read(row)
         except RecordError as error:
             yield error.at(row.source, row.line)
 

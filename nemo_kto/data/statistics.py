@@ -3,7 +3,9 @@
 Shapes: `n` samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from nemo_kto.data.sampling import GlobalBatchSampler
 _PERCENTILES = (50, 90, 99, 100)
 _BATCH_SIZES = (128, 64, 32, 16, 8)
 """Sizes to recommend: the paper's author advises 8 to 128."""
+_MOST_BINS = 30
 _WANTED_STEPS = 100
 """Steps in an epoch that leave room for a learning-rate schedule."""
 
@@ -122,6 +125,45 @@ def recommended_batch_size(num_samples: int) -> int | None:
     return next(
         (size for size in possible if num_samples // size >= _WANTED_STEPS), possible[-1] if possible else None
     )
+
+
+def summarize(samples: Samples, files: Sequence[str], file_of: np.ndarray) -> dict[str, Any]:
+    """Returns what a report and a model card say about some samples, as JSON.
+
+    Args:
+        samples: The samples, at least one.
+        files: The files they were read from.
+        file_of: [n] the number of each sample's file.
+
+    Returns:
+        Numbers of samples, `sources` with those of each file, and histograms of the tokens of prompts and responses:
+        `edges` of k bins and how many samples of either class are in each.
+    """
+    desirable = samples.column("desirable")
+    totals = np.bincount(file_of, minlength=len(files)).tolist()
+    liked = np.bincount(file_of[desirable], minlength=len(files)).tolist()
+    return {
+        "sources": [
+            {"path": path, "samples": total, "desirable": good}
+            for path, total, good in zip(files, totals, liked, strict=True)
+        ],
+        "samples": len(samples),
+        "desirable": samples.num_desirable,
+        "undesirable": samples.num_undesirable,
+        "overlong": samples.num_overlong,
+        "truncated": samples.num_truncated,
+        "bad": samples.num_bad,
+        "prompt_lengths": _histogram(samples.prompt_kept, desirable),
+        "response_lengths": _histogram(samples.response_kept, desirable),
+    }
+
+
+def _histogram(lengths: np.ndarray, desirable: np.ndarray) -> dict[str, list[int]]:
+    """Counts by class in at most 30 bins of whole tokens."""
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _MOST_BINS + 1).astype(np.int64))
+    counts = {"desirable": lengths[desirable], "undesirable": lengths[~desirable]}
+    found = {name: np.histogram(values, edges)[0].tolist() for name, values in counts.items()}
+    return {"edges": edges.tolist(), **found}
 
 
 def _recommended_weights(num_desirable: int, num_undesirable: int) -> tuple[float, float]:

@@ -48,7 +48,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -206,7 +206,7 @@ def _locked(file: Path, source: Source) -> Iterator[None]:
 
 
 def _encode(chunk: Chunk, encoder: Encoder) -> tuple[TokenChunk, int]:
-    return make_chunk(encoder.encode(list(parse_chunk(chunk)))), len(chunk[1])
+    return make_chunk(encoder.encode(list(parse_chunk(chunk))), file=chunk.file), len(chunk.rows)
 
 
 def _in_order(rows: Iterator[Chunk], encoder: Encoder, workers: int) -> Generator[tuple[TokenChunk, int], None, None]:

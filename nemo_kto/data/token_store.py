@@ -29,6 +29,8 @@ INDEX = np.dtype(
         ("merged", "?"),  # see EncodedRecord
         ("verbatim", "?"),
         ("spelled", "?"),
+        ("weight", "<f4"),
+        ("file", "<i4"),  # which of the source's files it was in, counted from 0
     ]
 )
 """One sample. Keys are equal for equal tokens, see `token_key`."""
@@ -46,8 +48,8 @@ class TokenChunk:
     bad: list[BadRecord]
 
 
-def make_chunk(results: Iterable[EncodedRecord | BadRecord]) -> TokenChunk:
-    """Returns what an `Encoder` made of some records, in the form it is stored in."""
+def make_chunk(results: Iterable[EncodedRecord | BadRecord], *, file: int = 0) -> TokenChunk:
+    """Returns what an `Encoder` made of some records of a source's `file`-th file, in the form it is stored in."""
     tokens: list[int] = []
     rows, bad = [], []
     for result in results:
@@ -56,7 +58,7 @@ def make_chunk(results: Iterable[EncodedRecord | BadRecord]) -> TokenChunk:
             continue
         keys = token_key(result.prompt), token_key(result.response)
         flags = result.desirable, result.merged, result.verbatim, result.spelled
-        rows.append((len(tokens), len(result.prompt), len(result.response), *keys, *flags))
+        rows.append((len(tokens), len(result.prompt), len(result.response), *keys, *flags, result.weight, file))
         tokens += result.prompt
         tokens += result.response
     return TokenChunk(np.array(tokens, dtype=_TOKEN), np.array(rows, dtype=INDEX), bad)

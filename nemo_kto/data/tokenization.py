@@ -42,12 +42,14 @@ class TokenizedSample:
         response: [r] int64 token ids, r >= 1.
         desirable: True for thumbs up.
         prompt_key: `prompt_key(prompt)`: equal for samples of the same prompt.
+        weight: What its loss is multiplied with.
     """
 
     prompt: Tensor
     response: Tensor
     desirable: bool
     prompt_key: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class EncodedRecord:
         merged: Whether the tokenizer would merge the last characters of the prompt with the first of the response.
         verbatim: Whether prompt and response are strings that were taken as they are.
         spelled: Whether those spell special tokens, which count as such.
+        weight: What its loss is multiplied with.
     """
 
     prompt: list[int]
@@ -69,6 +72,7 @@ class EncodedRecord:
     merged: bool
     verbatim: bool
     spelled: bool
+    weight: float = 1.0
 
 
 def prompt_key(prompt: Tensor) -> int:
@@ -161,7 +165,13 @@ class Encoder:
             response = [*response, eos]
         verbatim = not text.templated and self.settings.prompt_template is None
         return EncodedRecord(
-            prompt, response, record.desirable, merged=merged, verbatim=verbatim, spelled=text.spelled
+            prompt,
+            response,
+            record.desirable,
+            merged=merged,
+            verbatim=verbatim,
+            spelled=text.spelled,
+            weight=record.weight,
         )
 
     def _encode(self, texts: Sequence[tuple[str, Spans]], *, split_special_tokens: bool = False) -> list[list[int]]:

@@ -1,17 +1,55 @@
-"""The baseline of a global batch: what its losses need to know of all data-parallel ranks.
+"""The baseline of a global batch: what its losses need to know of the reference and of all data-parallel ranks.
 
-Tensor legend: `n` samples of this rank in the global batch.
+Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch, `R` response tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from nemo_kto.algorithms.losses import kl_baseline, sample_coefficients
+from nemo_kto.algorithms.losses import clamped_log_ratios, kl_baseline, sample_coefficients
 from nemo_kto.data.batching import KTOBatch
+from nemo_kto.models.kto_step import RowScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Compares the policy's scores of some rows with the reference's.
+
+    Attributes:
+        ref_logps: `[n]` float32, the reference's log-probs of all documents of the rows; None with an interval.
+        ref_rows: The reference's scores of the same rows; None without an interval.
+        micro_batch_size: Documents of a row.
+        interval: Bounds of each token's log-ratio, see `clamped_log_ratios`; None for no bounds.
+    """
+
+    ref_logps: torch.Tensor | None = None
+    ref_rows: Sequence[RowScores] | None = None
+    micro_batch_size: int
+    interval: tuple[float, float] | None = None
+
+    def log_ratios(self, policy: RowScores, index: int) -> torch.Tensor:
+        """Return the log-ratio `[b]` of each document of row `index`, float32, with gradients if `policy` has them."""
+        if self.interval is None:
+            assert self.ref_logps is not None
+            start = index * self.micro_batch_size
+            return policy.logps - self.ref_logps[start : start + len(policy.lengths)]
+        return policy.reduced(clamped_log_ratios(policy.token_logps, self._ref_tokens(index), self.interval))
+
+    def unclamped(self, policy: RowScores, index: int) -> torch.Tensor:
+        """Return how many tokens `[b]` of each document of row `index` have a log-ratio inside of the interval."""
+        assert self.interval is not None
+        low, high = self.interval
+        log_ratios = policy.token_logps.detach() - self._ref_tokens(index)
+        return policy.total(((log_ratios > low) & (log_ratios < high)).float())
+
+    def _ref_tokens(self, index: int) -> torch.Tensor:
+        assert self.ref_rows is not None
+        return self.ref_rows[index].token_logps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +57,25 @@ class Baseline:
     """What one loss needs to know of the whole global batch.
 
     Attributes:
-        ref_logps: `[n]` float32, the reference's log-probs of this rank's samples.
-        kl_estimate: `[n]` float32, the clamped baseline z of each sample (one value under `kl_scope=global_batch`).
+        comparison: Of this rank's samples with the reference.
+        value: `[n]` float32, the baseline that each sample's log-ratio is compared with.
         coefficients: `[n]` float32, what each sample's loss is multiplied with before the global sum.
+        sft_coefficients: `[n]` float32, the same of its negative log-likelihood: the mean over desirable samples.
     """
 
-    ref_logps: torch.Tensor
-    kl_estimate: torch.Tensor
+    comparison: Comparison
+    value: torch.Tensor
     coefficients: torch.Tensor
+    sft_coefficients: torch.Tensor
 
 
 def form_baseline(
     batch: KTOBatch,
+    comparison: Comparison,
     *,
-    policy_kl: torch.Tensor,
-    ref_kl: torch.Tensor,
-    ref_logps: torch.Tensor,
-    kl_group_size: int | None,
+    kl_log_ratios: torch.Tensor | None,
+    fixed: float = 0.0,
+    kl_group_size: int | None = None,
     loss_reduction: str,
     dp_group: dist.ProcessGroup,
 ) -> Baseline:
@@ -43,38 +83,35 @@ def form_baseline(
 
     Args:
         batch: This rank's share of the global batch.
-        policy_kl: `[n]` float32, the policy's log-probs of the KL set.
-        ref_kl: `[n]` float32, the reference's.
-        ref_logps: `[n]` float32, the reference's log-probs of the samples.
+        comparison: See `Baseline`.
+        kl_log_ratios: `[n]` float32, log-ratios of the KL set; None if there is none.
+        fixed: The baseline where there is no KL set, in the unit of log-ratios.
         kl_group_size: Samples that share a z: so many consecutive ones; None for the whole global batch.
         loss_reduction: See `sample_coefficients`.
         dp_group: The data-parallel ranks.
     """
-    kl_log_ratios = (policy_kl - ref_kl).double() * batch.weights
-    totals = torch.stack(
-        [
-            kl_log_ratios.sum(),
-            (batch.weights * batch.desirable).sum().double(),
-            (batch.weights * ~batch.desirable).sum().double(),
-        ]
-    )
+    weights = batch.weights
+    weighted = (torch.zeros_like(weights) if kl_log_ratios is None else kl_log_ratios).double() * weights
+    num_mine = (weights * batch.desirable).sum().double(), (weights * ~batch.desirable).sum().double()
+    totals = torch.stack([weighted.sum(), *num_mine])
     dist.all_reduce(totals, group=dp_group)
     log_ratio_sum, num_desirable, num_undesirable = totals
-    if kl_group_size is None:
-        kl_estimate = kl_baseline(log_ratio_sum, num_desirable + num_undesirable).expand(len(ref_logps))
+    if kl_log_ratios is None:
+        value = torch.full_like(weights, fixed)
+    elif kl_group_size is None:
+        value = kl_baseline(log_ratio_sum, num_desirable + num_undesirable).expand(len(weights))
     else:
-        groups = zip(kl_log_ratios.split(kl_group_size), batch.weights.split(kl_group_size), strict=True)
-        kl_estimate = torch.cat(
-            [kl_baseline(ratios.sum(), weights.sum()).expand(len(ratios)) for ratios, weights in groups]
-        )
+        groups = zip(weighted.split(kl_group_size), weights.split(kl_group_size), strict=True)
+        value = torch.cat([kl_baseline(ratios.sum(), part.sum()).expand(len(ratios)) for ratios, part in groups])
     return Baseline(
-        ref_logps=ref_logps,
-        kl_estimate=kl_estimate.float(),
+        comparison=comparison,
+        value=value.float(),
         coefficients=sample_coefficients(
             batch.desirable,
-            batch.weights,
+            batch.loss_weights,
             reduction=loss_reduction,
             num_desirable=num_desirable,
             num_undesirable=num_undesirable,
         ),
+        sft_coefficients=batch.loss_weights * batch.desirable / num_desirable.clamp(min=1).float(),
     )

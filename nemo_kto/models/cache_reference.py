@@ -79,9 +79,12 @@ def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: i
         limit = val_batches if split == "validation" else None
         missing = []
         for pairs in itertools.islice(data.global_batches(split), limit):
-            samples, kl = torch.tensor([(pair.sample, pair.kl) for pair in pairs]).T
+            samples = torch.tensor([pair.sample for pair in pairs])
+            wanted = [(samples, _SAMPLE)]
+            if pairs[0].kl is not None:
+                wanted.append((torch.tensor([pair.kl for pair in pairs]), _PAIR))
             places = torch.zeros(len(pairs), dtype=torch.uint8)
-            for responses, flag in ((samples, _SAMPLE), (kl, _PAIR)):
+            for responses, flag in wanted:
                 names = table.names(samples, responses)
                 for place in (~table.knows(names)).nonzero().flatten().tolist():
                     name = int(names[place])

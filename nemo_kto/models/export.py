@@ -21,6 +21,7 @@ from nemo_kto.models.hf_rules import ADAPTERS
 from nemo_kto.models.hf_weights import copy_companions, export_hf, import_hf, weights_digest
 from nemo_kto.models.lora import LoRASettings, adapters_merged, add_adapters
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.models.model_card import model_card, read_facts
 from nemo_kto.models.peft_adapter import (
     CONFIG_FILE,
     adapter_config,
@@ -96,15 +97,17 @@ class ExportAtEnd(Callback):
         if self.replace:
             remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
             parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")
-        model, lora = pl_module, pl_module.lora
-        merge = model.config.export.merge_adapters
-        if lora is not None and not merge:
-            export_adapter(model.models, self.source_folder, self.folder)
+        model, merge = pl_module, pl_module.config.export.merge_adapters
+        adapter = model.lora is not None and not merge
+        facts = read_facts(self.source_folder)
+        card = model_card(facts, model.last_metrics, step=trainer.global_step, adapter=adapter)
+        if adapter:
+            export_adapter(model.models, self.source_folder, self.folder, card=card)
         else:
             with adapters_merged(model.models) if merge else nullcontext():
-                export_hf(model.models, model.hf_config, self.folder, tokenizer_folder=self.source_folder)
+                export_hf(model.models, model.hf_config, self.folder, tokenizer_folder=self.source_folder, card=card)
         if trainer.is_global_zero:
-            print(f"Aligned {'adapter' if lora is not None and not merge else 'model'}: {self.folder}", flush=True)
+            print(f"Aligned {'adapter' if adapter else 'model'}: {self.folder}", flush=True)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> None:
@@ -133,26 +136,31 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
         try:
-            if is_adapter(source) and not merge:
-                _export_adapters(checkpoint, folder)
-            else:
-                _export_model(checkpoint, folder)
+            adapter = is_adapter(source) and not merge
+            (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
         finally:
             parallel.destroy()
 
 
-def _export_adapters(checkpoint: Path, folder: Path) -> None:
+def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
+    """Return the model card of what a checkpoint holds."""
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    facts = read_facts(checkpoint / SOURCE_FOLDER)
+    return model_card(facts, common["metrics"], step=common["global_step"], adapter=adapter)
+
+
+def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
     """Write the adapters of a checkpoint without building the model they belong to."""
     tensors = {
         key: tensor
         for key, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint)).items()
         if ADAPTERS in key and key.startswith("decoder.")  # the optimizer's have names of their own
     }
-    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder)
+    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
-def _export_model(checkpoint: Path, folder: Path) -> None:
+def _export_model(checkpoint: Path, folder: Path, card: str | None) -> None:
     source, layout = checkpoint / SOURCE_FOLDER, Layout(world_size=1)
     hf_config = load_hf_config(source)
     parallel.initialize(layout, seed=0)
@@ -172,4 +180,4 @@ def _export_model(checkpoint: Path, folder: Path) -> None:
     )
     model.load_state_dict(loaded["state_dict"]["chunk0"], strict=not has_adapters)
     with adapters_merged([model]) if has_adapters else nullcontext():
-        export_hf([model], hf_config, folder, tokenizer_folder=source)
+        export_hf([model], hf_config, folder, tokenizer_folder=source, card=card)

@@ -173,6 +173,7 @@ def export_hf(
     tokenizer_folder: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    card: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder; collective over all ranks, rank 0 writes.
 
@@ -187,6 +188,7 @@ def export_hf(
         dtype: Dtype of the written weights; None for the one `hf_config` names, which is the imported folder's, or
             the model's own if it names none.
         max_shard_bytes: Size above which the weights are divided into several files.
+        card: Text of its README.md, on rank 0; None for none.
 
     Raises:
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
@@ -199,6 +201,8 @@ def export_hf(
     def finish() -> None:
         writer.finish()
         _write_companions(new.partial, hf_config, dtype, Path(tokenizer_folder) if tokenizer_folder else None)
+        if card is not None:
+            (new.partial / "README.md").write_text(card, encoding="utf-8")
         new.finish()
 
     parallel.run_on_rank_zero(new.start, failure)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -28,8 +29,49 @@ from nemo_kto.models.lora import RowParams
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.parallel import RankPosition
 
-LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
-"""Maps a micro-batch's log-probs `[b]` and its index to its share of the global batch's loss, a scalar."""
+
+@dataclass(frozen=True)
+class RowScores:
+    """The log-probs of one micro-batch on the last stage.
+
+    Attributes:
+        token_logps: `[R]` float32, natural log, of the response tokens that this rank has the hidden states for.
+        document_ids: `[R]` int64, the document each belongs to.
+        lengths: `[b]` float32, response tokens of each document, over all context-parallel ranks.
+        average: Mean instead of sum over a response's tokens.
+        cp_group: The context-parallel ranks; None for one.
+    """
+
+    token_logps: torch.Tensor
+    document_ids: torch.Tensor
+    lengths: torch.Tensor
+    average: bool
+    cp_group: dist.ProcessGroup | None
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return each document's sum `[b]` of values `[R]` of its tokens.
+
+        Under context parallelism one all-reduce of `[b]`. All ranks then form the same loss, whose gradient goes back
+        through each one's own tokens.
+        """
+        sums = sum_per_document(values, self.document_ids, len(self.lengths))
+        if self.cp_group is not None:
+            sums = reduce_from_tensor_model_parallel_region(sums, group=self.cp_group)
+        return sums
+
+    def reduced(self, values: torch.Tensor) -> torch.Tensor:
+        """Return each document's sum or mean `[b]`, by `average`, of values `[R]` of its tokens."""
+        return self.total(values) / self.lengths if self.average else self.total(values)
+
+    @cached_property
+    def logps(self) -> torch.Tensor:
+        """Log-prob `[b]` of each document."""
+        return self.reduced(self.token_logps)
+
+
+LossFunction = Callable[[RowScores, int], tuple[torch.Tensor, torch.Tensor]]
+"""Maps the scores of a micro-batch and its index to its share of the global batch's loss, a scalar, and to what is
+wanted of it besides, detached."""
 
 
 def unwrapped(chunk: torch.nn.Module) -> KTOGPTModel:
@@ -59,7 +101,7 @@ class _Dropout:
 
 @dataclass(kw_only=True)
 class RowScorer:
-    """Runs packed rows through a pipeline-parallel model and returns one log-prob per document.
+    """Runs packed rows through a pipeline-parallel model and returns log-probs.
 
     Policy and reference, training and validation are all scored here, by the same kernels in the same order, so that
     equal weights give bit-equal log-probs.
@@ -68,7 +110,7 @@ class RowScorer:
         chunks: The chunks of the live model on this rank; to `train` they must be wrapped for data parallelism.
         place: This process's place in the layout.
         layout: The layout.
-        average: Mean instead of sum over a response's tokens.
+        average: See `RowScores`.
     """
 
     chunks: Sequence[torch.nn.Module]
@@ -84,7 +126,14 @@ class RowScorer:
     @torch.no_grad()
     def score(self, rows: Sequence[PackedRow]) -> torch.Tensor | None:
         """Return the log-probs `[n]` of the rows' documents, float32, natural log; None except on the last stage."""
-        return self._run(rows, _no_loss, forward_only=True)
+        found = self.score_rows(rows)
+        return None if found is None else torch.cat([scores.logps for scores in found])
+
+    @torch.no_grad()
+    def score_rows(self, rows: Sequence[PackedRow]) -> list[RowScores] | None:
+        """Return the scores of each row; None except on the last stage."""
+        # the schedule divides the loss it gets in place: never hand it the log-probs themselves
+        return self._run(rows, lambda scores, index: (scores.token_logps.new_zeros(()), scores), forward_only=True)
 
     def train(
         self, rows: Sequence[PackedRow], loss: LossFunction, *, dropout_step: int | None = None
@@ -97,23 +146,33 @@ class RowScorer:
             dropout_step: Number of the step, on which the adapters' dropout depends; None for no dropout.
 
         Returns:
-            The policy's log-probs `[n]` as in `score`, detached.
+            What `loss` returned besides, joined along its last dimension; None except on the last stage.
         """
         # The schedule divides by the number of micro-batches, Megatron's data-parallel wrapper by the ranks.
         scale = len(rows) * self.place.dp_size
-        return self._run(
-            rows, lambda logps, index: loss(logps, index) * scale, forward_only=False, dropout_step=dropout_step
-        )
+
+        def scaled(scores: RowScores, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            value, collected = loss(scores, index)
+            return value * scale, collected
+
+        found: list[torch.Tensor] | None = self._run(rows, scaled, forward_only=False, dropout_step=dropout_step)
+        return None if found is None else torch.cat(found, dim=-1)
 
     def _run(
-        self, rows: Sequence[PackedRow], loss: LossFunction, *, forward_only: bool, dropout_step: int | None = None
-    ) -> torch.Tensor | None:
+        self,
+        rows: Sequence[PackedRow],
+        loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
+        *,
+        forward_only: bool,
+        dropout_step: int | None = None,
+    ) -> list[Any] | None:
+        """Return what `loss` returned besides for each row; None except on the last stage."""
         dropout = None
         if dropout_step is not None:
             documents = [row.num_documents for row in rows]
             first = self.place.dp_rank * sum(documents)
             dropout = _Dropout(dropout_step, [first, *(first + before for before in itertools.accumulate(documents))])
-        outputs: list[torch.Tensor] = self._backend(
+        outputs: list[Any] = self._backend(
             forward_step_func=partial(self._forward_step, loss, dropout),
             data_iterator=[iter(enumerate(rows)) for _ in self.chunks],
             model=list(self.chunks),
@@ -122,15 +181,15 @@ class RowScorer:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return torch.cat(outputs) if self.place.is_last_stage else None
+        return outputs if self.place.is_last_stage else None
 
     def _forward_step(
         self,
-        loss: LossFunction,
+        loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
         dropout: _Dropout | None,
         rows: Iterator[tuple[int, PackedRow]],
         model: torch.nn.Module,
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
         index, whole = next(rows)
         padded = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
         row = padded.shard(self.place.cp_rank, self.layout.context).to(self._device)
@@ -155,17 +214,20 @@ class RowScorer:
         return hidden, partial(self._row_loss, loss, index, row, whole.response_lengths)
 
     def _row_loss(
-        self, loss: LossFunction, index: int, row: PackedRow, lengths: torch.Tensor, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, detached log-probs `[b]`) from the last stage's hidden states `[T/c, 1, h]`.
+        self,
+        loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
+        index: int,
+        row: PackedRow,
+        lengths: torch.Tensor,
+        hidden: torch.Tensor,
+    ) -> tuple[torch.Tensor, Any]:
+        """Return what `loss` returns for the last stage's hidden states `[T/c, 1, h]`.
 
         Under sequence parallelism each tensor-parallel rank has its part of them: one all-gather of `[T/c, 1, h]`; the
-        backward pass takes its part of the gradient, which is complete on every rank. Under context parallelism each
-        rank sums the log-probs of its own tokens: one all-reduce of `[b]`. All ranks then form the same loss, whose
-        gradient goes back through each one's own tokens.
+        backward pass takes its part of the gradient, which is complete on every rank.
 
         Args:
-            loss: See `LossFunction`.
+            loss: See `LossFunction`; what it returns besides may be anything.
             index: Number of the micro-batch.
             row: This rank's part of the row.
             lengths: `[b]` int64, response tokens of each document.
@@ -183,18 +245,15 @@ class RowScorer:
             vocab_size=network.vocab_size,
             tp_group=self.place.tp_group if self.place.tp_group.size() > 1 else None,
         )
-        logps = sum_per_document(token_logps, row.document_ids, len(lengths))
-        if self.layout.context > 1:
-            logps = reduce_from_tensor_model_parallel_region(logps, group=self.place.cp_group)
-        if self.average:
-            logps = logps / lengths.to(self._device)
-        return loss(logps, index), logps.detach()
+        scores = RowScores(
+            token_logps=token_logps,
+            document_ids=row.document_ids,
+            lengths=lengths.to(self._device, torch.float32),
+            average=self.average,
+            cp_group=self.place.cp_group if self.layout.context > 1 else None,
+        )
+        return loss(scores, index)
 
     @property
     def _device(self) -> torch.device:
         return next(self.chunks[0].parameters()).device
-
-
-def _no_loss(logps: torch.Tensor, index: int) -> torch.Tensor:
-    # the schedule divides what it gets in place: never hand it the log-probs themselves
-    return logps.new_zeros(())

@@ -13,6 +13,7 @@ Tensor legend: `n` samples of this rank in the global batch, `b` samples of one 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from functools import partial
@@ -23,22 +24,25 @@ import torch
 from lightning.pytorch import LightningModule
 from transformers import PretrainedConfig
 
-from nemo_kto.algorithms.losses import LOSSES, KTOLossOutput
-from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
+from nemo_kto.algorithms.diagnosis import Diagnosis
+from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.batching import KTOBatch, PackedRow
 from nemo_kto.errors import DivergenceError
-from nemo_kto.models.baseline import Baseline, form_baseline
+from nemo_kto.models.baseline import Baseline, Comparison, form_baseline
 from nemo_kto.models.cache_reference import count_batches, fill, open_cache
 from nemo_kto.models.gpt import KTOGPTModel, Recompute, build_gpt
 from nemo_kto.models.kto_step import RowScorer, unwrapped
 from nemo_kto.models.lora import LoRASettings, add_adapters
 from nemo_kto.models.moe import expert_layers
+from nemo_kto.models.objective import Objective
 from nemo_kto.models.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
 from nemo_kto.models.weights import Weights
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronGPTKTOModel(LightningModule):
@@ -58,6 +62,7 @@ class MegatronGPTKTOModel(LightningModule):
     Attributes:
         chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
             wrapped for data parallelism once training has begun.
+        last_metrics: Name with its stage -> value that was logged last.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class MegatronGPTKTOModel(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config = config
-        self.kto = config.model.kto
+        self.objective = Objective(config.model.kto)
         self.hf_config = hf_config
         self.steps_per_epoch = steps_per_epoch
         self.val_batches = val_batches
@@ -86,8 +91,11 @@ class MegatronGPTKTOModel(LightningModule):
         self.lora = lora
         self.reference_settings = reference
         self.chunks = torch.nn.ModuleList()
+        self.last_metrics: dict[str, float] = {}
         self.reference: ReferencePolicy | None = None
         self._validation_sums = MetricSums()
+        follows = self.objective.interval is not None and reference.sync_every is not None
+        self._diagnosis = Diagnosis(has_kl=self.objective.kl_set, near_reference=follows)
         folders = config.pretrained_checkpoint.restore_from_path, config.model.peft.lora_tuning.restore_from_path
         model_folder, adapter_folder = (None if folder is None else Path(folder) for folder in folders)
         self._weights = Weights(
@@ -192,18 +200,18 @@ class MegatronGPTKTOModel(LightningModule):
             chunks=self.chunks,
             place=parallel.position(),
             layout=self.layout,
-            average=self.kto.preference_average_log_probs,
+            average=self.config.model.kto.preference_average_log_probs,
         )
 
     @property
     def _kl_micro_batch_size(self) -> int:
-        return self.kto.log_prob_forward_micro_batch_size or self.config.model.micro_batch_size
+        return self.config.model.kto.log_prob_forward_micro_batch_size or self.config.model.micro_batch_size
 
     # training
 
     def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
         """Take one optimizer step on this rank's share of a global batch."""
-        started = time.perf_counter()
+        started, step = time.perf_counter(), self.trainer.global_step + 1
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         for chunk in self.chunks:
@@ -213,23 +221,30 @@ class MegatronGPTKTOModel(LightningModule):
         scorer = self._scorer()
         rows = batch.sample_rows(self.config.model.micro_batch_size)
         baseline = self._baseline(scorer, batch, rows, split="train")
-        logps = scorer.train(
+        observed = scorer.train(
             rows,
-            partial(self._micro_batch_loss, batch, baseline),
-            dropout_step=self.trainer.global_step if self.lora is not None and self.lora.dropout else None,
+            # the loss is only asked for on the last stage, which has a baseline
+            partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
+            dropout_step=step - 1 if self.lora is not None and self.lora.dropout else None,
         )
+        if self.objective.interval is not None:
+            # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
+            # and none ever outside of the interval
+            self._move_reference(step)
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
         updated, grad_norm, _ = optimizer.step()
         self._check_gradient(grad_norm if updated else math.inf, loss_scale)
         if updated:
             scheduler.step(increment=1)
-        self._move_reference()
+        if self.objective.interval is None:
+            self._move_reference(step)
 
         sums = MetricSums(self.device)
-        self._add_metrics(sums, batch, baseline, logps)
+        self._add_metrics(sums, batch, baseline, observed)
         sums.reduce_()
         metrics = sums.means()
+        self.objective.finish_metrics(metrics, learn=True)
         if self.config.model.moe_aux_loss_coeff:
             metrics["moe_aux_loss"] = router_loss.take_mean(
                 num_layers=sum(expert_layers(self.hf_config)), num_micro_batches=len(rows), place=scorer.place
@@ -239,16 +254,19 @@ class MegatronGPTKTOModel(LightningModule):
             **({"grad_norm": float(grad_norm)} if updated else {}),
             **({"loss_scale": loss_scale} if self._scales_loss else {}),
             "lr": learning_rate,
-            "consumed_samples": float((self.trainer.global_step) * self.config.model.global_batch_size),
+            "consumed_samples": float(step * self.config.model.global_batch_size),
             "tokens_per_second": metrics.pop("tokens") / seconds,
             "step_time": seconds,
         }
         self._log("train", metrics)
+        if self.trainer.is_global_zero:
+            for warning in self._diagnosis.update(metrics):
+                logger.warning(warning)
 
-    def _move_reference(self) -> None:
-        """Move the reference towards the policy when it is due, after a step."""
+    def _move_reference(self, step: int) -> None:
+        """Move the reference towards the policy when it is due in this step, counted from 1."""
         every = self.reference_settings.sync_every
-        if every is None or self.trainer.global_step % every:
+        if every is None or step % every:
             return
         assert isinstance(self.reference, ExchangedReference)
         self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
@@ -267,25 +285,15 @@ class MegatronGPTKTOModel(LightningModule):
                 "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
             )
 
-    def _micro_batch_loss(
-        self, batch: KTOBatch, baseline: Baseline | None, logps: torch.Tensor, index: int
-    ) -> torch.Tensor:
-        """Return one micro-batch's share of the global batch's loss from its log-probs `[b]`; last stage only."""
-        assert baseline is not None
-        start = index * self.config.model.micro_batch_size
-        part = slice(start, start + len(logps))
-        output = self._kto_loss(logps - baseline.ref_logps[part], batch.desirable[part], baseline.kl_estimate[part])
-        return (output.losses * baseline.coefficients[part]).sum()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the objective has learned so far, and the last metrics."""
+        checkpoint["objective"] = self.objective.state_dict()
+        checkpoint["metrics"] = dict(self.last_metrics)
 
-    def _kto_loss(self, log_ratios: torch.Tensor, desirable: torch.Tensor, kl_estimate: torch.Tensor) -> KTOLossOutput:
-        return LOSSES[self.kto.loss](
-            log_ratios,
-            desirable,
-            kl_estimate,
-            beta=self.kto.ref_policy_kl_penalty,
-            desirable_weight=self.kto.desirable_loss_weight,
-            undesirable_weight=self.kto.undesirable_loss_weight,
-        )
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take both over."""
+        self.objective.load_state_dict(checkpoint["objective"])
+        self.last_metrics = checkpoint["metrics"]
 
     # validation
 
@@ -299,13 +307,20 @@ class MegatronGPTKTOModel(LightningModule):
         scorer = self._scorer()
         rows = batch.sample_rows(self.config.model.micro_batch_size)
         baseline = self._baseline(scorer, batch, rows, split="validation")
-        self._add_metrics(self._validation_sums, batch, baseline, scorer.score(rows))
+        scores = scorer.score_rows(rows)
+        if scores is None or baseline is None:
+            return None
+        observed = torch.cat(
+            [self.objective.observe(row, baseline, index) for index, row in enumerate(scores)], dim=-1
+        )
+        self._add_metrics(self._validation_sums, batch, baseline, observed)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all validation samples."""
         self._validation_sums.reduce_()
         metrics = self._validation_sums.means()
         metrics.pop("tokens")
+        self.objective.finish_metrics(metrics, learn=False)
         self._log("val", metrics)
         for name, value in metrics.items():  # the checkpoint callback puts these names into file names
             self.log(f"val_{name}".replace("/", "_"), value, logger=False, batch_size=1)
@@ -323,45 +338,48 @@ class MegatronGPTKTOModel(LightningModule):
         """
         assert self.reference is not None
         kl_rows = batch.kl_rows(self._kl_micro_batch_size)
-        policy_kl = scorer.score(kl_rows)
-        ref_kl, ref_logps = self.reference.log_probs(
-            batch, split, score=lambda: (scorer.score(kl_rows), scorer.score(sample_rows))
+        policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
+        if not kl_rows and isinstance(self.reference, ExchangedReference):
+            self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]  # no pass of the policy has done so
+        score = scorer.score if self.objective.interval is None else scorer.score_rows
+        ref_kl, ref_samples = self.reference.log_probs(
+            batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))
         )
-        if policy_kl is None or ref_kl is None or ref_logps is None:
+        if ref_samples is None:
             return None
+        kl_log_ratios = None
+        if policy_kl is not None:
+            comparison = self._comparison(ref_kl, self._kl_micro_batch_size)
+            kl_log_ratios = torch.cat([comparison.log_ratios(row, index) for index, row in enumerate(policy_kl)])
+        kto, micro_batch_size = self.config.model.kto, self.config.model.micro_batch_size
         return form_baseline(
             batch,
-            policy_kl=policy_kl,
-            ref_kl=ref_kl,
-            ref_logps=ref_logps,
-            kl_group_size=None if self.kto.kl_scope == "global_batch" else self.config.model.micro_batch_size,
-            loss_reduction=self.kto.loss_reduction,
+            self._comparison(ref_samples, micro_batch_size),
+            kl_log_ratios=kl_log_ratios,
+            fixed=self.objective.fixed_baseline,
+            kl_group_size=None if kto.kl_scope == "global_batch" else micro_batch_size,
+            loss_reduction=kto.loss_reduction,
             dp_group=scorer.place.dp_group,
         )
 
+    def _comparison(self, reference: Any, micro_batch_size: int) -> Comparison:
+        interval = self.objective.interval
+        name = "ref_logps" if interval is None else "ref_rows"
+        return Comparison(**{name: reference}, micro_batch_size=micro_batch_size, interval=interval)
+
     def _add_metrics(
-        self, sums: MetricSums, batch: KTOBatch, baseline: Baseline | None, logps: torch.Tensor | None
+        self, sums: MetricSums, batch: KTOBatch, baseline: Baseline | None, observed: torch.Tensor | None
     ) -> None:
         """Add this replica's samples to `sums`, on one rank of the replica."""
-        if baseline is None or logps is None or not parallel.position().reports:
+        if baseline is None or observed is None or not parallel.position().reports:
             return
-        output = self._kto_loss(logps - baseline.ref_logps, batch.desirable, baseline.kl_estimate)
-        add_kto_metrics(
-            sums,
-            losses=output.losses,
-            rewards=output.rewards,
-            policy_logps=logps,
-            kl_estimate=baseline.kl_estimate,
-            desirable=batch.desirable,
-            weights=batch.weights,
-        )
+        self.objective.add_metrics(sums, batch, baseline, observed)
         lengths = [prompt.numel() + response.numel() for prompt, response in batch.samples]
         sums.add("tokens", torch.tensor(lengths, device=self.device), batch.weights)
 
     def _log(self, stage: str, metrics: dict[str, float]) -> None:
-        if self.kto.loss_reduction == "class_mean":
-            metrics["loss"] = metrics.get("loss/chosen", 0.0) + metrics.get("loss/rejected", 0.0)
         named = {f"{stage}/{name}": value for name, value in metrics.items()}
+        self.last_metrics |= named
         # Lightning would log an epoch of its own, always 0 as the run is one stream of batches
         self.log_dict({**named, "epoch": self.trainer.global_step / self.steps_per_epoch}, batch_size=1)
         for name in ("loss", "kl", "rewards/margins"):

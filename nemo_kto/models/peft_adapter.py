@@ -168,24 +168,31 @@ def import_adapter(model: KTOGPTModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def export_adapter(chunks: Sequence[KTOGPTModel], source_folder: Path, folder: Path) -> None:
+def export_adapter(
+    chunks: Sequence[KTOGPTModel], source_folder: Path, folder: Path, *, card: str | None = None
+) -> None:
     """Write the adapters of a model as a folder for PEFT; collective over all ranks, rank 0 writes.
 
     Args:
         chunks: This rank's chunks of the model, not wrapped.
         source_folder: Folder with the adapters' `adapter_config.json`, tokenizer and chat template, which are copied.
         folder: Folder to create; it may exist only if it is empty. It appears under its name when it is complete.
+        card: Text of its README.md, on rank 0; None for none.
 
     Raises:
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
     tensors = {key: full.cpu() for key, full in gathered_tensors(chunks, adapters=True) if full is not None}
-    write = partial(write_adapter, tensors, source_folder, folder)
+    write = partial(write_adapter, tensors, source_folder, folder, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
-def write_adapter(tensors: Mapping[str, torch.Tensor], source_folder: Path, folder: Path) -> None:
+def write_adapter(
+    tensors: Mapping[str, torch.Tensor], source_folder: Path, folder: Path, *, card: str | None = None
+) -> None:
     """Write an adapter folder from full tensors by their names in the sharded state dict, on this process.
+
+    `card` is the text of its README.md; None for none.
 
     Raises:
         OSError: See `export_adapter`.
@@ -199,6 +206,8 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], source_folder: Path, fold
         save_file(named, new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    if card is not None:
+        (new.partial / "README.md").write_text(card, encoding="utf-8")
     new.finish()
 
 

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from nemo_kto.data.batching import KTOBatch
 from nemo_kto.data.reference_cache import Key, LogprobTable
 from nemo_kto.models.gpt import KTOGPTModel
+from nemo_kto.models.kto_step import RowScores
 from nemo_kto.models.lora import adapters_off
 
 
@@ -53,8 +54,9 @@ class ReferenceSettings:
     sync_alpha: float = 1.0
 
 
-Scores = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Log-probs `[n]` of the KL set and of the samples, float32; None except on the last pipeline stage."""
+Scores = tuple[torch.Tensor | list[RowScores] | None, torch.Tensor | list[RowScores] | None]
+"""Scores of the KL set, None if there is none, and of the samples: log-probs `[n]` float32, or those of the tokens of
+each row. None except on the last pipeline stage."""
 
 
 class ReferencePolicy(Protocol):
@@ -215,6 +217,6 @@ class CachedReference:
     def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
         """Look the batch up."""
         table, (samples, responses) = self._tables[split], batch.pairs.T
-        found = table.look_up(samples, responses), table.look_up(samples, samples)
         device = batch.weights.device
-        return found[0].to(device), found[1].to(device)
+        kl = table.look_up(samples, responses).to(device) if batch.kl_samples else None
+        return kl, table.look_up(samples, samples).to(device)

@@ -1,4 +1,4 @@
-"""KTO's loss, baseline and weighting against numbers worked by hand."""
+"""The losses, KTO's baseline and the weighting of samples against numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from nemo_kto.algorithms.losses import kl_baseline, kto_loss, sample_coefficients
+from nemo_kto.algorithms.losses import (
+    apo_zero_unpaired_loss,
+    bco_loss,
+    clamped_log_ratios,
+    kl_baseline,
+    kto_loss,
+    sample_coefficients,
+)
 
 
 def sigmoid(x: float) -> float:
@@ -33,6 +40,67 @@ def test_losses_worked_by_hand() -> None:
     )
     torch.testing.assert_close(output.losses, torch.tensor([0.537883, 2.193176, 1.462117, 0.806824]))
     assert output.rewards.tolist() == [1.5, 1.5, -0.5, -0.5]
+
+
+def test_apo_zero_worked_by_hand() -> None:
+    """With beta = 0.5, w_d = 2, w_u = 3, whatever the baseline.
+
+    desirable,   r = 2:  2 * (1 - sigmoid(1))  = 2 * 0.268941 = 0.537883
+    undesirable, r = 2:  3 * sigmoid(1)        = 3 * 0.731059 = 2.193176
+    desirable,   r = -4: 2 * (1 - sigmoid(-2)) = 2 * 0.880797 = 1.761594
+    undesirable, r = -4: 3 * sigmoid(-2)       = 3 * 0.119203 = 0.357609
+    """
+    output = apo_zero_unpaired_loss(
+        torch.tensor([2.0, 2.0, -4.0, -4.0]),
+        torch.tensor([True, False, True, False]),
+        torch.tensor(7.0),
+        beta=0.5,
+        desirable_weight=2.0,
+        undesirable_weight=3.0,
+    )
+    torch.testing.assert_close(output.losses, torch.tensor([0.537883, 2.193176, 1.761594, 0.357609]))
+    assert output.rewards.tolist() == [1.0, 1.0, -2.0, -2.0]
+
+
+def test_bco_worked_by_hand() -> None:
+    """With beta = 0.5, a mean log-ratio of 2 (delta = 1), w_d = 2, w_u = 3; softplus(x) = log(1 + exp(x)).
+
+    desirable,   r = 4:  2 * softplus(-(2 - 1))  = 2 * 0.313262 = 0.626523
+    undesirable, r = 4:  3 * softplus(2 - 1)     = 3 * 1.313262 = 3.939785
+    desirable,   r = -2: 2 * softplus(-(-1 - 1)) = 2 * 2.126928 = 4.253856
+    undesirable, r = -2: 3 * softplus(-1 - 1)    = 3 * 0.126928 = 0.380784
+    """
+    output = bco_loss(
+        torch.tensor([4.0, 4.0, -2.0, -2.0]),
+        torch.tensor([True, False, True, False]),
+        torch.tensor(2.0),
+        beta=0.5,
+        desirable_weight=2.0,
+        undesirable_weight=3.0,
+    )
+    torch.testing.assert_close(output.losses, torch.tensor([0.626523, 3.939785, 4.253856, 0.380784]))
+    assert output.rewards.tolist() == [2.0, 2.0, -1.0, -1.0]
+
+
+def test_bco_does_not_saturate() -> None:
+    """The cross-entropy of a hopeless sample grows with its reward, and its gradient stays beta * w."""
+    ratios = torch.tensor([-1e4], requires_grad=True)
+    output = bco_loss(ratios, torch.tensor([True]), torch.tensor(0.0), beta=0.1)
+    output.losses.sum().backward()
+    assert output.losses.item() == pytest.approx(1000.0) and ratios.grad is not None
+    assert ratios.grad.item() == pytest.approx(-0.1)
+
+
+def test_token_log_ratios_are_clamped_one_by_one() -> None:
+    """Log-ratios -3, 0.5 and 4 within [-1, 1.5]: -1 + 0.5 + 1.5 = 1, where the sum of all, 1.5, were inside.
+
+    Tokens outside have no gradient.
+    """
+    policy = torch.tensor([-4.0, -0.5, -1.0], requires_grad=True)
+    ratios = clamped_log_ratios(policy, torch.tensor([-1.0, -1.0, -5.0]), (-1.0, 1.5))
+    assert ratios.tolist() == [-1.0, 0.5, 1.5]
+    ratios.sum().backward()
+    assert policy.grad is not None and policy.grad.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_gradient_worked_by_hand() -> None:

@@ -18,9 +18,9 @@ def add(sums: MetricSums, **changes: Any) -> None:
         "losses": torch.tensor([0.25, 0.75]),
         "rewards": torch.tensor([2.0, 1.0]),
         "policy_logps": torch.tensor([-10.0, -20.0]),
-        "kl_estimate": torch.tensor([0.5, 0.5]),
         "desirable": torch.tensor([True, False]),
         "weights": torch.ones(2),
+        "loss_weights": torch.ones(2),
     }
     add_kto_metrics(sums, **{**values, **changes})
 
@@ -32,7 +32,6 @@ def test_one_rank_by_hand() -> None:
         "loss": 0.5,
         "loss/chosen": 0.25,
         "loss/rejected": 0.75,
-        "kl": 0.5,
         "rewards/chosen": 2.0,
         "rewards/rejected": 1.0,
         "rewards/margins": 1.0,
@@ -55,9 +54,9 @@ def merge_ranks_of_opposite_labels() -> dict[str, float]:
         losses=rewards,
         rewards=rewards,
         policy_logps=-ones,
-        kl_estimate=0 * ones,
         desirable=labels,
         weights=ones,
+        loss_weights=ones,
     )
     sums.reduce_()
     return sums.means()
@@ -87,6 +86,18 @@ def test_a_weight_of_zero_removes_even_infinities() -> None:
     add(sums, losses=torch.tensor([0.25, float("inf")]), weights=torch.tensor([1.0, 0.0]))
     means = sums.means()
     assert means["loss"] == 0.25 and "loss/rejected" not in means
+
+
+def test_a_sample_s_own_weight_scales_its_loss_only() -> None:
+    """Losses 3 * 0.25 and 0.5 * 0.75, mean 0.5625; rewards, accuracies and log-probs count each sample once."""
+    plain, weighted = MetricSums(), MetricSums()
+    add(plain)
+    add(weighted, loss_weights=torch.tensor([3.0, 0.5]))
+    means = weighted.means()
+    assert (means["loss"], means["loss/chosen"], means["loss/rejected"]) == (0.5625, 0.75, 0.375)
+    assert {name: value for name, value in means.items() if "loss" not in name} == {
+        name: value for name, value in plain.means().items() if "loss" not in name
+    }
 
 
 def test_a_reward_of_zero_is_not_accurate() -> None:

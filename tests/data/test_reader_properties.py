@@ -15,7 +15,7 @@ from nemo_kto.data.formats import FORMATS
 from nemo_kto.data.labels import parse_label
 from nemo_kto.data.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.row_reader import RowReader
-from nemo_kto.data.sources import parse_chunk, read_feedback
+from nemo_kto.data.sources import Chunk, parse_chunk, read_feedback
 from nemo_kto.errors import DataError
 
 TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(
@@ -91,7 +91,7 @@ def check_read(row: dict[str, Any], reader: RowReader) -> None:
     place = Row("f.jsonl", 5, row)
     before = repr(row)
     try:
-        found = [*parse_chunk((reader.detect(place), [place]))]
+        found = [*parse_chunk(Chunk(reader.detect(place), [place]))]
     except DataError as error:
         assert str(error).startswith("f.jsonl:5: ")
         str(error).encode()

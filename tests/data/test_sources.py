@@ -73,7 +73,7 @@ def test_first_row_that_can_be_read_decides_for_its_file(tmp_path):
     path = write(tmp_path / "a.jsonl", ALIGNER_ROW, TRL_ROW)
     assert error_of(path).startswith(f"{path}:2: field 'response' is missing.")
     path.write_text("{\n" + json.dumps(TRL_ROW) + "\n")
-    ((reader, _),) = read_chunks(Source(str(path)), 10)
+    ((reader, *_),) = read_chunks(Source(str(path)), 10)
     assert reader.format == "trl"
 
 
@@ -161,7 +161,7 @@ def test_impossible_reader_is_found_before_any_file(tmp_path):
 def test_chunks(tmp_path):
     path = write(tmp_path / "a.jsonl", *[row(f"{i}") for i in range(5)])
     chunks = [*read_chunks(Source(str(path)), 2)]
-    assert [len(rows) for _, rows in chunks] == [2, 2, 1]
+    assert [len(chunk.rows) for chunk in chunks] == [2, 2, 1]
     assert [record.response for chunk in chunks for record in parse_chunk(chunk)] == ["0", "1", "2", "3", "4"]
 
 

@@ -128,6 +128,7 @@ EXPECTED = {
         (1, "The sky is", " blue.", True, None, None),
         (2, "The sky is", " green.", False, None, None),
     ],
+    "weights.jsonl": [(1, "2+2?", " 4", True, None, None)],
 }
 
 
@@ -150,6 +151,7 @@ def test_sample(name, detected, tmp_path):
     )
     found = [(r.line, r.prompt, r.response, r.desirable, r.tools, r.template_kwargs) for r in records]
     assert found == EXPECTED[name]
+    assert [record.weight for record in records] == [2.0 if name == "weights.jsonl" else 1.0] * len(records)
 
 
 @pytest.mark.parametrize(("arguments", "output"), CONSOLE.findall(PAGE), ids=["check", "show", "convert"])

@@ -1,0 +1,227 @@
+"""Trains a tiny Llama with TRL's KTOTrainer and keeps what each step computed, for integration/test_trl_series.py.
+
+It runs in a virtual environment of its own, without nemo_kto:
+
+    python3.11 -m venv /tmp/trl && /tmp/trl/bin/pip install 'torch==2.13.0' 'trl==1.16.0'
+    OMP_NUM_THREADS=1 /tmp/trl/bin/python tests/goldens/make_trl_series.py
+
+`model/` and `feedback.jsonl` are made only where they are missing: torch's random numbers differ between versions, so
+both sides read the same files. `trl_series.json` is written anew:
+
+* `versions`; `settings`, everything the training depends on;
+* `tokens`: TRL's ids of each record, and the completions of its KL set for each micro-batch size;
+* `runs`, by name: `loss_type`, `micro_batch_size`, `desirable_weight` and `steps`. Of each step
+  * `loss`, the mean over the samples of the global batch, and `grad_norm`, before clipping;
+  * `kl`, one number for each micro-batch (empty without a KL set);
+  * `rewards`, beta times the log-ratio of each sample, in the order of the data;
+  * `logged`, what TRL logged, as far as it is a mean over the samples: under accumulation it logs means of the
+    micro-batches' means, in which samples count unequally.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import KTOConfig, KTOTrainer
+
+FOLDER = Path(__file__).parent
+MODEL, FEEDBACK, SERIES = FOLDER / "model", FOLDER / "feedback.jsonl", FOLDER / "trl_series.json"
+WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
+NUM_RECORDS = 40
+SETTINGS = {
+    "steps": 20,
+    "global_batch_size": 8,
+    "beta": 0.2,
+    "undesirable_weight": 1.0,
+    "learning_rate": 1e-3,
+    "betas": [0.9, 0.98],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
+MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+"""What TRL logs as means over the samples of a micro-batch."""
+
+
+def make_model(folder: Path) -> None:
+    """Save a Llama of 32,416 float32 weights and its tokenizer, which has one token a word."""
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # far from uniform predictions, so that numbers differ between samples
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_feedback(file: Path) -> None:
+    """Write records whose prompts all differ, so that no pairing rule has reason to avoid a neighbour."""
+    generator = random.Random(7)
+    prompts: set[str] = set()
+    while len(prompts) < NUM_RECORDS:
+        prompts.add(" ".join(generator.choices(WORDS, k=generator.randint(2, 6))))
+    with file.open("w") as stream:
+        for prompt in sorted(prompts):
+            completion = " " + " ".join(generator.choices(WORDS, k=generator.randint(1, 9)))
+            label = generator.random() < 0.5
+            stream.write(json.dumps({"prompt": prompt, "completion": completion, "label": label}) + "\n")
+
+
+class RecordingTrainer(KTOTrainer):
+    """TRL's trainer; besides, it keeps what TRL does not log: each sample's reward, each micro-batch's loss and kl.
+
+    Attributes:
+        steps: What is kept of each optimizer step; see the module.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.steps: list[dict[str, Any]] = []
+        self._micro_batches: list[dict[str, Any]] = []
+        self._num_seen = 0
+        self._log_probs: dict[str, torch.Tensor] = {}
+        for name, model in (("policy", self.model), ("reference", self.ref_model)):
+            model.register_forward_hook(lambda module, inputs, output, name=name: self._keep(name, output))
+
+    def _keep(self, name: str, output: Any) -> None:
+        self._log_probs[name] = output.log_probs.detach().sum(-1)
+
+    def compute_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], *arguments: Any, **keywords: Any) -> Any:
+        """Return TRL's loss of one micro-batch."""
+        loss = super().compute_loss(model, inputs, *arguments, **keywords)
+        # each model's last call scores the samples, the one before it their KL set
+        rewards = self.args.beta * (self._log_probs["policy"] - self._log_probs["reference"])
+        self._check(inputs, rewards)
+        kl = [self._metrics["train"]["kl"][-1]] if self.calculate_KL else []
+        self._micro_batches.append({"loss": loss.item(), "kl": kl, "rewards": rewards.tolist()})
+        return loss
+
+    def _check(self, inputs: Mapping[str, torch.Tensor], rewards: torch.Tensor) -> None:
+        """Assert that the samples come in the order of the data, and that their rewards are those that TRL logs."""
+        desirable = inputs["label"].bool()
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+            record = self.train_dataset[self._num_seen % NUM_RECORDS]
+            assert ids[mask].tolist() == record["prompt_ids"] + record["completion_ids"], self._num_seen
+            self._num_seen += 1
+        for name, members in (("chosen", desirable), ("rejected", ~desirable)):
+            if members.any():
+                logged = self._metrics["train"][f"rewards/{name}"][-1]
+                assert abs(rewards[members].mean().item() - logged) < 1e-6, (name, rewards, logged)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        """Log as TRL does, and put a step's micro-batches together."""
+        super().log(logs, *arguments, **keywords)
+        if "grad_norm" not in logs:  # the summary at the end
+            return
+        parts, self._micro_batches = self._micro_batches, []
+        assert len(parts) == self.args.gradient_accumulation_steps
+        self.steps.append(
+            {
+                "loss": sum(part["loss"] for part in parts) / len(parts),
+                "grad_norm": logs["grad_norm"],
+                "kl": [value for part in parts for value in part["kl"]],
+                "rewards": [value for part in parts for value in part["rewards"]],
+                "logged": {name: logs[name] for name in MEANS} if len(parts) == 1 else {},
+            }
+        )
+
+
+def train(loss_type: str, micro_batch_size: int, desirable_weight: float, output: str) -> RecordingTrainer:
+    """Return a trainer that has taken all steps."""
+    arguments = KTOConfig(
+        output_dir=output,
+        loss_type=loss_type,
+        beta=SETTINGS["beta"],
+        desirable_weight=desirable_weight,
+        undesirable_weight=SETTINGS["undesirable_weight"],
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=SETTINGS["global_batch_size"] // micro_batch_size,
+        max_steps=SETTINGS["steps"],
+        learning_rate=SETTINGS["learning_rate"],
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        adam_beta1=SETTINGS["betas"][0],
+        adam_beta2=SETTINGS["betas"][1],
+        adam_epsilon=SETTINGS["eps"],
+        weight_decay=SETTINGS["weight_decay"],
+        max_grad_norm=SETTINGS["max_grad_norm"],
+        train_sampling_strategy="sequential",
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    records = [json.loads(line) for line in FEEDBACK.read_text().splitlines()]
+    trainer = RecordingTrainer(model=str(MODEL), args=arguments, train_dataset=Dataset.from_list(records))
+    trainer.train()
+    assert len(trainer.steps) == SETTINGS["steps"]
+    return trainer
+
+
+def tokens_of(trainers: list[RecordingTrainer]) -> dict[str, Any]:
+    """Return the ids of all records, which no setting changes, and of the completions of each KL set."""
+    fields = ("prompt_ids", "completion_ids", "label")
+    samples = [[list(trainer.train_dataset[name]) for name in fields] for trainer in trainers]
+    assert all(columns == samples[0] for columns in samples)
+    tokens: dict[str, Any] = dict(zip(fields, samples[0], strict=True))
+    tokens["kl_completion_ids"] = {
+        str(trainer.args.per_device_train_batch_size): list(trainer.train_dataset["KL_completion_ids"])
+        for trainer in trainers
+        if trainer.calculate_KL
+    }
+    return tokens
+
+
+def main() -> None:
+    """Write the series of all runs."""
+    torch.set_num_threads(1)
+    if not MODEL.exists():
+        make_model(MODEL)
+    if not FEEDBACK.exists():
+        make_feedback(FEEDBACK)
+    trainers, runs = [], []
+    cases = itertools.product(("kto", "apo_zero_unpaired"), (8, 2), (1.0, 1.33))
+    for loss_type, micro_batch_size, weight in cases:
+        with tempfile.TemporaryDirectory() as output:
+            trainer = train(loss_type, micro_batch_size, weight, output)
+        case = {"loss_type": loss_type, "micro_batch_size": micro_batch_size, "desirable_weight": weight}
+        runs.append((f"{loss_type}-{micro_batch_size}-{weight}", {**case, "steps": trainer.steps}))
+        trainers.append(trainer)
+    versions = {package.__name__: package.__version__ for package in (trl, transformers, torch)}
+    head = {"versions": {**versions, "python": platform.python_version()}, "settings": SETTINGS}
+    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    parts.append(f'"tokens": {json.dumps(tokens_of(trainers))}')
+    parts.append('"runs": {\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs) + "\n}")
+    SERIES.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
