@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kto" / "__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
 
-TEST = ["hypothesis>=6.100", "peft>=0.17", "pytest>=8"]
+MLFLOW = ["mlflow-skinny>=3"]
+TEST = ["hypothesis>=6.100", *MLFLOW, "peft>=0.17", "pytest>=8", "scikit-learn>=1.4"]
 
 setup(
     name="nemo-kto",
@@ -30,6 +31,7 @@ setup(
         "jinja2>=3.1",
         "lightning>=2.4,<2.5",
         "loky>=3.4",
+        "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
         "nemo_toolkit[common-only,core]>=3.0.0,<4",
         "numpy>=1.26",
@@ -40,10 +42,11 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.15",
         "torch>=2.6,<3",
+        "torchmetrics>=1.4",
         "tqdm>=4.66",
         "transformers>=5.0,<6",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"]},
+    extras_require={"mlflow": MLFLOW, "test": TEST, "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"]},
     entry_points={"console_scripts": ["nemo-kto = nemo_kto.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

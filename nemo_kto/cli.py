@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemo_kto.errors import KTOError
+from nemo_kto.errors import ConfigError, KTOError
 from nemo_kto.quiet import silence_startup_noise
 
 _PEER_DELAY = 3.0
@@ -83,8 +84,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
     cache.set_defaults(run=_cache_reference)
+    _add_generate(commands)
+    report = commands.add_parser(
+        "report",
+        help="show a run, or several beside each other, as a page with pictures",
+        description="Write report.html, which works offline, and its pictures as PNG files: curves, data, generations "
+        "and configuration of a run. Several runs are overlaid and compared.",
+    )
+    report.add_argument("log_dirs", nargs="+", type=Path, metavar="LOG_DIR", help="log folder of a run")
+    report.add_argument(
+        "--output", "-o", type=Path, metavar="FOLDER", help="folder to write to; default, of one run: <log dir>/report"
+    )
+    report.set_defaults(run=_report)
     _add_data_commands(commands)
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="answer prompts with a checkpoint",
+        description="Answer prompts with a checkpoint, saved under any parallel layout. For a model that needs "
+        "several processes: torchrun --nproc-per-node N --no-python nemo-kto generate --tensor-parallel N ...",
+    )
+    generate.add_argument("checkpoint", type=Path, help="checkpoint folder: <log dir>/checkpoints/<name>")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to answer")
+    generate.add_argument("--file", type=Path, help="file with prompts: rows with a field prompt, text or messages")
+    generate.add_argument(
+        "--raw", action="store_true", help="take texts as they are, also if the tokenizer has a chat template"
+    )
+    generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="TOKENS", help="longest answer")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default: the most probable token each time"
+    )
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw of the likeliest tokens only")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--tensor-parallel", type=_positive, default=1, metavar="N", help="processes sharing layers")
+    generate.add_argument("--pipeline-parallel", type=_positive, default=1, metavar="N", help="pipeline stages")
+    generate.add_argument("--json", action="store_true", help="print JSON Lines")
+    generate.set_defaults(run=_generate)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
 
 
 def _add_data_commands(commands: Any) -> None:
@@ -164,9 +209,54 @@ def _export_hf(options: argparse.Namespace) -> None:
 
 def _cache_reference(options: argparse.Namespace) -> None:
     silence_startup_noise()
-    from nemo_kto.train import cache_reference, run_configured
+    from nemo_kto.run import run_configured
+    from nemo_kto.train import cache_reference
 
     run_configured(cache_reference, [*options.overrides, "model.kto.reference.mode=cached"])
+
+
+def _generate(options: argparse.Namespace) -> None:
+    silence_startup_noise()
+    from nemo_kto.generate import answer_prompts, read_prompts
+    from nemo_kto.models.generation import Sampling
+    from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
+
+    silence_loaded_packages()
+    prompts = [*options.prompts, *(read_prompts(options.file) if options.file else ())]
+    if not prompts:
+        raise ConfigError("There is no prompt. Write one behind the checkpoint, or name a file with --file.")
+    answers = answer_prompts(
+        options.checkpoint,
+        prompts,
+        Sampling(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        ),
+        tensor=options.tensor_parallel,
+        pipeline=options.pipeline_parallel,
+        template=not options.raw,
+    )
+    for prompt, answer in answers:
+        if not is_global_rank_zero():
+            continue
+        if options.json:
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), flush=True)
+        else:
+            print(f"--- prompt\n{prompt}\n--- answer\n{answer}\n", flush=True)
+
+
+def _report(options: argparse.Namespace) -> None:
+    silence_startup_noise()
+    from nemo_kto.report import write_report
+
+    output = options.output
+    if output is None:
+        if len(options.log_dirs) > 1:
+            raise ConfigError("The page of several runs needs a folder of its own. Name one with --output FOLDER.")
+        output = options.log_dirs[0] / "report"
+    print(f"Wrote {write_report(options.log_dirs, output)}")
 
 
 def _run_data_command(options: argparse.Namespace) -> None:

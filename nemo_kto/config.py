@@ -72,6 +72,8 @@ class ExpManagerConfig:
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     wandb_logger_kwargs: dict[str, Any] | None = None
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] | None = None
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     create_checkpoint_callback: bool = True
@@ -92,6 +94,32 @@ class ExportConfig:
     enabled: bool = True
     folder: str | None = None
     merge_adapters: bool = False
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """`evaluation`: what examples/nlp/kto/eval_gpt_kto.py scores."""
+
+    checkpoint: str | None = None
+    output: str | None = None
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """`generation`: prompts that are answered while the model is trained."""
+
+    num_prompts: int = 0
+    every_n_validations: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """`report`: the page with pictures, written at the end."""
+
+    enabled: bool = True
 
 
 @dataclass(kw_only=True)
@@ -252,6 +280,9 @@ class KTOConfig:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     pretrained_checkpoint: PretrainedCheckpointConfig = field(default_factory=PretrainedCheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 

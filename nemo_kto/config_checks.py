@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     )
 
 _LEAST = {
+    "generation.num_prompts": 0,
+    "generation.every_n_validations": 1,
+    "generation.max_new_tokens": 1,
+    "generation.temperature": 0,
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
     "trainer.log_every_n_steps": 1,
@@ -101,6 +106,8 @@ def check_values(config: KTOConfig) -> None:
     check_data(config.model.data)
     _check_objective(config.model.kto)
     _check_monitor(config)
+    if not 0 < config.generation.top_p <= 1:
+        raise ConfigError(f"generation.top_p={config.generation.top_p} must be above 0 and at most 1.")
 
 
 def _check_length(kto: TrainerKTOConfig) -> None:
@@ -133,6 +140,27 @@ def _check_exp_manager(manager: ExpManagerConfig) -> None:
         raise ConfigError(
             "exp_manager.create_wandb_logger=true needs a project and a run name. "
             "Set exp_manager.wandb_logger_kwargs={project: ..., name: ...}."
+        )
+    # mlflow-skinny has the same module
+    if manager.create_mlflow_logger and importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            "exp_manager.create_mlflow_logger=true needs MLflow. Install it: pip install 'nemo-kto[mlflow]'."
+        )
+    for name in ("wandb_logger_kwargs", "mlflow_logger_kwargs"):
+        _refuse_secrets(f"exp_manager.{name}", getattr(manager, name))
+
+
+def _refuse_secrets(key: str, value: Any) -> None:
+    """Raise a ConfigError for a password or key, which would end up in logs, checkpoints and the command's history."""
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            _refuse_secrets(f"{key}.{name}", below)
+        return
+    named = key.rsplit(".", 1)[-1].lower() in ("api_key", "password", "token") and value is not None
+    if named or (isinstance(value, str) and re.search(r"://[^/@]*:[^/@]*@", value)):
+        raise ConfigError(
+            f"{key} holds a secret, which would be written to the log folder. Leave it out and set the environment "
+            "variables WANDB_API_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
 
 

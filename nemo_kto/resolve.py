@@ -20,11 +20,12 @@ from nemo_kto.models.gpt import (
     load_hf_config,
     padded_vocabulary,
 )
+from nemo_kto.models.hf_config import model_sizes
 from nemo_kto.models.hf_weights import SafetensorsFolder
 from nemo_kto.models.layer_specs import check_transformer_impl
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.layout import Layout, ModelSizes, check_batch, check_layout, check_recompute_groups
+from nemo_kto.runtime.layout import Layout, check_batch, check_layout, check_recompute_groups
 
 logger = logging.getLogger(__name__)
 
@@ -128,18 +129,7 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         expert_tensor=settings.expert_tensor_parallel_size,
     )
     parallel.check_launched(result)
-    check_layout(
-        result,
-        ModelSizes(
-            num_layers=hf_config.num_hidden_layers,
-            num_attention_heads=hf_config.num_attention_heads,
-            num_query_groups=hf_config.num_key_value_heads,
-            ffn_hidden_size=None if all(moe.expert_layers(hf_config)) else hf_config.intermediate_size,
-            num_experts=moe.num_experts(hf_config),
-            expert_layers=[layer for layer, sparse in enumerate(moe.expert_layers(hf_config)) if sparse],
-            expert_ffn_hidden_size=moe.expert_ffn_hidden_size(hf_config),
-        ),
-    )
+    check_layout(result, model_sizes(hf_config))
     if settings.moe_aux_loss_coeff and not moe.num_experts(hf_config):
         raise ConfigError(
             f"model.moe_aux_loss_coeff={settings.moe_aux_loss_coeff} needs a mixture of experts; this model is dense. "
@@ -198,16 +188,23 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
     interval = kto.val_check_interval
     if isinstance(interval, float):
         interval = _count(interval, per_epoch)
-    val_batches = 0
-    if "validation" in data.splits:
-        available = -(-len(data.splits["validation"]) // config.model.global_batch_size)
-        val_batches = _count(kto.limit_val_batches, available)
+    val_batches = _val_batches(config, data) if "validation" in data.splits else 0
     return Schedule(
         total=min(limits),
         per_epoch=per_epoch,
         val_interval=interval if val_batches else 0,
         val_batches=val_batches,
     )
+
+
+def plan_validation(config: KTOConfig, data: KTODataModule) -> Schedule:
+    """Return the schedule of a validation on its own."""
+    return Schedule(total=1, per_epoch=1, val_interval=0, val_batches=_val_batches(config, data))
+
+
+def _val_batches(config: KTOConfig, data: KTODataModule) -> int:
+    available = -(-len(data.splits["validation"]) // config.model.global_batch_size)
+    return _count(config.trainer.kto.limit_val_batches, available)
 
 
 def warn_about_rates(config: KTOConfig, schedule: Schedule) -> None:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
@@ -20,20 +21,27 @@ from nemo_kto.resolve_records import sources, tokenization_settings
 logger = logging.getLogger(__name__)
 
 
-def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> KTODataModule:
+def read_data(
+    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, trains: bool = True
+) -> KTODataModule:
     """Return the data of the run, read and tokenised.
 
     Args:
         config: The configuration.
         tokenizer: The tokenizer.
         max_positions: The longest document the model is defined for, in tokens.
+        trains: Whether there has to be data to train on; otherwise, to validate on.
 
     Raises:
         ConfigError: There is none, or what is said about it is impossible.
         DataError: It cannot be used.
     """
     model, data = config.model, config.model.data
-    if not data.data_prefix.train:
+    if not trains and not data.data_prefix.validation and not data.validation_fraction:
+        raise ConfigError(
+            "There is no held-out data. Set model.data.data_prefix.validation to a file with feedback, or several."
+        )
+    if not data.data_prefix.train and (trains or data.validation_fraction):
         raise ConfigError(
             "There is no training data. Set model.data.data_prefix.train to a file with feedback, or several."
         )
@@ -44,7 +52,7 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
             data.prompt_template,
         )
     settings = DataSettings(
-        train=sources(data, data.data_prefix.train),
+        train=sources(data, data.data_prefix.train or ()),
         validation=sources(data, data.data_prefix.validation or ()),
         validation_fraction=data.validation_fraction,
         tokenization=tokenization_settings(data),
@@ -65,10 +73,41 @@ def read_data(config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_posi
     return module
 
 
+def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[torch.Tensor]:
+    """Return the tokens `[p]` int64 of the first different prompts of the validation data, or of the training data.
+
+    Args:
+        config: The configuration, which says how many.
+        data: The data of the run.
+        max_positions: The longest document the model is defined for; a prompt has to leave room for an answer.
+    """
+    samples = data.splits.get("validation", data.splits["train"])
+    wanted, found, seen = config.generation.num_prompts, [], set()
+    for index, key in enumerate(samples.prompt_keys.tolist()):
+        if len(found) == wanted:
+            break
+        if key not in seen:
+            seen.add(key)
+            prompt = samples[index].prompt
+            if prompt.numel() < max_positions:
+                found.append(prompt)
+    return found
+
+
 def settle_loss_weights(config: KTOConfig, data: KTODataModule) -> KTOConfig:
-    """Return the configuration with numbers as loss weights, and warn about numbers that leave the data unbalanced."""
-    kto, train = config.model.kto, data.splits["train"]
-    counts = train.class_totals
+    """Return the configuration with numbers as loss weights, and warn about numbers that leave the data unbalanced.
+
+    Without training data it is returned as it is; then the weights have to be numbers.
+    """
+    kto = config.model.kto
+    if "train" not in data.splits:
+        if "auto" in (kto.desirable_loss_weight, kto.undesirable_loss_weight):
+            raise ConfigError(
+                "model.kto.desirable_loss_weight=auto and undesirable_loss_weight=auto count the training data, and "
+                "there is none. Set model.data.data_prefix.train, or numbers."
+            )
+        return config
+    counts = data.splits["train"].class_totals
     given = {"desirable": kto.desirable_loss_weight, "undesirable": kto.undesirable_loss_weight}
     if 0 in counts:
         one = "desirable" if counts[1] == 0 else "undesirable"

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo.core.config import hydra_runner
@@ -26,6 +27,7 @@ from nemo_kto.resolve_data import read_data, settle_loss_weights
 from nemo_kto.resolve_reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.strategy import MegatronStrategy
 
 _PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
@@ -79,8 +81,13 @@ class Run:
         )
 
 
-def prepare(config: KTOConfig) -> Run:
-    """Check the configuration and read the data, as every process does."""
+def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
+    """Check the configuration and read the data, as every process does.
+
+    Args:
+        config: The configuration.
+        trains: Whether there is something to train, for which there has to be data.
+    """
     accelerator = resolve.accelerator(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
@@ -89,7 +96,7 @@ def prepare(config: KTOConfig) -> Run:
     layout = resolve.layout(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)
     reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
-    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings)
+    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings, trains=trains)
     config = settle_loss_weights(config, data)
     if reference.mode == "cached":
         cache = cache_settings(config, hf_config, reference, data, tokenizer)
@@ -103,7 +110,7 @@ def prepare(config: KTOConfig) -> Run:
         lora=lora,
         reference=reference,
         data=data,
-        schedule=resolve.plan_schedule(config, data),
+        schedule=resolve.plan_schedule(config, data) if trains else resolve.plan_validation(config, data),
     )
 
 
@@ -124,3 +131,16 @@ def trainer_settings(run: Run) -> dict[str, Any]:
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+
+
+def strategy(run: Run, *, async_save: bool = False, source_folder: Path | None = None) -> MegatronStrategy:
+    """Return the run's strategy; for the arguments see `MegatronStrategy`."""
+    return MegatronStrategy(
+        run.layout,
+        run.config.model.optim,
+        params_dtype=resolve.params_dtype(run.config),
+        seed=run.config.model.seed,
+        gradient_clip=run.config.trainer.kto.gradient_clip_val or 0.0,
+        async_save=async_save,
+        source_folder=source_folder,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,15 +16,22 @@ from nemo.utils.exp_manager import exp_manager
 
 from nemo_kto import resolve
 from nemo_kto.config import KTOConfig
-from nemo_kto.errors import StoppedEarly
+from nemo_kto.errors import KTOError, StoppedEarly
 from nemo_kto.facts import run_facts, write_facts
+from nemo_kto.generate import stop_token_ids
+from nemo_kto.models.answers import ANSWERS_FILE, AnswerPrompts
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
+from nemo_kto.models.generation import Sampling
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.report import write_report
+from nemo_kto.resolve_data import prompts_to_answer
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
-from nemo_kto.run import Run, prepare, run_configured, trainer_settings
+from nemo_kto.run import Run, prepare, run_configured, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves, step_of
+from nemo_kto.runtime.loggers import new_wandb_run, open_mlflow, read_runs, write_runs
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
-from nemo_kto.runtime.strategy import MegatronStrategy
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -76,7 +84,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
             write_facts(source_folder, facts)
             steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
             print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
-        trainer = _make_trainer(run, source_folder=source_folder)
+        trainer = _make_trainer(run, source_folder=source_folder, resumes=last is not None)
         # now: exp_manager puts a folder's older files aside
         run.data.list_bad_records(log_dir / "bad_records.jsonl")
         if is_global_rank_zero():
@@ -85,10 +93,47 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         if export_folder is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_folder, source_folder, replace=replace))  # type: ignore[attr-defined]
-        if not _finishes(partial(trainer.fit, run.model(), datamodule=run.data, ckpt_path=last)):
+        model = run.model()
+        if config.generation.num_prompts:
+            answers = _answers(run, log_dir)
+            trainer.callbacks.append(answers)  # type: ignore[attr-defined]
+            model.visit_reference = answers.answer_as_reference
+        if not _finishes(partial(trainer.fit, model, datamodule=run.data, ckpt_path=last)):
             return
     if is_global_rank_zero():
         print(f"Logs and checkpoints: {log_dir}", flush=True)
+        if trainer.global_step == trainer.max_steps:
+            _report(config, log_dir)
+
+
+def _answers(run: Run, log_dir: Path) -> AnswerPrompts:
+    """Return the callback that answers prompts."""
+    settings, max_positions = run.config.generation, run.hf_config.max_position_embeddings
+    return AnswerPrompts(
+        prompts_to_answer(run.config, run.data, max_positions=max_positions),
+        run.tokenizer,
+        Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=run.config.model.seed,
+        ),
+        stop_token_ids=stop_token_ids(resolve.tokenizer_folder(run.config), run.tokenizer),
+        every=settings.every_n_validations,
+        file=log_dir / ANSWERS_FILE,
+    )
+
+
+def _report(config: KTOConfig, log_dir: Path) -> None:
+    """Write the pictures of a run; a run that has come to its end does not fail for them."""
+    if not config.report.enabled or not config.exp_manager.create_tensorboard_logger:
+        return
+    try:
+        page = write_report([log_dir], log_dir / "report")
+    except KTOError as error:
+        logger.warning("There is no report: %s", error)
+    else:
+        print(f"Report: {page}", flush=True)
 
 
 def cache_reference(config: KTOConfig) -> None:
@@ -107,13 +152,7 @@ def cache_reference(config: KTOConfig) -> None:
     assert run.reference.cache is not None, "reference.mode is cached"
     trainer = Trainer(
         **{**trainer_settings(run), "limit_val_batches": 0},
-        strategy=MegatronStrategy(
-            run.layout,
-            config.model.optim,
-            params_dtype=resolve.params_dtype(config),
-            seed=config.model.seed,
-            gradient_clip=0.0,
-        ),
+        strategy=strategy(run),
         callbacks=[stop],
     )
     # only sets the model up, which does it: there is nothing to validate
@@ -154,28 +193,19 @@ def _time_limit(text: str | None) -> timedelta | None:
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 
 
-def _make_trainer(run: Run, *, source_folder: Path) -> Trainer:
+def _make_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer:
     config, schedule = run.config, run.schedule
     params = config.exp_manager.checkpoint_callback_params
-    strategy = MegatronStrategy(
-        run.layout,
-        config.model.optim,
-        params_dtype=resolve.params_dtype(config),
-        seed=config.model.seed,
-        gradient_clip=config.trainer.kto.gradient_clip_val or 0.0,
-        async_save=params.async_save,
-        source_folder=source_folder,
-    )
     trainer = Trainer(
         **trainer_settings(run),
-        strategy=strategy,
+        strategy=strategy(run, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
         callbacks=[ProgressBar(), *([FinishBackgroundSaves()] if params.async_save else [])],
     )
     trainer.fit_loop.epoch_loop = StepLoop(
         trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0
     )
-    exp_manager(trainer, _exp_manager_settings(config, validates=bool(schedule.val_interval)))
+    _add_loggers_and_checkpoints(trainer, config, validates=bool(schedule.val_interval), resumes=resumes)
     checkpoints: Any = trainer.checkpoint_callback
     if checkpoints is not None:
         checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
@@ -183,8 +213,24 @@ def _make_trainer(run: Run, *, source_folder: Path) -> Trainer:
     return trainer
 
 
-def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, Any]:
-    """Return NeMo's exp_manager configuration."""
+def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validates: bool, resumes: bool) -> None:
+    """Have NeMo's exp_manager add both; a resumed run goes on in the runs of the loggers that it has written to."""
+    manager, log_dir, leads = config.exp_manager, resolve.log_directory(config), is_global_rank_zero()
+    mlflow_settings = manager.mlflow_logger_kwargs or {}
+    runs = read_runs(log_dir) if resumes and leads else {}
+    if manager.create_wandb_logger:
+        runs.setdefault("wandb", new_wandb_run())
+    exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
+    if manager.create_mlflow_logger and leads:
+        mlflow = open_mlflow(mlflow_settings, name=manager.name, log_dir=log_dir, run_id=runs.get("mlflow"))
+        trainer.loggers = [*trainer.loggers, mlflow]
+        runs["mlflow"] = mlflow.run_id
+    if runs and leads:
+        write_runs(log_dir, runs)
+
+
+def _exp_manager_settings(config: KTOConfig, *, validates: bool, wandb_run: str | None) -> dict[str, Any]:
+    """Return NeMo's exp_manager configuration; its logger for MLflow does not work, see `open_mlflow`."""
     manager, log_dir = config.exp_manager, resolve.log_directory(config)
     params = manager.checkpoint_callback_params
     return {
@@ -198,7 +244,7 @@ def _exp_manager_settings(config: KTOConfig, *, validates: bool) -> dict[str, An
         "create_preemption_callback": False,
         "create_tensorboard_logger": manager.create_tensorboard_logger,
         "create_wandb_logger": manager.create_wandb_logger,
-        "wandb_logger_kwargs": manager.wandb_logger_kwargs,
+        "wandb_logger_kwargs": {"id": wandb_run, **(manager.wandb_logger_kwargs or {})},
         "create_checkpoint_callback": manager.create_checkpoint_callback,
         "checkpoint_callback_params": {
             "monitor": params.monitor,

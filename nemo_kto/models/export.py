@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import dist_checkpointing
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.models.gpt import build_gpt, load_hf_config
+from nemo_kto.errors import ConfigError
+from nemo_kto.models.checkpoint_model import load_model, source_of
+from nemo_kto.models.gpt import load_hf_config
 from nemo_kto.models.hf_rules import ADAPTERS
-from nemo_kto.models.hf_weights import copy_companions, export_hf, import_hf, weights_digest
-from nemo_kto.models.lora import LoRASettings, adapters_merged, add_adapters
+from nemo_kto.models.hf_weights import copy_companions, export_hf
+from nemo_kto.models.lora import LoRASettings, adapters_merged
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.models.model_card import model_card, read_facts
 from nemo_kto.models.peft_adapter import (
     CONFIG_FILE,
     adapter_config,
-    base_folder,
     export_adapter,
     is_adapter,
-    read_adapter_config,
     write_adapter,
 )
-from nemo_kto.runtime import cpu_megatron, parallel
+from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import (
-    IDENTITY_FILE,
     SOURCE_FOLDER,
-    ShardedCheckpointIO,
-    is_finished,
-    sharded_trained,
-    sharding_metadata,
 )
 from nemo_kto.runtime.layout import Layout
 
@@ -123,30 +114,19 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
             base model is not where it was.
         ConfigError: `merge` without LoRA.
     """
-    source = checkpoint / SOURCE_FOLDER
-    if not is_finished(checkpoint) or not source.is_dir():
-        raise CheckpointError(
-            f"{checkpoint} is not a finished nemo_kto checkpoint. Name one of the folders in <log dir>/checkpoints."
-        )
+    source = source_of(checkpoint)
     if merge and not is_adapter(source):
         raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
-    if not torch.cuda.is_available():
-        cpu_megatron.enable_cpu()
-    with tempfile.TemporaryDirectory() as rendezvous:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
-        try:
-            adapter = is_adapter(source) and not merge
-            (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
-        finally:
-            parallel.destroy()
+    with parallel.default_group():
+        adapter = is_adapter(source) and not merge
+        (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
 
 
 def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
     """Return the model card of what a checkpoint holds."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     facts = read_facts(checkpoint / SOURCE_FOLDER)
-    return model_card(facts, common["metrics"], step=common["global_step"], adapter=adapter)
+    return model_card(facts, common.get("metrics", {}), step=common["global_step"], adapter=adapter)
 
 
 def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
@@ -161,23 +141,9 @@ def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
 
 
 def _export_model(checkpoint: Path, folder: Path, card: str | None) -> None:
-    source, layout = checkpoint / SOURCE_FOLDER, Layout(world_size=1)
-    hf_config = load_hf_config(source)
+    layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    has_adapters = is_adapter(source)
-    model = build_gpt(hf_config, layout, unfused=has_adapters)
-    if has_adapters:
-        base = base_folder(source)
-        identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))
-        if identity["pretrained_checkpoint.restore_from_path"] != weights_digest(load_hf_config(base), base):
-            raise CheckpointError(
-                f"The model in {base} is not the one that the adapters in {checkpoint} were trained on."
-            )
-        import_hf(model, base)
-        add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
-    loaded = ShardedCheckpointIO().load_checkpoint(
-        checkpoint, sharded_state_dict={"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
-    )
-    model.load_state_dict(loaded["state_dict"]["chunk0"], strict=not has_adapters)
-    with adapters_merged([model]) if has_adapters else nullcontext():
-        export_hf([model], hf_config, folder, tokenizer_folder=source, card=card)
+    model = load_model(checkpoint, layout)
+    source = source_of(checkpoint)
+    with adapters_merged([model]) if is_adapter(source) else nullcontext():
+        export_hf([model], load_hf_config(source), folder, tokenizer_folder=source, card=card)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models import moe
+from nemo_kto.runtime.layout import ModelSizes
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 _SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
@@ -133,3 +134,17 @@ def _check_model_type(model_type: str | None, source: str | Path) -> None:
             f"{source}: the architecture {model_type!r} is not supported. "
             f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
         )
+
+
+def model_sizes(hf: PretrainedConfig) -> ModelSizes:
+    """Return the sizes that decide how a model can be divided."""
+    sparse = moe.expert_layers(hf)
+    return ModelSizes(
+        num_layers=hf.num_hidden_layers,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        ffn_hidden_size=None if all(sparse) else hf.intermediate_size,
+        num_experts=moe.num_experts(hf),
+        expert_layers=[layer for layer, is_sparse in enumerate(sparse) if is_sparse],
+        expert_ffn_hidden_size=moe.expert_ffn_hidden_size(hf),
+    )

@@ -81,6 +81,23 @@ def unwrapped(chunk: torch.nn.Module) -> KTOGPTModel:
     return inner
 
 
+def part_of(row: PackedRow, place: RankPosition, layout: Layout) -> PackedRow:
+    """Return what a process works on of a row: its tokens, once the row is filled up so that it can be divided."""
+    padded = row.padded(layout.context * (layout.tensor if layout.sequence else 1))
+    return padded.shard(place.cp_rank, layout.context)
+
+
+def boundaries(row: PackedRow) -> dict[str, Any]:
+    """Return the fields of Megatron's PackedSeqParams that say where a row's documents are."""
+    return {
+        "qkv_format": "thd",
+        "cu_seqlens_q": row.cu_seqlens,
+        "cu_seqlens_kv": row.cu_seqlens,
+        "max_seqlen_q": row.max_seqlen,
+        "max_seqlen_kv": row.max_seqlen,
+    }
+
+
 @dataclass(frozen=True)
 class _Dropout:
     """What the adapters' dropout of one step depends on.
@@ -191,24 +208,19 @@ class RowScorer:
         model: torch.nn.Module,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
         index, whole = next(rows)
-        padded = whole.padded(self.layout.context * (self.layout.tensor if self.layout.sequence else 1))
-        row = padded.shard(self.place.cp_rank, self.layout.context).to(self._device)
+        row = part_of(whole, self.place, self.layout).to(self._device)
         first = self.place.cp_rank * row.tokens.numel()
         in_row = torch.arange(first, first + row.tokens.numel(), device=self._device)
         # for the balance of the experts' loads: tokens that only fill up the row do not count
-        padding_mask = None if padded is whole else in_row >= whole.tokens.numel()
+        is_padded = row.tokens.numel() * self.layout.context > whole.tokens.numel()
+        padding_mask = in_row >= whole.tokens.numel() if is_padded else None
         hidden = model(
             input_ids=row.tokens[None],
             position_ids=row.position_ids[None],
             attention_mask=None,
             padding_mask=None if padding_mask is None else padding_mask[None],
             packed_seq_params=RowParams(
-                dropout_keys=None if dropout is None else dropout.keys(index, row, in_row),
-                qkv_format="thd",
-                cu_seqlens_q=row.cu_seqlens,
-                cu_seqlens_kv=row.cu_seqlens,
-                max_seqlen_q=row.max_seqlen,
-                max_seqlen_kv=row.max_seqlen,
+                dropout_keys=None if dropout is None else dropout.keys(index, row, in_row), **boundaries(row)
             ),
         )
         return hidden, partial(self._row_loss, loss, index, row, whole.response_lengths)

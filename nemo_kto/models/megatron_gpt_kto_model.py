@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class MegatronGPTKTOModel(LightningModule):
         chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
             wrapped for data parallelism once training has begun.
         last_metrics: Name with its stage -> value that was logged last.
+        visit_reference: Called with this model while it is a reference that is not kept, but whose log-probs are
+            cached; None for nothing.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.reference_settings = reference
         self.chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
+        self.visit_reference: Callable[[MegatronGPTKTOModel], None] | None = None
         self.reference: ReferencePolicy | None = None
         self._validation_sums = MetricSums()
         follows = self.objective.interval is not None and reference.sync_every is not None
@@ -149,7 +153,7 @@ class MegatronGPTKTOModel(LightningModule):
         settings, data = self.reference_settings, self.trainer.datamodule  # type: ignore[attr-defined]
         assert settings.cache is not None
         cache, work = open_cache(settings.cache.folder, settings.cache.key, data, val_batches=self.val_batches)
-        if count_batches(work):
+        if count_batches(work) or self.visit_reference is not None:
             self._weights.load_reference(self.models)
             stop = graceful_stop(self.trainer)
             assert stop is not None, "nemo_kto.train gives every trainer one"
@@ -163,6 +167,8 @@ class MegatronGPTKTOModel(LightningModule):
                     kl_micro_batch_size=self._kl_micro_batch_size,
                     stop=stop.agreed,
                 )
+            if self.visit_reference is not None:
+                self.visit_reference(self)
             self._weights.restore_policy(self.models)
         return CachedReference(cache.tables)
 
@@ -302,8 +308,12 @@ class MegatronGPTKTOModel(LightningModule):
         self._validation_sums = MetricSums(self.device)
 
     @torch.no_grad()
-    def validation_step(self, batch: KTOBatch, batch_idx: int) -> None:
-        """Score this rank's share of one validation batch; samples of weight zero leave no trace."""
+    def validation_step(self, batch: KTOBatch, batch_idx: int) -> dict[str, Any] | None:
+        """Score this rank's share of one validation batch; samples of weight zero leave no trace.
+
+        Returns:
+            On one rank of each replica, the share's `baseline` and what `Objective.observe` returns, as `observed`.
+        """
         scorer = self._scorer()
         rows = batch.sample_rows(self.config.model.micro_batch_size)
         baseline = self._baseline(scorer, batch, rows, split="validation")
@@ -314,6 +324,7 @@ class MegatronGPTKTOModel(LightningModule):
             [self.objective.observe(row, baseline, index) for index, row in enumerate(scores)], dim=-1
         )
         self._add_metrics(self._validation_sums, batch, baseline, observed)
+        return {"baseline": baseline, "observed": observed} if scorer.place.reports else None
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all validation samples."""

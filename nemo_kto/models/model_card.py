@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FACTS_FILE = "run.json"
-"""What a run is: in its log folder, and in the folder that every checkpoint gets a copy of."""
+from nemo_kto.runtime.checkpoint import IDENTITY_FILE
+
+FACTS_FILE = IDENTITY_FILE
+"""What a run is: in its log folder, and in the folder that every checkpoint gets a copy of.
+
+There it also says, with keys of its own, which run the checkpoint is of.
+"""
 
 _SETTINGS = (
     "model.kto.loss",
@@ -81,7 +86,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what is known of a run from the `FACTS_FILE` in a folder; nothing if there is none."""
+    """Return what the `FACTS_FILE` in a folder says; nothing if there is none."""
     file = folder / FACTS_FILE
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return facts
@@ -98,7 +103,7 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
         step: Steps that were taken.
         adapter: Whether the folder holds a PEFT adapter rather than a whole model.
     """
-    if not facts:
+    if "config" not in facts:  # an older checkpoint, which only says which run it is of
         return None
     config = facts["config"]
     base = config["pretrained_checkpoint"]["restore_from_path"]

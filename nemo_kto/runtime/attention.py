@@ -1,13 +1,15 @@
 """Core attention over a packed row of documents, where Transformer Engine's is missing or takes no float32.
 
 Tensor legend: `T` tokens of the row, `c` context-parallel ranks, `T/c` consecutive tokens of it on this rank, `n`
-tokens of one document, `a` query heads and `g` key/value heads of this tensor-parallel rank, `d` channels of a head.
+tokens of one document, `a` query heads and `g` key/value heads of this tensor-parallel rank, `d` channels of a head,
+`b` documents whose keys and values are kept, `m` tokens of the longest of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,85 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 _SMALLEST_CHUNK = 256
 """Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
+
+_MORE_ROOM = 64
+"""Fewest tokens by which the memory for keys and values grows."""
+
+
+class KeyValueCache:
+    """Keys and values of a row's documents, kept so that a document can go on by computing its newest token only.
+
+    The first pass takes whole documents, every later one the newest token of each. What comes in a row behind the `b`
+    documents only fills it up; nothing of it is kept. With context parallelism each rank has its heads of all tokens.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[int, torch.Tensor] = {}  # layer -> [2, b, g, room, d]: keys, then values
+        self._lengths: list[int] = []
+        self._newest = torch.empty(0, dtype=torch.int64)
+
+    def begin(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Prepare for a pass after which the documents have `lengths`, its own tokens included, on `device`."""
+        self._lengths = list(lengths)
+        self._newest = torch.tensor(self._lengths, dtype=torch.int64, device=device) - 1
+
+    def keep(self, documents: Sequence[int]) -> None:
+        """Forget all documents but those with these numbers, ascending, counted from 0 in the row."""
+        chosen = torch.tensor(documents, dtype=torch.int64, device=self._newest.device)
+        self._stored = {layer: stored[:, chosen] for layer, stored in self._stored.items()}
+
+    def holds(self, layer: int) -> bool:
+        """Return whether the layer with this number has had its first pass."""
+        return layer in self._stored
+
+    def start(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a layer's keys and values of whole documents, `[T, g, d]` each."""
+        _, heads, channels = key.shape
+        # zeros, as memory behind a document's end is read and then masked: zero times NaN would be NaN
+        stored = key.new_zeros(2, len(self._lengths), heads, max(self._lengths, default=0), channels)
+        end = 0
+        for document, length in enumerate(self._lengths):
+            start, end = end, end + length
+            stored[0, document, :, :length] = key[start:end].transpose(0, 1)
+            stored[1, document, :, :length] = value[start:end].transpose(0, 1)
+        self._stored[layer] = stored
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values `[b, g, m, d]` of all tokens, those of each document's newest one added.
+
+        Args:
+            layer: Number of the layer.
+            key: `[T, g, d]`, of which the first `b` are the documents' newest tokens.
+            value: `[T, g, d]`.
+        """
+        longest, stored = max(self._lengths, default=0), self._stored[layer]
+        missing = longest - stored.shape[3]
+        if missing > 0:
+            # by half as much again, so that copying takes a constant share of a token's time
+            room = max(missing, stored.shape[3] // 2, _MORE_ROOM)
+            stored = F.pad(stored, (0, 0, 0, room))
+            self._stored[layer] = stored
+        documents = torch.arange(stored.shape[1], device=stored.device)
+        stored[0, documents, :, self._newest] = key[: len(documents)]
+        stored[1, documents, :, self._newest] = value[: len(documents)]
+        return stored[0, :, :, :longest], stored[1, :, :, :longest]
+
+    def visible(self, window: int | None) -> torch.Tensor:
+        """Return `[b, m]` bool: the tokens that each document's newest one sees, `window` or all before itself."""
+        longest = max(self._lengths, default=0)
+        distance = self._newest[:, None] - torch.arange(longest, device=self._newest.device)
+        return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
+
+
+@dataclass(kw_only=True)
+class CachedRowParams(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's description of a packed row whose documents are to go on.
+
+    Attributes:
+        cache: Where their keys and values are kept; None to keep none.
+    """
+
+    cache: KeyValueCache | None = None
 
 
 class DocumentAttention(MegatronModule):
@@ -60,6 +141,7 @@ class DocumentAttention(MegatronModule):
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             self.cp_group = pg_collection.cp
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
@@ -83,19 +165,45 @@ class DocumentAttention(MegatronModule):
             key: `[T/c, 1, g, d]`; `g` divides `a`.
             value: `[T/c, 1, g, d]`.
             attention_mask: Unused; the documents' boundaries say everything.
-            packed_seq_params: `cu_seqlens_q` `[documents + 1]` int32 holds the boundaries, from 0 to T.
+            packed_seq_params: `cu_seqlens_q` `[documents + 1]` int32 holds the boundaries, from 0 to T. With the
+                `cache` of `CachedRowParams`, passes after its first one are of one new token per document.
             kwargs: What Megatron passes to every core attention besides.
         """
-        boundaries = packed_seq_params.cu_seqlens_q
-        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.cp_group is not None:
             query, key, value = _whole_rows(query, key, value, self.cp_group)
-        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        output = torch.cat([self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents])
+        cache = packed_seq_params.cache if isinstance(packed_seq_params, CachedRowParams) else None
+        if cache is not None and cache.holds(self.layer_number):
+            output = self._newest_tokens(query, key, value, cache)
+        else:
+            output = self._documents(query, key, value, packed_seq_params.cu_seqlens_q)
+            if cache is not None:
+                cache.start(self.layer_number, key, value)
         if self.cp_group is not None:
             output = _own_tokens(output, self.cp_group)
         return output.reshape(output.shape[0], 1, -1)
+
+    def _documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `[T, a, d]` from query `[T, a, d]` and key and value `[T, g, d]` of documents that attend apart."""
+        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
+        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents])
+
+    def _newest_tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache
+    ) -> torch.Tensor:
+        """Return `[T, a, d]` for the newest token of each document; zeros for tokens that fill up the row."""
+        keys, values = cache.append(self.layer_number, key, value)
+        output = torch.zeros_like(query)
+        if documents := len(keys):
+            # the query heads that share keys are as good as so many queries with the same mask: nothing is repeated
+            grouped = query[:documents].unflatten(1, (keys.shape[1], -1))
+            mask = cache.visible(self.window)[:, None, None]
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+            output[:documents] = attended.flatten(1, 2)
+        return output
 
     def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""

@@ -6,7 +6,9 @@ Everything outside `runtime/` receives groups, ranks and sizes from here and nev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kto.errors import CheckpointError, ConfigError, KTOError
-from nemo_kto.runtime import megatron_fixes
+from nemo_kto.runtime import cpu_megatron, megatron_fixes
 from nemo_kto.runtime.layout import Layout
 
 
@@ -38,6 +40,29 @@ def check_launched(layout: Layout) -> None:
             f"torchrun started {os.environ['WORLD_SIZE']} processes, but trainer.devices x trainer.num_nodes is "
             f"{layout.world_size}. Set trainer.devices=auto and trainer.num_nodes to what torchrun was given."
         )
+
+
+@contextmanager
+def default_group() -> Iterator[None]:
+    """Provide the default process group of a command that runs without Lightning: torchrun's processes, or this one.
+
+    Afterwards all groups are gone.
+    """
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        cpu_megatron.enable_cpu()
+    backend = "nccl" if on_cuda else "gloo"
+    with tempfile.TemporaryDirectory() as rendezvous:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            destroy()
 
 
 def initialize(layout: Layout, *, seed: int) -> None:

@@ -198,7 +198,7 @@ class MegatronStrategy(DDPStrategy):
         With `overlap_param_sync` the ranks' parts are gathered while the next forward pass runs; whoever reads weights
         without such a pass calls this first.
         """
-        if self.optim.overlap_param_sync:
+        if self.optim.overlap_param_sync and self.optimizers:
             for chunk in self._module.chunks:
                 chunk.start_param_sync(force_sync=True)
 
@@ -215,9 +215,7 @@ class MegatronStrategy(DDPStrategy):
         return {**self._sharded_chunks(metadata), **self._module.reference_state(metadata)}
 
     def _sharded_chunks(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        return {
-            f"chunk{i}": ckpt.sharded_trained(chunk.module, metadata) for i, chunk in enumerate(self._module.chunks)
-        }
+        return {f"chunk{i}": ckpt.sharded_trained(model, metadata) for i, model in enumerate(self._module.models)}
 
     def optimizer_state(self, optimizer: Any, is_loading: bool = False) -> dict[str, Any]:
         """Return the optimizer's sharded state dict."""
@@ -251,11 +249,11 @@ class MegatronStrategy(DDPStrategy):
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Copy loaded weights into the model."""
-        for i, chunk in enumerate(self._module.chunks):
+        for i, model in enumerate(self._module.models):
             # Megatron leaves out what is empty: chunks of which nothing is trained
-            state, module = checkpoint.get("state_dict", {}).get(f"chunk{i}", {}), chunk.module
-            trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-            found = module.load_state_dict(state, strict=False)  # frozen weights are not there
+            state = checkpoint.get("state_dict", {}).get(f"chunk{i}", {})
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            found = model.load_state_dict(state, strict=False)  # frozen weights are not there
             assert not trained & set(found.missing_keys) and not found.unexpected_keys, found
         self._module.load_reference_state(checkpoint.get("state_dict", {}))
 

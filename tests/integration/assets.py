@@ -95,6 +95,7 @@ def settings(root: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
         "model.kto.ref_policy_kl_penalty": 0.5,
         "exp_manager.create_checkpoint_callback": False,
         "export.enabled": False,
+        "report.enabled": False,
     }
     return values | {key.replace("__", "."): value for key, value in changes.items()}
 

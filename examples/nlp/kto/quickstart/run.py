@@ -156,6 +156,8 @@ def training_command(log_dir: Path, layout: str) -> list[str]:
         "trainer.kto.val_check_interval=20",
         "model.kto.ref_policy_kl_penalty=0.5",
         "model.optim.lr=2e-4",
+        "generation.num_prompts=4",
+        "generation.max_new_tokens=24",
         f"exp_manager.explicit_log_dir={in_repository(log_dir)}",
     ]
 
@@ -196,7 +198,8 @@ def print_what_next(results: Path) -> None:
         "trainer.devices=2",
         "model.tensor_model_parallel_size=2",
     ]
-    print(f"\nCurves:          {python} -m tensorboard.main --logdir {shlex.quote(in_repository(results))}")
+    report = in_repository(results / "report" / "report.html")
+    print(f"\nReport:          {report} (curves, data and answers; open it in a browser)")
     print(f"Checkpoints:     {in_repository(results / 'checkpoints')}")
     print(f"Exported model:  {exported} (an ordinary Hugging Face folder)")
     print(f"\nWhat to try next, in {REPOSITORY}:")

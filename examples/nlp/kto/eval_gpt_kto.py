@@ -1,0 +1,22 @@
+"""Score held-out feedback with a checkpoint of a KTO run: loss, rewards, and how well rewards tell the labels.
+
+python examples/nlp/kto/eval_gpt_kto.py <the keys of the run's command line>
+
+It takes the newest checkpoint of the run, or evaluation.checkpoint, under any parallel layout, and writes
+evaluation.json into the log folder. Every key is in conf/gpt_kto.yaml and explained in docs/configuration.md.
+"""
+
+# Nothing heavy at module level: Megatron's checkpoint writer starts processes that import this file again.
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[3]))  # a clone works without being installed
+
+    from nemo_kto.quiet import silence_startup_noise
+
+    silence_startup_noise()
+
+    from nemo_kto.evaluate import main
+
+    main()

@@ -1,0 +1,155 @@
+"""Which series share a picture, what they are called and in which unit they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nemo_kto.reporting.reading import Run, Series
+
+SPLITS = {"train": "train", "val": "validation"}
+"""First part of a tag -> what the report calls it."""
+
+TRAIN, VALIDATION = SPLITS["train"], SPLITS["val"]
+
+OTHER = "Other"
+"""Section of the series that no panel knows."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one picture shows.
+
+    Attributes:
+        section: Heading it belongs under.
+        title: Its own heading.
+        metrics: Metric (a tag without its split) -> what its lines are called.
+        unit: Label of the vertical axis.
+        note: What to know for reading it.
+        log_if_wide: Whether the vertical axis is logarithmic where the values span decades.
+        limits: Of the vertical axis; None: of the values.
+        key: Heading of the legend.
+    """
+
+    section: str
+    title: str
+    metrics: dict[str, str]
+    unit: str
+    note: str = ""
+    log_if_wide: bool = False
+    limits: tuple[float, float] | None = None
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series in a picture.
+
+    Attributes:
+        series: Its values.
+        label: What the legend calls it.
+        look: Number that chooses colour, dashes and marker: of the run where there are several, else of the metric.
+        validation: Whether it was measured on validation data, and so at few steps.
+    """
+
+    series: Series
+    label: str
+    look: int
+    validation: bool
+
+
+def _by_class(name: str) -> dict[str, str]:
+    return {f"{name}/chosen": "desirable", f"{name}/rejected": "undesirable"}
+
+
+LEARNING, OPTIMIZER, SPEED, PROGRESS = "Learning", "Optimizer", "Speed", "Progress"
+
+PANELS = (
+    Panel(LEARNING, "Loss", {"loss": "loss"}, "loss", "0.5 at the start where both classes weigh 1."),
+    Panel(LEARNING, "Loss by class", _by_class("loss"), "loss"),
+    Panel(LEARNING, "KL", {"kl": "KL"}, "nats", "The estimate of how far the policy has moved from the reference."),
+    Panel(
+        LEARNING,
+        "Rewards",
+        _by_class("rewards"),
+        "beta × nats",
+        "Beta times the log-ratio to the reference; desirable should rise above undesirable.",
+    ),
+    Panel(LEARNING, "Reward margin", {"rewards/margins": "margin"}, "beta × nats", "Desirable minus undesirable."),
+    Panel(
+        LEARNING,
+        "Reward accuracy",
+        {"rewards/accuracies": "accuracy"},
+        "share of samples",
+        "Share of samples whose reward has the sign of their label.",
+        limits=(-0.03, 1.03),
+    ),
+    Panel(LEARNING, "Log-probs of the responses", _by_class("logps"), "nats"),
+    Panel(OPTIMIZER, "Gradient norm", {"grad_norm": "gradient norm"}, "norm", log_if_wide=True),
+    Panel(OPTIMIZER, "Learning rate", {"lr": "learning rate"}, "learning rate"),
+    Panel(SPEED, "Throughput", {"tokens_per_second": "throughput"}, "tokens/s"),
+    Panel(SPEED, "Time per step", {"step_time": "time per step"}, "seconds", log_if_wide=True),
+    Panel(PROGRESS, "Samples seen", {"consumed_samples": "samples"}, "samples"),
+    Panel(PROGRESS, "Epoch", {"epoch": "epoch"}, "epochs"),
+)
+
+KNOWN = {
+    metric: panel.title if len(panel.metrics) == 1 else f"{panel.title}, {label}"
+    for panel in PANELS
+    for metric, label in panel.metrics.items()
+}
+"""Metric -> its full title."""
+
+
+def split_tag(tag: str) -> tuple[str, str]:
+    """Return (what the report calls the split, the metric) of a tag; the split is empty where the tag has none."""
+    first, _, rest = tag.partition("/")
+    return (SPLITS[first], rest) if first in SPLITS and rest else ("", tag)
+
+
+def all_metrics(runs: list[Run]) -> list[str]:
+    """Return the metrics of some runs: the known ones in the order of the panels, then the others by name."""
+    found = {split_tag(tag)[1] for run in runs for tag in run.series}
+    return [metric for metric in KNOWN if metric in found] + sorted(found - KNOWN.keys())
+
+
+def panels_of(runs: list[Run]) -> list[tuple[Panel, list[Line]]]:
+    """Return the pictures to draw and the lines of each; together they hold every series of every run.
+
+    Several runs are overlaid: each metric then has a picture of its own, in which a look stands for a run.
+    """
+    found = all_metrics(runs)
+    panels = list(PANELS)
+    if len(runs) > 1:
+        panels = [
+            replace(panel, title=KNOWN[metric], metrics={metric: panel.metrics[metric]})
+            for panel in panels
+            for metric in panel.metrics
+        ]
+    panels += [
+        Panel(OTHER, metric, {metric: metric}, metric, log_if_wide=True) for metric in found if metric not in KNOWN
+    ]
+    drawn = [(panel, _lines(panel, runs)) for panel in panels]
+    return [(_with_key(panel, lines) if len(runs) > 1 else panel, lines) for panel, lines in drawn if lines]
+
+
+def _with_key(panel: Panel, lines: list[Line]) -> Panel:
+    """Say in the legend's heading what the legend of several runs does not: which lines are of validation."""
+    kinds = {line.validation for line in lines}
+    return replace(panel, key="lines: train · markers: validation" if len(kinds) == 2 else "")
+
+
+def _lines(panel: Panel, runs: list[Run]) -> list[Line]:
+    metrics = list(panel.metrics)
+    lines = []
+    for number, run in enumerate(runs):
+        for tag, series in run.series.items():
+            split, metric = split_tag(tag)
+            if metric not in panel.metrics:
+                continue
+            if len(runs) > 1:
+                parts = [run.name]
+            else:
+                parts = [panel.metrics[metric] if len(metrics) > 1 or not split else "", split]
+            look = number if len(runs) > 1 else metrics.index(metric)
+            lines.append(Line(series, ", ".join(filter(None, parts)), look, split == VALIDATION))
+    return sorted(lines, key=lambda line: (line.look, line.validation))
