@@ -27,6 +27,7 @@ from nemo_kto.data.batching import KTOBatch
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.resume import check_scored_like_trained
 from nemo_kto.run import prepare, run_configured, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint import is_finished, newest_last, step_of
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar
@@ -69,6 +70,8 @@ def evaluate(config: KTOConfig) -> None:
     checkpoint = checkpoint_to_evaluate(config)
     output = Path(config.evaluation.output or resolve.log_directory(config) / OUTPUT_FILE).absolute()
     run = prepare(_without_training(config), trains=False)
+    if checkpoint is not None:
+        check_scored_like_trained(checkpoint, run.config, run.hf_config, lora=run.lora, reference=run.reference)
     names, file_of = run.data.files_of("validation")
     collector = Collector(names, file_of)
     trainer = Trainer(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kto.data.statistics import summarize
-from nemo_kto.models.model_card import FACTS_FILE, read_facts
+from nemo_kto.models.model_card import FACTS_FILE
 from nemo_kto.run import Run
 
 _PACKAGES = (
@@ -46,9 +46,8 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the facts into a folder, beside what its file says already: to which run a checkpoint belongs."""
-    text = json.dumps(read_facts(folder) | facts, indent=2)
-    (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+    """Write the facts into a folder."""
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models.hf_weights import weights_digest
 from nemo_kto.models.lora import LoRASettings
 from nemo_kto.models.reference import ReferenceSettings
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER, newest_last
+
+logger = logging.getLogger(__name__)
 
 _DIGESTED = (
     "pretrained_checkpoint.restore_from_path",
@@ -78,23 +82,36 @@ def run_identity(
     The layout, the micro-batch size (unless the objective depends on it), how the reference is held, the length of the
     run and the optimizer's settings may change.
     """
-    folder = config.pretrained_checkpoint.restore_from_path
     model, kto = config.model, config.model.kto
     depends_on_micro_batch = kto.kl_scope == "micro_batch" or model.moe_aux_loss_coeff > 0
     return {
-        **{f"model.kto.{name}": getattr(kto, name) for name in _OBJECTIVE},
-        **_reference_identity(reference),
-        **_lora_identity(config, lora),
+        **_objective_identity(config),
+        **_model_identity(config, hf_config, lora=lora, reference=reference),
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
-        "model.init_method_std": None if folder else model.init_method_std,
-        "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
         "model.data.data_prefix.train": data.digest("train", weights=True),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
         "model.seed": config.model.seed,
         "trainer.precision": config.trainer.precision,
         "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,
+    }
+
+
+def _objective_identity(config: KTOConfig) -> dict[str, Any]:
+    return {f"model.kto.{name}": getattr(config.model.kto, name) for name in _OBJECTIVE}
+
+
+def _model_identity(
+    config: KTOConfig, hf_config: PretrainedConfig, *, lora: LoRASettings | None, reference: ReferenceSettings
+) -> dict[str, Any]:
+    """Return what says which model is trained and which reference it is compared with."""
+    folder = config.pretrained_checkpoint.restore_from_path
+    return {
+        **_reference_identity(reference),
+        **_lora_identity(config, lora),
+        "model.init_method_std": None if folder else config.model.init_method_std,
+        "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
     }
 
 
@@ -134,15 +151,54 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         CheckpointError: The checkpoint does not say which run it is of.
         ConfigError: It is of another run; the message names the key.
     """
+    difference = _difference(_read_identity(checkpoint), identity)
+    if difference is not None:
+        raise ConfigError(
+            f"{checkpoint} was written with another {difference}; what follows would not be the same run. Set it "
+            "as it was, or name another folder in exp_manager.explicit_log_dir."
+        )
+
+
+def check_scored_like_trained(
+    checkpoint: Path,
+    config: KTOConfig,
+    hf_config: PretrainedConfig,
+    *,
+    lora: LoRASettings | None,
+    reference: ReferenceSettings,
+) -> None:
+    """Raise when `checkpoint` is of another model than the configuration, or was compared with another reference.
+
+    Where only the objective is another, it is said.
+
+    Raises:
+        CheckpointError: The checkpoint does not say which run it is of.
+        ConfigError: It is of another model or reference; the message names the key.
+    """
+    found = _read_identity(checkpoint)
+    model = _model_identity(config, hf_config, lora=lora, reference=reference)
+    difference = _difference(found, model)
+    if difference is not None:
+        raise ConfigError(
+            f"{checkpoint} was trained with another {difference}; its rewards would be wrong. Set it as it was."
+        )
+    for key, value in _objective_identity(config).items():
+        if found.get(key) != value and is_global_rank_zero():
+            logger.warning("%s=%s, but the checkpoint was trained with %s.", key, value, found.get(key))
+
+
+def _read_identity(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / SOURCE_FOLDER / IDENTITY_FILE
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} does not say which run it is of ({error}).") from error
-    for key, value in identity.items():
+    return found
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Return the first key whose value is another, with both values if they tell something; None if all are equal."""
+    for key, value in wanted.items():
         if found.get(key) != value:
-            values = "" if key in _DIGESTED else f" ({found.get(key)}, now {value})"
-            raise ConfigError(
-                f"{checkpoint} was written with another {key}{values}; what follows would not be the same run. Set it "
-                "as it was, or name another folder in exp_manager.explicit_log_dir."
-            )
+            return key if key in _DIGESTED else f"{key} ({found.get(key)}, now {value})"
+    return None

@@ -7,13 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_kto.runtime.checkpoint import IDENTITY_FILE
-
-FACTS_FILE = IDENTITY_FILE
-"""What a run is: in its log folder, and in the folder that every checkpoint gets a copy of.
-
-There it also says, with keys of its own, which run the checkpoint is of.
-"""
+FACTS_FILE = "run.json"
+"""What a run is: in its log folder, and in the folder that every checkpoint gets a copy of."""
 
 _SETTINGS = (
     "model.kto.loss",

@@ -35,7 +35,7 @@ from nemo_kto.runtime import parallel
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
 
-IDENTITY_FILE = "run.json"
+IDENTITY_FILE = "identity.json"
 """File in that folder that says which run the checkpoint is of: key -> value or digest."""
 
 _UNFINISHED_SUFFIX = "-unfinished"

@@ -49,6 +49,32 @@ def test_a_resumed_run_follows_its_own_optimizer_settings(
     assert rates == pytest.approx({0: LEARNING_RATE, 1: LEARNING_RATE, 2: 2 * LEARNING_RATE, 3: 2 * LEARNING_RATE})
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"model__kto__loss": "bco"},
+        {
+            "model__kto__humanline_clamp": [-0.06, 0.04],
+            "model__kto__reference__sync_every_n_steps": 2,
+            "model__kto__reference__sync_mixup_alpha": 1.0,
+        },
+    ],
+    ids=["bco", "humanline"],
+)
+def test_what_an_objective_has_learned_goes_on(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], objective: dict[str, Any]
+) -> None:
+    """BCO's reward shift is of all steps before the stop too, and humanline's reference is one step behind again."""
+    for name, lengths in (("whole", [5]), ("parts", [3, 5])):
+        for steps in lengths:
+            changes = {**CONSTANT, **objective, "trainer__kto__max_steps": steps}
+            run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path / name, **changes))
+    whole, parts = (read_series(tmp_path / name) for name in ("whole", "parts"))
+    same = [name for name in whole if name not in ("train/step_time", "train/tokens_per_second")]
+    assert {name: parts[name] for name in same} == {name: whole[name] for name in same}
+    assert "train/delta" in same or "train/unclamped" in same
+
+
 def test_betas_of_a_resumed_run_take_effect(root: Path, stopped: Path, run_ranks: Callable[..., Any]) -> None:
     losses = []
     for betas in ([0.9, 0.98], [0.0, 0.0]):
