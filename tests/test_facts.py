@@ -174,4 +174,3 @@ def test_checkpoints_carry_the_same_facts(run: tuple[Path, dict[str, Any], list[
     _, facts, (_, source) = run
     carried = read_facts(source)
     assert {name: carried[name] for name in facts} == facts
-    assert carried["model.seed"] == 1234
