@@ -170,7 +170,6 @@ def test_no_secret_is_written(run: tuple[Path, dict[str, Any], list[Path]]) -> N
 
 
 def test_checkpoints_carry_the_same_facts(run: tuple[Path, dict[str, Any], list[Path]]) -> None:
-    """And, beside them, which run they are of."""
     _, facts, (_, source) = run
     carried = read_facts(source)
     assert {name: carried[name] for name in facts} == facts

@@ -356,7 +356,7 @@ class MegatronGPTKTOModel(LightningModule):
         ref_kl, ref_samples = self.reference.log_probs(
             batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))
         )
-        if ref_samples is None:
+        if not scorer.place.is_last_stage:
             return None
         kl_log_ratios = None
         if policy_kl is not None:
