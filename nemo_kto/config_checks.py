@@ -75,7 +75,7 @@ _LEAST = {
 """Key -> the least value it may have."""
 
 _MONITORS = ("val_loss", "val_kl", "val_rewards_accuracies", "val_rewards_margins")
-"""Validation metrics that every run has, as the checkpoint callback knows them."""
+"""Validation metrics that a checkpoint can be chosen by, as the checkpoint callback knows them."""
 
 _NEEDED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
 """Sizes without which no model can be made."""
@@ -288,6 +288,12 @@ def _check_objective(kto: KTOLossConfig) -> None:
                 f"{clamp} needs the reference's log-prob of every token; {prefix}reference.mode=cached keeps their "
                 "sums only. Use auto."
             )
+    every = kto.reference.sync_every_n_steps
+    if kto.loss == "bco" and every is not None:
+        raise ConfigError(
+            f"{prefix}reference.sync_every_n_steps={every} cannot be used with {prefix}loss=bco: its reward shift is "
+            "a mean over all steps, of rewards against one reference. Leave it out."
+        )
     if kto.desirable_loss_weight == kto.undesirable_loss_weight == 0 and not kto.sft_loss_weight:
         raise ConfigError(
             f"{prefix}desirable_loss_weight and undesirable_loss_weight are both 0: there is nothing to learn. "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +20,10 @@ from nemo_kto.models.checkpoint_model import load_model, source_of
 from nemo_kto.models.generation import Sampling, generate
 from nemo_kto.models.gpt import load_hf_config
 from nemo_kto.models.hf_config import model_sizes
+from nemo_kto.models.model_card import read_facts
+from nemo_kto.resolve import PARAMS_DTYPES
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.layout import Layout, check_layout
-
-_AT_ONCE = 64
-"""Prompts worked on together: enough to fill the machine, few enough for the memory of keys and values."""
 
 
 def answer_prompts(
@@ -36,8 +34,8 @@ def answer_prompts(
     tensor: int = 1,
     pipeline: int = 1,
     template: bool = True,
-) -> Iterator[tuple[str, str]]:
-    """Yield (prompt as the model sees it, answer) of each prompt; collective over the processes torchrun started.
+) -> list[tuple[str, str]]:
+    """Return (prompt as the model sees it, answer) of each prompt; collective over the processes torchrun started.
 
     Args:
         checkpoint: A checkpoint folder of a run, saved under any layout.
@@ -45,7 +43,8 @@ def answer_prompts(
         sampling: How answers are made.
         tensor: Processes that share every layer.
         pipeline: Stages the layers are divided into.
-        template: Make a user's message of a text if the tokenizer has a chat template; otherwise it is taken as it is.
+        template: Put a text into the run's `model.data.prompt_template`, or without one make a user's message of it,
+            if the tokenizer has a chat template; otherwise it is taken as it is.
 
     Raises:
         CheckpointError: See `load_model`.
@@ -53,25 +52,30 @@ def answer_prompts(
         DataError: A prompt cannot be used.
     """
     source = source_of(checkpoint)
-    tokenizer = load_tokenizer(source)
-    tokens = prompt_tokens(prompts, tokenizer, template=template)
+    tokenizer, data = load_tokenizer(source), read_facts(source).get("config", {}).get("model", {}).get("data", {})
+    settings = TokenizationSettings(
+        append_eod=False,
+        prompt_template=(data.get("prompt_template") or (CHAT if tokenizer.chat_template else None))
+        if template
+        else None,
+        special_tokens=data.get("special_tokens", "auto"),
+    )
+    tokens = prompt_tokens(prompts, tokenizer, settings)
     with parallel.default_group():
         layout = _layout(source, tensor=tensor, pipeline=pipeline)
         parallel.initialize(layout, seed=0)
-        model = load_model(checkpoint, layout)
-        stop = stop_token_ids(source, tokenizer)
-        for start in range(0, len(tokens), _AT_ONCE):
-            part = tokens[start : start + _AT_ONCE]
-            answers = generate(
-                [model],
-                part,
-                replace(sampling, first_number=start),
-                stop_token_ids=stop,
-                layout=layout,
-                place=parallel.position(),
-            )
-            for prompt, answer in zip(part, answers, strict=True):
-                yield tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True)
+        answers = generate(
+            [load_model(checkpoint, layout, params_dtype=_dtype(source))],
+            tokens,
+            sampling,
+            stop_token_ids=stop_token_ids(tokenizer, source),
+            layout=layout,
+            place=parallel.position(),
+        )
+    return [
+        (tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True))
+        for prompt, answer in zip(tokens, answers, strict=True)
+    ]
 
 
 def read_prompts(file: Path) -> list[str | Messages]:
@@ -94,15 +98,14 @@ def read_prompts(file: Path) -> list[str | Messages]:
 
 
 def prompt_tokens(
-    prompts: Sequence[str | Messages], tokenizer: PreTrainedTokenizerBase, *, template: bool
+    prompts: Sequence[str | Messages], tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings
 ) -> list[torch.Tensor]:
     """Return the tokens `[p]` int64 of each prompt, as training would make them of a record with that prompt.
 
     Raises:
         DataError: A prompt cannot be used.
     """
-    chat = CHAT if template and tokenizer.chat_template else None
-    encoder = Encoder(tokenizer, TokenizationSettings(append_eod=False, prompt_template=chat))
+    encoder = Encoder(tokenizer, settings)
     records = []
     for number, prompt in enumerate(prompts, 1):
         # any answer: only the prompts' tokens are wanted
@@ -116,14 +119,24 @@ def prompt_tokens(
     return found
 
 
-def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's EOS token and those of `generation_config.json`."""
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, *folders: Path | None) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's EOS token, and those of `generation_config.json`.
+
+    That is taken from the first of `folders` that has one.
+    """
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    file = folder / "generation_config.json"
-    if file.is_file():
+    files = [folder / "generation_config.json" for folder in folders if folder is not None]
+    file = next((file for file in files if file.is_file()), None)
+    if file is not None:
         more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(more) if isinstance(more, list) else {more} - {None}
     return frozenset(found)
+
+
+def _dtype(source: Path) -> torch.dtype:
+    """Return the dtype that the run of a checkpoint computed in."""
+    precision = read_facts(source).get("config", {}).get("trainer", {}).get("precision", 32)
+    return PARAMS_DTYPES[precision]
 
 
 def _layout(source: Path, *, tensor: int, pipeline: int) -> Layout:
@@ -135,6 +148,10 @@ def _layout(source: Path, *, tensor: int, pipeline: int) -> Layout:
             f"multiple, and there are {processes}. Start the command with torchrun --nproc-per-node "
             f"{tensor * pipeline} --no-python nemo-kto generate ..."
         )
-    layout = Layout(world_size=processes, tensor=tensor, pipeline=pipeline)
-    check_layout(layout, model_sizes(load_hf_config(source)))
+    sizes = model_sizes(load_hf_config(source))
+    # experts are only shared with sequence parallelism
+    layout = Layout(
+        world_size=processes, tensor=tensor, pipeline=pipeline, sequence=tensor > 1 and sizes.num_experts > 0
+    )
+    check_layout(layout, sizes)
     return layout

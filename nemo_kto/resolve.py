@@ -44,6 +44,10 @@ _SIZES = (
 """Keys of `model` that describe a randomly initialised model, with the names `hf_config_from_sizes` takes."""
 
 
+PARAMS_DTYPES = {32: torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Value of `trainer.precision` -> dtype of parameters and activations."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The length of a run in steps, one global batch each.
@@ -73,7 +77,7 @@ def accelerator(config: KTOConfig) -> str:
 
 def params_dtype(config: KTOConfig) -> torch.dtype:
     """Return the dtype of parameters and activations for `trainer.precision`; the optimizer's is always float32."""
-    return {32: torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[config.trainer.precision]
+    return PARAMS_DTYPES[config.trainer.precision]
 
 
 def model(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, wei
 from nemo_kto.algorithms.losses import LOSSES
 from nemo_kto.config import KTOConfig
 from nemo_kto.data.datamodule import DataSettings, KTODataModule
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.resolve import log_directory
 from nemo_kto.resolve_records import sources, tokenization_settings
@@ -109,10 +109,14 @@ def settle_loss_weights(config: KTOConfig, data: KTODataModule) -> KTOConfig:
         return config
     counts = data.splits["train"].class_totals
     given = {"desirable": kto.desirable_loss_weight, "undesirable": kto.undesirable_loss_weight}
+    if counts == (0, 0):
+        raise DataError(
+            "train data: all samples have weight 0, so there is nothing to learn. Give some a weight above 0."
+        )
     if 0 in counts:
         one = "desirable" if counts[1] == 0 else "undesirable"
         if is_global_rank_zero():
-            logger.warning("All samples are %s: KTO learns more from data with both kinds.", one)
+            logger.warning("All samples that count are %s: KTO learns more from data with both kinds.", one)
         weights = [1.0 if weight == "auto" else weight for weight in given.values()]
     else:
         weights = balanced_weights(*counts, *(None if weight == "auto" else weight for weight in given.values()))

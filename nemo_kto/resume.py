@@ -92,7 +92,7 @@ def run_identity(
         "model.data.data_prefix.train": data.digest("train", weights=True),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
-        "model.seed": config.model.seed,
+        "model.seed": config.model.seed,  # of the data's order too
         "trainer.precision": config.trainer.precision,
         "trainer.kto.limit_train_batches": config.trainer.kto.limit_train_batches,
     }
@@ -111,6 +111,7 @@ def _model_identity(
         **_reference_identity(reference),
         **_lora_identity(config, lora),
         "model.init_method_std": None if folder else config.model.init_method_std,
+        "model.seed": None if folder else config.model.seed,
         "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),
     }
 
@@ -177,12 +178,17 @@ def check_scored_like_trained(
     """
     found = _read_identity(checkpoint)
     model = _model_identity(config, hf_config, lora=lora, reference=reference)
+    if model["model.seed"] is None:  # weights come from a folder; the seed of the order of data tells nothing here
+        del model["model.seed"]
     difference = _difference(found, model)
     if difference is not None:
         raise ConfigError(
             f"{checkpoint} was trained with another {difference}; its rewards would be wrong. Set it as it was."
         )
-    for key, value in _objective_identity(config).items():
+    objective = _objective_identity(config)
+    if config.model.kto.kl_scope == "micro_batch":
+        objective["model.micro_batch_size"] = config.model.micro_batch_size
+    for key, value in objective.items():
         if found.get(key) != value and is_global_rank_zero():
             logger.warning("%s=%s, but the checkpoint was trained with %s.", key, value, found.get(key))
 

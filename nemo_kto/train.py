@@ -23,7 +23,6 @@ from nemo_kto.models.answers import ANSWERS_FILE, AnswerPrompts
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.generation import Sampling
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.report import write_report
 from nemo_kto.resolve_data import prompts_to_answer
 from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
 from nemo_kto.run import Run, prepare, run_configured, strategy, trainer_settings
@@ -118,20 +117,29 @@ def _answers(run: Run, log_dir: Path) -> AnswerPrompts:
             top_p=settings.top_p,
             seed=run.config.model.seed,
         ),
-        stop_token_ids=stop_token_ids(resolve.tokenizer_folder(run.config), run.tokenizer),
+        stop_token_ids=stop_token_ids(
+            run.tokenizer, resolve.model_folder(run.config), resolve.tokenizer_folder(run.config)
+        ),
         every=settings.every_n_validations,
         file=log_dir / ANSWERS_FILE,
     )
 
 
 def _report(config: KTOConfig, log_dir: Path) -> None:
-    """Write the pictures of a run; a run that has come to its end does not fail for them."""
-    if not config.report.enabled or not config.exp_manager.create_tensorboard_logger:
+    """Write the pictures of a run; one that has come to its end does not fail for them."""
+    if not config.report.enabled:
         return
+    if not config.exp_manager.create_tensorboard_logger:
+        print("Report: none, as exp_manager.create_tensorboard_logger=false leaves nothing to draw.", flush=True)
+        return
+    from nemo_kto.report import write_report  # matplotlib only where it is needed
+
     try:
         page = write_report([log_dir], log_dir / "report")
     except KTOError as error:
         logger.warning("There is no report: %s", error)
+    except Exception:  # of the libraries that draw
+        logger.warning("There is no report; `nemo-kto report %s` tries again.", log_dir, exc_info=True)
     else:
         print(f"Report: {page}", flush=True)
 
@@ -173,7 +181,7 @@ def _finishes(action: Callable[[], Any]) -> bool:
 
 
 def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:
-    """Say that there is nothing left to train; export if the run was killed before it had."""
+    """Say that there is nothing left to train; export, and draw, if the run was killed before it had."""
     if not is_global_rank_zero():
         return
     print(f"The run has taken its {schedule.total} steps already: {last}", flush=True)
@@ -183,6 +191,9 @@ def _finish(config: KTOConfig, last: Path, schedule: resolve.Schedule) -> None:
             export_checkpoint(last, folder, merge=config.export.merge_adapters)
         adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
         print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)
+    log_dir = resolve.log_directory(config)
+    if not (log_dir / "report").exists():
+        _report(config, log_dir)
 
 
 def _time_limit(text: str | None) -> timedelta | None:

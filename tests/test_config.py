@@ -371,6 +371,10 @@ def test_refused(override, parts):
         ),
         (["model.kto.loss=bco", "model.kto.humanline_clamp=[-1.0,1.5]"], ["humanline_clamp", "loss=kto", "bco"]),
         (["model.kto.reference.mode=cached", "model.kto.humanline_clamp=[-1.0,1.5]"], ["every token", "mode=cached"]),
+        (
+            ["model.kto.loss=bco", "model.kto.reference.sync_every_n_steps=5"],
+            ["sync_every_n_steps=5", "loss=bco", "Leave it out"],
+        ),
         (["model.kto.desirable_loss_weight=0", "model.kto.undesirable_loss_weight=0"], ["both 0", "nothing to learn"]),
         (
             ["model.kto.loss=bco", "exp_manager.checkpoint_callback_params.monitor=val_kl"],

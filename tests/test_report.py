@@ -106,7 +106,7 @@ class Page(HTMLParser):
 
 
 KNOWN_TAGS = [f"{split}/{name}" for split in ("train", "val") for name in ("loss", "kl", "rewards/chosen")]
-OTHER_TAGS = ["train/moe_aux_loss", "train/a b", "train/a_b", "own", "val/<i>&", "validation/loss"]
+OTHER_TAGS = ["train/another", "train/a b", "train/a_b", "own", "val/<i>&", "validation/loss"]
 DATA = {
     "sources": [
         {"path": "data/one.jsonl", "samples": 30, "desirable": 10},

@@ -61,7 +61,7 @@ def test_automatic_weights_are_said(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_data_of_one_kind_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     settle((90, 0))
-    assert caplog.messages == ["All samples are desirable: KTO learns more from data with both kinds."]
+    assert caplog.messages == ["All samples that count are desirable: KTO learns more from data with both kinds."]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def describe(samples: Samples, *, global_batch_size: int | None, seed: int) -> D
     size = global_batch_size or recommended or min(len(samples), _BATCH_SIZES[-1])
     meetings, kl_tokens, padding = _dealt(samples, size, seed) if size <= len(samples) else (None, None, None)
     num_desirable = int(desirable.sum())
-    counts = num_desirable, len(samples) - num_desirable
+    counts, totals = (num_desirable, len(samples) - num_desirable), samples.class_totals
     return DataStatistics(
         samples=len(samples),
         desirable=counts[0],
@@ -114,7 +114,7 @@ def describe(samples: Samples, *, global_batch_size: int | None, seed: int) -> D
         tokens=int(samples.lengths.sum()),
         kl_tokens=kl_tokens,
         padding=padding,
-        recommended_weights=_recommended_weights(*counts) if all(counts) else None,
+        recommended_weights=_recommended_weights(*totals) if all(totals) else None,
         recommended_batch_size=recommended,
     )
 
@@ -166,7 +166,7 @@ def _histogram(lengths: np.ndarray, desirable: np.ndarray) -> dict[str, list[int
     return {"edges": edges.tolist(), **found}
 
 
-def _recommended_weights(num_desirable: int, num_undesirable: int) -> tuple[float, float]:
+def _recommended_weights(num_desirable: float, num_undesirable: float) -> tuple[float, float]:
     if is_balanced(weighted_ratio(num_desirable, num_undesirable, 1.0, 1.0)):
         return 1.0, 1.0
     return balanced_weights(num_desirable, num_undesirable)

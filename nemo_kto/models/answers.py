@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,9 +78,9 @@ class AnswerPrompts(Callback):
         trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
         policy = self._answers(pl_module)
         reference = self._answers_of_reference(pl_module)
-        if trainer.is_global_zero:
-            prompts = [self._tokenizer.decode(prompt) for prompt in self._prompts]
-            self._write(trainer, list(zip(prompts, policy, reference, strict=True)))
+        prompts = [self._tokenizer.decode(prompt) for prompt in self._prompts]
+        rows = list(zip(prompts, policy, reference, strict=True))
+        parallel.run_on_rank_zero(partial(self._write, trainer, rows), f"{self._file} cannot be written")
 
     def _answers_of_reference(self, model: MegatronGPTKTOModel) -> list[str]:
         if self._reference_answers is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from nemo_kto.errors import CheckpointError
 from nemo_kto.models.gpt import KTOGPTModel, build_gpt, load_hf_config
 from nemo_kto.models.hf_weights import import_hf, weights_digest
@@ -35,7 +37,7 @@ def source_of(checkpoint: Path) -> Path:
     return source
 
 
-def load_model(checkpoint: Path, layout: Layout) -> KTOGPTModel:
+def load_model(checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = torch.float32) -> KTOGPTModel:
     """Return this rank's part of the model, with the weights of a checkpoint saved under any layout; collective.
 
     Of a run with LoRA, the base model is read from where it was, and the adapters are there, not merged.
@@ -43,6 +45,7 @@ def load_model(checkpoint: Path, layout: Layout) -> KTOGPTModel:
     Args:
         checkpoint: A finished checkpoint.
         layout: The layout, without interleaved stages; its process groups exist.
+        params_dtype: Dtype of parameters and activations.
 
     Raises:
         CheckpointError: The checkpoint or its base model cannot be used.
@@ -52,7 +55,7 @@ def load_model(checkpoint: Path, layout: Layout) -> KTOGPTModel:
     source = source_of(checkpoint)
     hf_config = load_hf_config(source)
     has_adapters = is_adapter(source)
-    model = build_gpt(hf_config, layout, unfused=has_adapters)
+    model = build_gpt(hf_config, layout, params_dtype=params_dtype, unfused=has_adapters)
     if has_adapters:
         base = base_folder(source)
         identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))

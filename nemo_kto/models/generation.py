@@ -6,6 +6,9 @@ the rows go through Megatron's schedule: whole at first, then, where keys and va
 document. The last stage chooses the next tokens, and one all-reduce tells everyone. So all processes see at the same
 time which answers have ended, and run equally many passes, as experts shared by several replicas need it.
 
+Megatron-Core has engines of its own (0.16.1): the dynamic one needs flash-attn and CUDA, the static one takes neither
+packed rows nor context parallelism nor interleaved stages, and asserts CUDA between pipeline stages.
+
 Tensor legend: `T` tokens of a packed row, `c` context-parallel ranks, which hold `T/c` tokens each, `b` documents of a
 row or of all rows of a replica, `h` hidden size, `v` tokens of the vocabulary, `v/t` rows of the padded vocabulary on
 this rank.
@@ -33,6 +36,9 @@ from nemo_kto.runtime.attention import CachedRowParams, KeyValueCache
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.parallel import RankPosition
 
+_AT_ONCE = 64
+"""Prompts a replica works on together: enough to fill it, few enough for the memory of keys and values."""
+
 _TABLE_STEP = 256
 """The table of rotary embeddings is made anew when documents have grown by this many tokens, not for each token."""
 
@@ -46,14 +52,12 @@ class Sampling:
         temperature: Logits are divided by it; 0 takes the most probable token.
         top_p: Only the most probable tokens that together reach this probability are drawn (arXiv 1904.09751).
         seed: What the draws depend on, beside the numbers of the prompt and of the token.
-        first_number: Number of the first prompt, for prompts that are given in parts.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    first_number: int = 0
 
     def __post_init__(self) -> None:
         """Raise a ConfigError for numbers that nothing can be drawn with."""
@@ -76,12 +80,12 @@ def generate(
 ) -> list[list[int]]:
     """Return the answers to `prompts`, on every process; all of them call it with the same arguments.
 
-    An answer ends with the first stop token, after `max_new_tokens`, or where the model has no more positions. All
-    prompts are worked on at once: of very many, give a part at a time.
+    An answer ends with the first stop token, after `max_new_tokens`, or where the model has no more positions. Of many
+    prompts, some at a time are worked on.
 
-    Takes a forward-only pass of Megatron's schedule per token of the longest answer, and with each pass one all-reduce
-    of an integer per prompt over all processes, one all-gather of `[b, v/t]` logits over the tensor-parallel ranks
-    and, with context parallelism, one all-reduce of `[b, h]` per row.
+    Each part takes a forward-only pass of Megatron's schedule per token of the longest answer, and with each pass one
+    all-reduce of an integer per prompt over all processes, one all-gather of `[b, v/t]` logits over the
+    tensor-parallel ranks and, with context parallelism, one all-reduce of `[b, h]` per row.
 
     Args:
         chunks: The chunks of the live model on this process, wrapped for data parallelism or not.
@@ -103,10 +107,28 @@ def generate(
     cached = model.attends_by_document if use_cache is None else use_cache
     assert model.attends_by_document or not cached, "only DocumentAttention keeps keys and values"
     _check_prompts(prompts, model.max_sequence_length)
-    texts: list[list[int]] = [prompt.tolist() for prompt in prompts]
-    limits = [min(len(text) + sampling.max_new_tokens, model.max_sequence_length) for text in texts]
-    rows = _deal(texts, layout, place, cached=cached)
     scorer = _NextTokenScorer(chunks=chunks, place=place, layout=layout)
+    size = _AT_ONCE * place.dp_size
+    answers: list[list[int]] = []
+    for first in range(0, len(prompts), size):
+        answers += _answer(scorer, prompts[first : first + size], first, sampling, stop_token_ids, cached=cached)
+    return answers
+
+
+def _answer(
+    scorer: _NextTokenScorer,
+    prompts: Sequence[torch.Tensor],
+    first: int,
+    sampling: Sampling,
+    stop_token_ids: frozenset[int],
+    *,
+    cached: bool,
+) -> list[list[int]]:
+    """Return the answers to some prompts, of which the first has number `first`."""
+    place, longest = scorer.place, unwrapped(scorer.chunks[0]).max_sequence_length
+    texts: list[list[int]] = [prompt.tolist() for prompt in prompts]
+    limits = [min(len(text) + sampling.max_new_tokens, longest) for text in texts]
+    rows = _deal(texts, scorer.layout, place, cached=cached)
     unfinished = set(range(len(texts)))
     while unfinished:
         logits = scorer.logits(rows)
@@ -114,7 +136,7 @@ def generate(
         if logits is not None and place.reports:
             numbers = [number for row in rows for number in row.numbers]
             steps = [len(texts[number]) - prompts[number].numel() for number in numbers]
-            newest[numbers] = next_tokens(logits, sampling, numbers, steps)
+            newest[numbers] = next_tokens(logits, sampling, [first + number for number in numbers], steps)
         dist.all_reduce(newest)
         tokens = newest.tolist()
         for number in unfinished:
@@ -147,7 +169,7 @@ def next_tokens(
         scores = TopPLogitsWarper(sampling.top_p)(no_tokens, scores)
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # float32 loses the tail of a large vocabulary
     generators = [
-        tensor_generator(sampling.seed, f"answer {sampling.first_number + number}, token {step}")
+        tensor_generator(sampling.seed, f"answer {number}, token {step}")
         for number, step in zip(prompts, steps, strict=True)
     ]
     draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
@@ -157,10 +179,10 @@ def next_tokens(
 
 
 def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int) -> None:
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not 0 < prompt.numel() < max_positions:
             raise DataError(
-                f"Prompt {number} (from 0) has {prompt.numel()} tokens; to be answered it needs 1 to "
+                f"Prompt {number} has {prompt.numel()} tokens; to be answered it needs 1 to "
                 f"{max_positions - 1}, as the model has {max_positions} positions. Leave it out or change its length."
             )
 

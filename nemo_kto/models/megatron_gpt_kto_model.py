@@ -45,6 +45,9 @@ from nemo_kto.runtime.loop import graceful_stop
 
 logger = logging.getLogger(__name__)
 
+_OWN_TIMES = ("train/step_time", "train/tokens_per_second")
+"""Metrics that every rank measures for itself."""
+
 
 class MegatronGPTKTOModel(LightningModule):
     """KTO on Megatron-Core; manual optimization, one global batch a step.
@@ -235,7 +238,8 @@ class MegatronGPTKTOModel(LightningModule):
         )
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
-            # and none ever outside of the interval
+            # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
+            # here would let Megatron believe that those of the step to come are gathered already.
             self._move_reference(step)
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
@@ -243,7 +247,8 @@ class MegatronGPTKTOModel(LightningModule):
         self._check_gradient(grad_norm if updated else math.inf, loss_scale)
         if updated:
             scheduler.step(increment=1)
-        if self.objective.interval is None:
+        if self.objective.interval is None and self._moves_reference(step):
+            self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
             self._move_reference(step)
 
         sums = MetricSums(self.device)
@@ -270,13 +275,15 @@ class MegatronGPTKTOModel(LightningModule):
                 logger.warning(warning)
 
     def _move_reference(self, step: int) -> None:
-        """Move the reference towards the policy when it is due in this step, counted from 1."""
+        """Move the reference towards the policy, whose parameters are complete, when it is due in this step."""
+        if self._moves_reference(step):
+            assert isinstance(self.reference, ExchangedReference)
+            self.reference.move(self.reference_settings.sync_alpha)
+
+    def _moves_reference(self, step: int) -> bool:
+        """Whether the reference moves in this step, counted from 1."""
         every = self.reference_settings.sync_every
-        if every is None or step % every:
-            return
-        assert isinstance(self.reference, ExchangedReference)
-        self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
-        self.reference.move(self.reference_settings.sync_alpha)
+        return every is not None and step % every == 0
 
     @property
     def _scales_loss(self) -> bool:
@@ -294,7 +301,9 @@ class MegatronGPTKTOModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the objective has learned so far, and the last metrics."""
         checkpoint["objective"] = self.objective.state_dict()
-        checkpoint["metrics"] = dict(self.last_metrics)
+        # times differ between the ranks, and what all of them save in common must not
+        same = {name: value for name, value in self.last_metrics.items() if name not in _OWN_TIMES}
+        checkpoint["metrics"] = same
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take both over."""
@@ -306,6 +315,7 @@ class MegatronGPTKTOModel(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the validation before."""
         self._validation_sums = MetricSums(self.device)
+        self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]  # once, see _baseline
 
     @torch.no_grad()
     def validation_step(self, batch: KTOBatch, batch_idx: int) -> dict[str, Any] | None:
@@ -350,7 +360,7 @@ class MegatronGPTKTOModel(LightningModule):
         assert self.reference is not None
         kl_rows = batch.kl_rows(self._kl_micro_batch_size)
         policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
-        if not kl_rows and isinstance(self.reference, ExchangedReference):
+        if split == "train" and not kl_rows and isinstance(self.reference, ExchangedReference):
             self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]  # no pass of the policy has done so
         score = scorer.score if self.objective.interval is None else scorer.score_rows
         ref_kl, ref_samples = self.reference.log_probs(

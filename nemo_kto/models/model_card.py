@@ -136,7 +136,7 @@ def _front_matter(config: Mapping[str, Any], *, adapter: bool) -> str:
         *(f"- {tag}" for tag in tags),
     ]
     if adapter:  # PEFT's own cards have it; for a whole model a folder's path is no name of a model
-        lines.append(f"base_model: {Path(config['pretrained_checkpoint']['restore_from_path']).name}")
+        lines.append(f"base_model: {json.dumps(Path(config['pretrained_checkpoint']['restore_from_path']).name)}")
     return "\n".join(["---", *lines, "---", ""])
 
 

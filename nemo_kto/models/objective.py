@@ -5,6 +5,7 @@ Tensor legend: `n` samples of this rank in the global batch, `b` samples of one 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -147,8 +148,8 @@ class Objective:
         metrics["loss"] += self.kto.sft_loss_weight * metrics.get("sft_loss", 0.0)
         if self._loss.baseline == "running_mean":
             metrics["delta"] = self.kto.ref_policy_kl_penalty * self._mean
-            if learn:  # all batches have the same number of samples
-                self._steps += 1
+            if learn and math.isfinite(mean):  # a batch that float16 could not hold teaches nothing
+                self._steps += 1  # all batches have the same number of samples
                 self._mean += (mean - self._mean) / self._steps
 
     def state_dict(self) -> dict[str, Any]:

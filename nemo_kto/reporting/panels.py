@@ -64,7 +64,7 @@ def _by_class(name: str) -> dict[str, str]:
 LEARNING, OPTIMIZER, SPEED, PROGRESS = "Learning", "Optimizer", "Speed", "Progress"
 
 PANELS = (
-    Panel(LEARNING, "Loss", {"loss": "loss"}, "loss", "0.5 at the start where both classes weigh 1."),
+    Panel(LEARNING, "Loss", {"loss": "loss"}, "loss"),
     Panel(LEARNING, "Loss by class", _by_class("loss"), "loss"),
     Panel(LEARNING, "KL", {"kl": "KL"}, "nats", "The estimate of how far the policy has moved from the reference."),
     Panel(
@@ -84,6 +84,24 @@ PANELS = (
         limits=(-0.03, 1.03),
     ),
     Panel(LEARNING, "Log-probs of the responses", _by_class("logps"), "nats"),
+    Panel(
+        LEARNING, "Reward shift", {"delta": "delta"}, "beta × nats", "Mean reward of all samples of the steps before."
+    ),
+    Panel(
+        LEARNING, "SFT term", {"sft_loss": "SFT term"}, "nats", "Likelihood of desirable responses, before its weight."
+    ),
+    Panel(
+        LEARNING,
+        "Unclamped tokens",
+        {"unclamped": "unclamped"},
+        "share of tokens",
+        "Share of response tokens whose log-ratio is inside of humanline's clamp.",
+        limits=(-0.03, 1.03),
+    ),
+    Panel(
+        LEARNING, "Balance of the experts", {"moe_aux_loss": "moe_aux_loss"}, "loss", "1 where their loads are even."
+    ),
+    Panel(OPTIMIZER, "Loss scale", {"loss_scale": "loss scale"}, "factor", log_if_wide=True),
     Panel(OPTIMIZER, "Gradient norm", {"grad_norm": "gradient norm"}, "norm", log_if_wide=True),
     Panel(OPTIMIZER, "Learning rate", {"lr": "learning rate"}, "learning rate"),
     Panel(SPEED, "Throughput", {"tokens_per_second": "throughput"}, "tokens/s"),

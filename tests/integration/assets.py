@@ -152,4 +152,6 @@ def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[i
     for name in RELATIVE:
         assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
     for name in SMALL:
+        if name.endswith("/kl") and name not in expected and name not in actual:
+            continue  # a loss without a KL set
         assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=2e-5), name

@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kto.data.batching import Document
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
+from tests.integration.assets import (
+    assert_alike,
+    make_model_folder,
+    read_series,
+    settings,
+    train_on_rank,
+    write_feedback,
+)
 from tests.integration.test_oracle import (
     BETA,
     BETAS,
@@ -212,19 +219,29 @@ def test_bco(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "average"), [("context_parallel_size", True), ("tensor_model_parallel_size", False)]
+    ("layout", "average"),
+    [
+        ({"model__context_parallel_size": 2}, True),
+        ({"model__tensor_model_parallel_size": 2}, False),
+        # parameters arrive late, and must be the new ones although the reference has moved before the step
+        ({"model__optim__overlap_param_sync": True, "model__kto__reference__mode": "cpu_swap"}, False),
+        pytest.param({"model__pipeline_model_parallel_size": 2}, True, marks=pytest.mark.slow),
+    ],
+    ids=["context", "tensor", "data", "pipeline"],
 )
-def test_humanline(root: Path, tmp_path: Path, run_ranks: Callable[..., Any], layout: str, average: bool) -> None:
-    """Tokens divided among two ranks, several rows; the reference follows one step behind the policy."""
+def test_humanline(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], layout: dict[str, Any], average: bool
+) -> None:
+    """Several rows on each of two ranks; the reference follows one step behind the policy."""
     interval = (-0.06, 0.04)
     changes = {
         "model__kto__humanline_clamp": list(interval),
         "model__kto__preference_average_log_probs": average,
         "model__kto__reference__sync_every_n_steps": 1,
         "model__kto__reference__sync_mixup_alpha": 1.0,
-        "model__micro_batch_size": 4,
-        "model__kto__log_prob_forward_micro_batch_size": 8,
-        f"model__{layout}": 2,
+        "model__micro_batch_size": 2,
+        "model__kto__log_prob_forward_micro_batch_size": 4,
+        **layout,
     }
     actual = run(root, tmp_path, run_ranks, 2, **changes)
     expected = Run(root, kto, kl=True, interval=interval, average=average).train(root, sync=True)
@@ -249,3 +266,47 @@ def test_an_sft_term_and_weights(
     actual = run(root, tmp_path, run_ranks, 2, **changes)
     oracle = Run(root, kto, kl=True, average=average, sft=(0.3, sft_average), weighted=True)
     assert_equal(actual, oracle.train(root / "weighted"))
+
+
+LAYOUTS = {
+    "one": (1, {}),
+    "data": (2, {}),
+    "tensor": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "chunks": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "context": (2, {"context_parallel_size": 2}),
+}
+OBJECTIVES = {
+    "apo_sft": {"loss": "apo_zero_unpaired", "sft_loss_weight": 0.3, "loss_reduction": "class_mean"},
+    "bco": {"loss": "bco", "preference_average_log_probs": True},
+    "humanline": {
+        "humanline_clamp": [-0.06, 0.04],
+        "reference.sync_every_n_steps": 2,
+        "reference.sync_mixup_alpha": 0.5,
+        "sft_loss_weight": 0.1,
+        "sft_average_log_probs": False,
+        "loss_reduction": "class_mean",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_result_for_every_layout(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], objective: str
+) -> None:
+    """Weighted samples, several rows, eleven of validation in places for sixteen."""
+    series = {}
+    for name, (ranks, layout) in LAYOUTS.items():
+        changes: dict[str, Any] = {f"model__{key}": value for key, value in layout.items()}
+        changes |= {f"model__kto__{key.replace('.', '__')}": value for key, value in OBJECTIVES[objective].items()}
+        changes |= {
+            "model__data__data_prefix__train": str(root / "weighted" / "train.jsonl"),
+            "model__data__data_prefix__validation": str(root / "validation.jsonl"),
+            "trainer__kto__val_check_interval": STEPS,
+            "model__micro_batch_size": 2,
+        }
+        series[name] = run(root, tmp_path / name, run_ranks, ranks, **changes)
+    for name, found in series.items():
+        assert_alike(found, series["one"])
+        assert found["val/rewards/margins"] == pytest.approx(series["one"]["val/rewards/margins"], rel=1e-4), name

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
 
+QUICKSTART = Path(__file__).parents[2] / "examples" / "nlp" / "kto" / "quickstart"
 REPORTED = {
     "report__enabled": True,
     "generation__num_prompts": 2,
@@ -69,6 +73,28 @@ def test_every_series_of_a_resumed_run_is_on_its_page(
         assert all(html.escape(line[who]) in page for who in ("prompt", "policy", "reference"))
     for fact in ("train.jsonl", "validation.jsonl", "model.optim.eps", "megatron-core"):
         assert fact in page, fact
+
+
+def test_the_page_of_the_quickstart(tmp_path: Path, run_ranks: Callable[..., Any], monkeypatch: Any) -> None:
+    """Four steps of it, by its own command line."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    spec = importlib.util.spec_from_file_location("quickstart_run", QUICKSTART / "run.py")
+    assert spec is not None and spec.loader is not None
+    quickstart = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "quickstart_run", quickstart)
+    spec.loader.exec_module(quickstart)
+    monkeypatch.chdir(quickstart.REPOSITORY)
+    command = quickstart.training_command(tmp_path, "model.tensor_model_parallel_size=2")
+    overrides = {key: value for key, _, value in (word.partition("=") for word in command[2:])}
+    overrides |= {"trainer.kto.max_steps": "4", "trainer.kto.val_check_interval": "2"}
+    parsed = {key: OmegaConf.create(f"value: {value}").value for key, value in overrides.items()}
+    run_ranks(train_on_rank, 2, free_port(), parsed)
+    page, series = page_of(tmp_path), read_series(tmp_path)
+    assert len(series) > 20
+    for name in series:
+        assert html.escape(name) in page, name
+    for part in ("After 4 steps", "capital of Uganda", "2,400", "train.jsonl"):
+        assert part in page, part
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_a_run(root: Path, run_ranks: Callable[..., Any]) -> None:

@@ -378,7 +378,7 @@ def test_a_prompt_needs_tokens_and_room_for_an_answer(other_states: dict[str, An
     assert other_states["length 63"] == [10, 1]
     for length in (0, 64, 65):
         assert other_states[f"length {length}"].startswith(
-            f"Prompt 1 (from 0) has {length} tokens; to be answered it needs 1 to 63, as the model has 64 positions."
+            f"Prompt 2 has {length} tokens; to be answered it needs 1 to 63, as the model has 64 positions."
         )
 
 
