@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -159,18 +161,23 @@ def test_cached_log_probs_are_looked_up_by_split_and_pair() -> None:
     for split, sign in (("train", -1.0), ("validation", -100.0)):
         prompts, responses = torch.tensor([2, 2, 7]), torch.tensor([2, 7, 7])
         tables[split].add(tables[split].names(prompts, responses), sign * torch.tensor([1.0, 2.0, 3.0]))
+    document = (torch.tensor([1]), torch.tensor([1]))  # only whether there is a KL set is asked
     batch = KTOBatch(
-        samples=[],
-        kl_samples=[],
+        samples=[document] * 3,
+        kl_samples=[document] * 3,
         pairs=torch.tensor([[2, 7], [7, 7], [2, 2]]),
         desirable=torch.tensor([True, True, True]),
         weights=torch.ones(3),
+        loss_weights=torch.ones(3),
     )
     reference = CachedReference(tables)
     kl, samples = reference.log_probs(batch, "train", score=never)
     assert (kl.tolist(), samples.tolist()) == ([-2.0, -3.0, -1.0], [-1.0, -3.0, -1.0])
     kl, samples = reference.log_probs(batch, "validation", score=never)
     assert (kl.tolist(), samples.tolist()) == ([-200.0, -300.0, -100.0], [-100.0, -300.0, -100.0])
+    without = replace(batch, kl_samples=[], pairs=torch.tensor([[2, -1], [7, -1], [2, -1]]))
+    kl, samples = reference.log_probs(without, "train", score=never)
+    assert kl is None and samples.tolist() == [-1.0, -3.0, -1.0]
 
 
 def never() -> Scores:
