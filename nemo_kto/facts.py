@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kto.data.statistics import summarize
-from nemo_kto.models.model_card import FACTS_FILE
+from nemo_kto.log_files import FACTS_FILE
 from nemo_kto.run import Run
 
 _PACKAGES = (

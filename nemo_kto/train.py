@@ -19,7 +19,8 @@ from nemo_kto.config import KTOConfig
 from nemo_kto.errors import KTOError, StoppedEarly
 from nemo_kto.facts import run_facts, write_facts
 from nemo_kto.generate import stop_token_ids
-from nemo_kto.models.answers import ANSWERS_FILE, AnswerPrompts
+from nemo_kto.log_files import ANSWERS_FILE
+from nemo_kto.models.answers import AnswerPrompts
 from nemo_kto.models.export import ExportAtEnd, export_checkpoint, write_source_folder
 from nemo_kto.models.generation import Sampling
 from nemo_kto.quiet import is_global_rank_zero

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "__init__": 0,
     "errors": 0,
+    "log_files": 0,
     "quiet": 0,
     "config": 0,
     "config_checks": 0,

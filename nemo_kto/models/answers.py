@@ -18,8 +18,6 @@ from nemo_kto.models.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.models.reference import ExchangedReference, LiveReference
 from nemo_kto.runtime import parallel
 
-ANSWERS_FILE = "generations.jsonl"
-
 
 class AnswerPrompts(Callback):
     """Answers some prompts after validations and at the end, and writes down what policy and reference say.

@@ -204,6 +204,11 @@ class MegatronGPTKTOModel(LightningModule):
     def configure_optimizers(self) -> None:
         """Present because Lightning insists on it; MegatronStrategy makes the optimizer."""
 
+    @property
+    def _strategy(self) -> Any:
+        """The trainer's MegatronStrategy."""
+        return self.trainer.strategy
+
     def _scorer(self) -> RowScorer:
         return RowScorer(
             chunks=self.chunks,
@@ -248,7 +253,7 @@ class MegatronGPTKTOModel(LightningModule):
         if updated:
             scheduler.step(increment=1)
         if self.objective.interval is None and self._moves_reference(step):
-            self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
+            self._strategy.complete_parameters()
             self._move_reference(step)
 
         sums = MetricSums(self.device)
@@ -315,7 +320,7 @@ class MegatronGPTKTOModel(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the validation before."""
         self._validation_sums = MetricSums(self.device)
-        self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]  # once, see _baseline
+        self._strategy.complete_parameters()  # once, see _baseline
 
     @torch.no_grad()
     def validation_step(self, batch: KTOBatch, batch_idx: int) -> dict[str, Any] | None:
@@ -361,7 +366,7 @@ class MegatronGPTKTOModel(LightningModule):
         kl_rows = batch.kl_rows(self._kl_micro_batch_size)
         policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
         if split == "train" and not kl_rows and isinstance(self.reference, ExchangedReference):
-            self.trainer.strategy.complete_parameters()  # type: ignore[attr-defined]  # no pass of the policy has done so
+            self._strategy.complete_parameters()  # no pass of the policy has done so
         score = scorer.score if self.objective.interval is None else scorer.score_rows
         ref_kl, ref_samples = self.reference.log_probs(
             batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FACTS_FILE = "run.json"
-"""What a run is: in its log folder, and in the folder that every checkpoint gets a copy of."""
+from nemo_kto.log_files import FACTS_FILE
 
 _SETTINGS = (
     "model.kto.loss",

@@ -18,10 +18,9 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from nemo_kto.errors import DataError
+from nemo_kto.log_files import ANSWERS_FILE, FACTS_FILE
 
 EVENT_FILES = "events.out.tfevents*"
-RUN_FILE = "run.json"
-GENERATIONS_FILE = "generations.jsonl"
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _series(tag: str, points: dict[int, tuple[float, float]]) -> Series:
 def _read_info(folder: Path) -> dict[str, Any]:
     """What the run.json of the latest part holds."""
     for part in reversed(_parts(folder)):
-        file = part / RUN_FILE
+        file = part / FACTS_FILE
         if not file.is_file():
             continue
         try:
@@ -184,7 +183,7 @@ def _read_generations(folder: Path) -> tuple[list[Generation], int]:
     found: dict[tuple[int, str], Generation] = {}
     unreadable = 0
     for part in _parts(folder):
-        file = part / GENERATIONS_FILE
+        file = part / ANSWERS_FILE
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         for line in filter(str.strip, lines):
             generation = _parse_generation(line)
