@@ -42,7 +42,6 @@ def silence_loaded_packages() -> None:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.captureWarnings(False)  # NeMo turns every warning, ours too, into a log line that the next call hides
-    nemo_logging.setLevel(_STILL_SHOWN)
     for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] in _PACKAGES:
             logging.getLogger(name).setLevel(_STILL_SHOWN)
