@@ -1,0 +1,183 @@
+"""What the benchmarks share: shapes of models, feedback, the machine's description, memory, and how results are shown.
+
+Nothing here imports nemo_kto at module level, as the peer's process of `against_trl.py` has an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # most of the work is the output layer
+    "head-heavy, 56 M": {
+        "vocab_size": 32_000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    # most of it are the layers
+    "body-heavy, 155 M": {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    # SmolLM2-135M's
+    "135 M": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+"""Name -> fields of a LlamaConfig."""
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+"""Where each benchmark leaves its figures as JSON."""
+
+
+def make_model(folder: Path, *, max_position_embeddings: int = 1024, **sizes: Any) -> int:
+    """Save a Llama with random weights and a tokenizer of one token a word; return its number of parameters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *words(sizes["vocab_size"])])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=max_position_embeddings, **sizes))
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def words(vocab_size: int) -> list[str]:
+    """Return the words of a vocabulary."""
+    return [f"w{index}" for index in range(vocab_size - 2)]
+
+
+def write_feedback(
+    file: Path,
+    number: int,
+    *,
+    vocab_size: int,
+    prompt: tuple[int, int] = (20, 240),
+    response: tuple[int, int] = (10, 190),
+    seed: int = 0,
+) -> None:
+    """Write records whose lengths are drawn evenly from the given ranges, by default 130 and 100 tokens on average."""
+    generator, vocabulary = random.Random(seed), words(vocab_size)
+    with file.open("w", encoding="utf-8") as stream:
+        for index in range(number):
+            record = {
+                "prompt": " ".join(generator.choices(vocabulary, k=generator.randint(*prompt))),
+                "completion": " " + " ".join(generator.choices(vocabulary, k=generator.randint(*response))),
+                "label": index % 2 == 0,
+            }
+            stream.write(json.dumps(record) + "\n")
+
+
+def make_config(folder: Path, *, global_batch_size: int, micro_batch_size: int) -> Any:
+    """Return a KTOConfig for the model in `folder`/hf and `folder`/train.jsonl that writes neither checkpoint nor export."""
+    from nemo_kto.config import KTOConfig
+
+    config = KTOConfig()
+    config.pretrained_checkpoint.restore_from_path = str(folder / "hf")
+    config.exp_manager.explicit_log_dir = str(folder / "log")
+    config.exp_manager.create_checkpoint_callback = False
+    config.export.enabled = False
+    config.report.enabled = False
+    config.trainer.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    config.model.global_batch_size = global_batch_size
+    config.model.micro_batch_size = micro_batch_size
+    config.model.data.data_prefix.train = [str(folder / "train.jsonl")]
+    return config
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each run in each of `rounds`, A B A B ...; a first round that is not counted warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            synchronize()
+            started = time.perf_counter()
+            run()
+            synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronize() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median_and_range(values: Sequence[float], digits: int = 2) -> str:
+    """Return "median (least-greatest)"."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def reset_peak() -> None:
+    """Make `peak_bytes` forget what was before (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """Return the greatest resident set of this process since `reset_peak`, in bytes (Linux only)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def machine() -> dict[str, Any]:
+    """Return a description of the machine and of the packages that matter."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    found: dict[str, Any] = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+    }
+    for package in ("torch", "megatron-core", "transformer-engine", "transformers", "trl"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def publish(name: str, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
+    """Print rows, all with the same keys, as a Markdown table, and write them with the machine and `facts` as JSON."""
+    rows = list(rows)
+    columns = list(rows[0])
+    print(f"\n{name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, "machine": machine(), **facts, "rows": rows}
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{json.dumps(content['machine'])}\nwritten to {file}")
