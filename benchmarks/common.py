@@ -96,7 +96,7 @@ def write_feedback(
 
 
 def make_config(folder: Path, *, global_batch_size: int, micro_batch_size: int) -> Any:
-    """Return a KTOConfig for the model in `folder`/hf and `folder`/train.jsonl that writes neither checkpoint nor export."""
+    """Return a KTOConfig: the model in `folder`/hf, the data in `folder`/train.jsonl; no checkpoints, no export."""
     from nemo_kto.config import KTOConfig
 
     config = KTOConfig()

@@ -6,15 +6,14 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-DEFAULT_CHUNK_SIZE = 1024
-"""Tokens whose logits are held at once: 1024 x 128k / 8 ranks in float32 is 64 MiB."""
+LOGITS_MEMORY = 256 * 2**20
+"""Most bytes of logits and log-probs over the vocabulary that are held at once."""
 
 
 def response_token_logps(
@@ -24,13 +23,17 @@ def response_token_logps(
     *,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    logits_memory: int = LOGITS_MEMORY,
 ) -> Tensor:
     """Return the log-prob of each response token: the log-softmax of `hidden @ weight.T` over the whole vocabulary.
 
-    The output layer is fused in: logits exist for one chunk of tokens at a time, in the forward pass and, recomputed,
-    in the backward pass. Each chunk takes three all-reduces of `[c]` over `tp_group` forward (maximum, sum of
-    exponentials, target), and one of `[c, h]` backward.
+    The output layer is fused in: logits exist for a chunk of tokens at a time, as many as `logits_memory` has room for
+    and at least one. What the gradient needs of them is kept from the forward pass where all tokens are one chunk, and
+    computed again in the backward pass where they are not. With a frozen `weight` neither is needed: the gradient of
+    `hidden` is then formed in the forward pass, but for a factor per token.
+
+    Each chunk takes two all-reduces over `tp_group` forward, of `[c]` (maximum) and `[2, c]` (sum of exponentials,
+    target), and one of `[R, h]` follows backward.
 
     Args:
         hidden: `[R, h]`, the final hidden state that predicts each token; equal on all ranks of `tp_group`.
@@ -38,13 +41,13 @@ def response_token_logps(
         targets: `[R]` int64, global token ids below `vocab_size`.
         vocab_size: Number of real tokens; padding rows from there on take no part in the softmax.
         tp_group: Ranks that share the vocabulary; None if this rank has all of it.
-        chunk_size: Largest `c`.
+        logits_memory: Bytes.
 
     Returns:
         `[R]` float32, natural log; bit-equal with and without gradients. The gradient of `hidden` is complete on every
-        rank (summed over `tp_group`).
+        rank (summed over `tp_group`). The backward pass can run once.
     """
-    logps: Tensor = _ResponseLogps.apply(hidden, weight, targets, vocab_size, tp_group, chunk_size)  # type: ignore[no-untyped-call]
+    logps: Tensor = _ResponseLogps.apply(hidden, weight, targets, vocab_size, tp_group, logits_memory)  # type: ignore[no-untyped-call]
     return logps
 
 
@@ -67,88 +70,119 @@ def sum_per_document(token_logps: Tensor, document_ids: Tensor, num_documents: i
 class _ResponseLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
-        chunk_size: int,
+        logits_memory: int,
     ) -> Tensor:
-        first_id = _first_id(weight, tp_group)
-        real_rows = min(max(vocab_size - first_id, 0), weight.shape[0])
+        first_id = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
+        rows = weight[: min(max(vocab_size - first_id, 0), weight.shape[0])]
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        # logits as they come and their log-softmax in float32; padding rows count too, so all ranks have equal chunks
+        chunk_size = max(1, logits_memory // (weight.shape[0] * (hidden.element_size() + 4)))
         logps = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        normalizers = torch.empty_like(logps)
-        for start in range(0, targets.numel(), chunk_size):
-            part = slice(start, start + chunk_size)
-            logits = (hidden[part] @ weight[:real_rows].T).float()
-            local_targets, is_local = _localize(targets[part], first_id, real_rows)
-            maximum = _row_maximum(logits, tp_group)
-            target_logits = _pick(logits, local_targets, is_local)
-            sum_exp = logits.sub_(maximum[:, None]).exp_().sum(dim=-1)
-            _all_reduce(target_logits, tp_group)
-            _all_reduce(sum_exp, tp_group)
-            normalizers[part] = sum_exp.log() + maximum
-            logps[part] = target_logits - normalizers[part]
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.settings = (first_id, real_rows, tp_group, chunk_size)  # type: ignore[attr-defined]
+        shifts = torch.empty_like(logps)
+        kept = unit_gradient = None
+        if of_hidden and not of_weight:
+            unit_gradient = torch.empty_like(hidden)
+        for part in _chunks(targets, chunk_size):
+            target = _Target.of(targets[part], first_id, len(rows))
+            log_probs = _log_softmax(hidden[part], rows, target, tp_group, logps[part], shifts[part])
+            if unit_gradient is not None:
+                gradient = _gradient_of_logits(log_probs, shifts[part], target, torch.ones_like(logps[part]))
+                unit_gradient[part] = gradient.to(hidden.dtype) @ rows
+            elif of_weight and len(targets) <= chunk_size:
+                kept = log_probs
+        ctx.save_for_backward(hidden, weight, targets, shifts, kept, unit_gradient)
+        ctx.settings = (first_id, len(rows), tp_group, chunk_size)
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        hidden, weight, targets, normalizers = ctx.saved_tensors
-        first_id, real_rows, tp_group, chunk_size = ctx.settings
-        rows = weight[:real_rows]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # stays so where the output layer is frozen
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, targets.numel(), chunk_size):
-            part = slice(start, start + chunk_size)
-            # d logp / d logits = one_hot(target) - softmax
-            softmax = (hidden[part] @ rows.T).float().sub_(normalizers[part, None]).exp_()
-            grad_logits = softmax.mul_(-grad_logps[part, None])
-            local_targets, is_local = _localize(targets[part], first_id, real_rows)
-            if real_rows:
-                grad_logits.scatter_add_(1, local_targets[:, None], (grad_logps[part] * is_local)[:, None])
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ rows
-            if grad_weight is not None:
-                grad_weight[:real_rows] += grad_logits.T @ hidden[part]
-        if grad_hidden.numel():
+        hidden, weight, targets, shifts, kept, unit_gradient = ctx.saved_tensors
+        first_id, num_rows, tp_group, chunk_size = ctx.settings
+        if unit_gradient is not None:
+            grad_hidden = (unit_gradient * grad_logps[:, None]).to(hidden.dtype)
             _all_reduce(grad_hidden, tp_group)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+            return grad_hidden, None, None, None, None, None
+        rows = weight[:num_rows]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for part in _chunks(targets, chunk_size):
+            log_probs = torch.log_softmax(hidden[part] @ rows.T, -1, dtype=torch.float32) if kept is None else kept
+            target = _Target.of(targets[part], first_id, num_rows)
+            gradient = _gradient_of_logits(log_probs, shifts[part], target, grad_logps[part]).to(hidden.dtype)
+            grad_hidden[part] = gradient @ rows
+            if gradient.dtype == torch.float32:
+                grad_weight[:num_rows].addmm_(gradient.T, hidden[part])
+            else:
+                grad_weight[:num_rows] += gradient.T @ hidden[part]
+        _all_reduce(grad_hidden, tp_group)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _first_id(weight: Tensor, tp_group: dist.ProcessGroup | None) -> int:
-    return 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
+class _Target(NamedTuple):
+    """The row `[c]` of each target among this rank's, clamped into range; whether it really is on this rank `[c]`."""
+
+    row: Tensor
+    is_local: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor, first_id: int, num_rows: int) -> _Target:
+        row = targets - first_id
+        return cls(row.clamp(0, max(num_rows - 1, 0)), (row >= 0) & (row < num_rows))
 
 
-def _localize(targets: Tensor, first_id: int, real_rows: int) -> tuple[Tensor, Tensor]:
-    """Return (row of each target on this rank, clamped into range; whether it really is on this rank)."""
-    local = targets - first_id
-    is_local = (local >= 0) & (local < real_rows)
-    return local.clamp(0, max(real_rows - 1, 0)), is_local
+def _chunks(targets: Tensor, chunk_size: int) -> list[slice]:
+    return [slice(start, start + chunk_size) for start in range(0, len(targets), chunk_size)]
 
 
-def _row_maximum(logits: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the maximum `[c]` over all ranks; a rank with padding rows only has none to offer."""
-    if logits.shape[1]:
-        maximum = logits.amax(dim=-1)
-    else:
-        maximum = logits.new_full((logits.shape[0],), float("-inf"))
-    if tp_group is not None:
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
-    return maximum
+def _log_softmax(
+    hidden: Tensor,
+    rows: Tensor,
+    target: _Target,
+    tp_group: dist.ProcessGroup | None,
+    logps: Tensor,
+    shifts: Tensor,
+) -> Tensor:
+    """Return the log-softmax `[c, rows]` over this rank's rows only, in float32.
+
+    Written besides: `logps` `[c]`, the targets' log-probs over the whole vocabulary; `shifts` `[c]`, what is to be
+    subtracted of the returned ones to make them such.
+    """
+    logits = hidden @ rows.T
+    log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
+    if tp_group is None:
+        logps.copy_(log_probs.gather(1, target.row[:, None])[:, 0])
+        shifts.zero_()
+        return log_probs
+    target_logits = torch.zeros_like(logps)
+    normalizers = torch.full_like(logps, float("-inf"))  # of a rank with padding rows only
+    if len(rows):
+        target_logits = logits.gather(1, target.row[:, None])[:, 0].float()
+        normalizers = target_logits - log_probs.gather(1, target.row[:, None])[:, 0]
+    maximum = normalizers.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
+    sums = torch.stack([(normalizers - maximum).exp(), target_logits * target.is_local])
+    _all_reduce(sums, tp_group)
+    everywhere = sums[0].log() + maximum
+    logps.copy_(sums[1] - everywhere)
+    shifts.copy_(everywhere - normalizers)
+    return log_probs
 
 
-def _pick(logits: Tensor, local_targets: Tensor, is_local: Tensor) -> Tensor:
-    """Return the target's logit where it is on this rank, else 0."""
-    if not logits.shape[1]:
-        return logits.new_zeros(logits.shape[0])
-    return logits.gather(1, local_targets[:, None])[:, 0] * is_local
+def _gradient_of_logits(log_probs: Tensor, shifts: Tensor, target: _Target, grad_logps: Tensor) -> Tensor:
+    """Return `grad_logps * (one_hot(target) - softmax)` in the place of `log_probs`; see `_log_softmax`."""
+    # one factor for both, so that with one rank no pass over the vocabulary is spent on the shift
+    gradient = log_probs.exp_().mul_((grad_logps * -torch.exp(-shifts))[:, None])
+    if gradient.shape[1]:
+        gradient.scatter_add_(1, target.row[:, None], (grad_logps * target.is_local)[:, None])
+    return gradient
 
 
 def _all_reduce(tensor: Tensor, tp_group: dist.ProcessGroup | None) -> None:
-    if tp_group is not None:
+    if tp_group is not None and tensor.numel():
         dist.all_reduce(tensor, group=tp_group)

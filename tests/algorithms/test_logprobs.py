@@ -46,33 +46,43 @@ def padded_shard(weight: torch.Tensor, padded: int, *, tp_rank: int, tp_size: in
     return whole.chunk(tp_size)[tp_rank].clone()
 
 
-def score_shard(padded: int, chunk_size: int, tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
-    """Return log-probs, with and without gradients, and the gradients, on a rank that holds a shard."""
+def room(chunk: int, rows: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes of so many tokens' logits and their log-softmax in float32."""
+    return chunk * rows * (dtype.itemsize + 4)
+
+
+def score_shard(padded: int, chunk: int, tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
+    """Return log-probs, with and without gradients, the gradients, and that of hidden where the shard is frozen."""
     hidden, weight, targets, upstream = make_inputs(tokens=tokens)
     group = dist.group.WORLD
     shard = padded_shard(weight, padded, tp_rank=dist.get_rank(), tp_size=dist.get_world_size())
-    arguments = {"vocab_size": VOCAB, "tp_group": group, "chunk_size": chunk_size}
+    arguments = {"vocab_size": VOCAB, "tp_group": group, "logits_memory": room(chunk, len(shard))}
     with torch.no_grad():
         plain = response_token_logps(hidden, shard, targets, **arguments)
     hidden.requires_grad_()
+    frozen = response_token_logps(hidden, shard, targets, **arguments)
+    frozen.backward(upstream)
+    assert torch.equal(frozen, plain)
+    grad_frozen, hidden.grad = hidden.grad, None
     shard.requires_grad_()
     logps = response_token_logps(hidden, shard, targets, **arguments)
     logps.backward(upstream)
-    assert hidden.grad is not None and shard.grad is not None
-    return plain, logps.detach(), hidden.grad, shard.grad
+    assert hidden.grad is not None and shard.grad is not None and grad_frozen is not None
+    return plain, logps.detach(), hidden.grad, shard.grad, grad_frozen
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, TOKENS, 1000])
+@pytest.mark.parametrize("chunk", [1, 4, TOKENS - 1, TOKENS, 1000])
 @pytest.mark.parametrize(("tp_size", "padded"), [(2, 52), (4, 52), (4, LAST_SHARD_EMPTY)])
 def test_shards_equal_the_whole_vocabulary(
-    run_ranks: Callable[..., Any], tp_size: int, padded: int, chunk_size: int
+    run_ranks: Callable[..., Any], tp_size: int, padded: int, chunk: int
 ) -> None:
     logps, grad_hidden, grad_weight = reference()
-    results = run_ranks(score_shard, tp_size, padded, chunk_size)
-    for plain, actual, actual_grad_hidden, _ in results:
+    results = run_ranks(score_shard, tp_size, padded, chunk)
+    for plain, actual, actual_grad_hidden, _, grad_frozen in results:
         assert torch.equal(plain, actual)
         torch.testing.assert_close(actual, logps)
         torch.testing.assert_close(actual_grad_hidden, grad_hidden)
+        torch.testing.assert_close(grad_frozen, grad_hidden)
     shards = torch.cat([result[3] for result in results])
     torch.testing.assert_close(shards[:VOCAB], grad_weight)
     assert not shards[VOCAB:].any()
@@ -80,8 +90,8 @@ def test_shards_equal_the_whole_vocabulary(
 
 def test_no_response_tokens(run_ranks: Callable[..., Any]) -> None:
     """A rank's micro-batch may, by padding, be empty; it must take part in no collective that others lack."""
-    for plain, logps, grad_hidden, grad_shard in run_ranks(score_shard, 2, 52, 4, 0):
-        assert plain.shape == logps.shape == (0,) and grad_hidden.shape == (0, HIDDEN)
+    for plain, logps, grad_hidden, grad_shard, grad_frozen in run_ranks(score_shard, 2, 52, 4, 0):
+        assert plain.shape == logps.shape == (0,) and grad_hidden.shape == grad_frozen.shape == (0, HIDDEN)
         assert not grad_shard.any()
 
 
@@ -89,24 +99,31 @@ def test_one_process_needs_no_group() -> None:
     hidden, weight, targets, upstream = make_inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, chunk_size=3)
+    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, logits_memory=room(3, VOCAB))
     logps.backward(upstream)
     for actual, expected in zip((logps.detach(), hidden.grad, weight.grad), reference(), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
-def test_bfloat16_inputs_are_summed_in_float32() -> None:
+@pytest.mark.parametrize("chunk", [4, TOKENS])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_inputs_are_summed_in_float32(chunk: int, frozen: bool) -> None:
     """The products are rounded to bfloat16, as in transformers; the softmax over them is not."""
     hidden, weight, targets, upstream = make_inputs(torch.bfloat16)
     hidden.requires_grad_()
-    weight.requires_grad_()
-    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, chunk_size=4)
+    weight.requires_grad_(not frozen)
+    logits_memory = room(chunk, VOCAB, torch.bfloat16)
+    logps = response_token_logps(hidden, weight, targets, vocab_size=VOCAB, logits_memory=logits_memory)
     logps.backward(upstream)
     expected, grad_hidden, grad_weight = reference(torch.bfloat16)
-    assert logps.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert logps.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     torch.testing.assert_close(logps.detach(), expected)
     torch.testing.assert_close(hidden.grad, grad_hidden, rtol=2e-2, atol=2e-2)  # bfloat16 has 8 bits
-    torch.testing.assert_close(weight.grad, grad_weight, rtol=2e-2, atol=2e-2)
+    if frozen:
+        assert weight.grad is None
+    else:
+        assert weight.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.grad, grad_weight, rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_numerically() -> None:
@@ -126,31 +143,46 @@ def test_gradients_numerically() -> None:
     assert hidden.grad[1, 2].item() == pytest.approx(slope, rel=1e-4)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor any operation returns."""
+class Made(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor any operation returns, and how often logits are computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab: int) -> None:
         super().__init__()
-        self.elements = 0
+        self.largest = self.products = 0
+        self._vocab = vocab
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
+        if func is torch.ops.aten.mm.default and result.shape[1] == self._vocab:
+            self.products += len(result)
         return result
 
 
-@pytest.mark.parametrize("chunk_size", [8, 64])
-def test_all_logits_never_exist(chunk_size: int) -> None:
-    """Neither the forward nor the backward pass makes a tensor larger than a chunk's logits, or the inputs."""
-    tokens, vocab, hidden_size = 256, 400, 4
-    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
-    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+def make_work(chunk: int, *, frozen: bool = False, tokens: int = 256, vocab: int = 400) -> Made:
+    """Return what a forward and a backward pass make."""
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    weight = torch.randn(vocab, 4, requires_grad=not frozen)
     targets = torch.randint(vocab, (tokens,))
-    with LargestTensor() as largest:
-        response_token_logps(hidden, weight, targets, vocab_size=vocab, chunk_size=chunk_size).sum().backward()
-    assert largest.elements == chunk_size * vocab < tokens * vocab
+    with Made(vocab) as made:
+        logps = response_token_logps(hidden, weight, targets, vocab_size=vocab, logits_memory=room(chunk, vocab))
+        logps.sum().backward()
+    return made
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_all_logits_never_exist(chunk: int, frozen: bool) -> None:
+    """Neither the forward nor the backward pass makes a tensor larger than a chunk's logits, or the inputs."""
+    assert make_work(chunk, frozen=frozen).largest == chunk * 400 < 256 * 400
+
+
+def test_logits_are_computed_again_only_where_they_do_not_fit() -> None:
+    assert make_work(256).products == 256
+    assert make_work(255).products == 2 * 256
+    assert make_work(8, frozen=True).products == 256
 
 
 def test_documents_are_summed() -> None:

@@ -1,0 +1,327 @@
+"""Host memory and time of one rank that reads its part of a Hugging Face checkpoint with the shape of Llama-3-8B.
+
+python benchmarks/import_memory.py [--rounds N] [--tensor N --pipeline N]
+
+The checkpoint holds 16 GB of bfloat16 in files of at most 5 GB with an index, as the real one does, but its files are
+sparse: headers, then a length without data, so that they read as zeros and take no room on a disk. Each case is a
+process of its own that is one rank of the whole layout: torch's "fake" backend makes the groups without the other
+ranks, which is fair because reading a checkpoint takes no communication. It builds its part of the model and fills it
+as training does (`build_gpt`, `import_hf`), on the first and on the last stage.
+
+"peak" is the greatest anonymous memory (RssAnon, read every few milliseconds) above that before the model was built.
+Beside it stands the rank's shard, the sum of its parameters: a ratio of 1 means that nothing is ever held twice. Pages
+of the mapped files are the kernel's page cache, which shrinks when memory is short, and stand apart. With a GPU the
+shard lies on it, and the ratio says how much of it the host holds at a time.
+
+What it does not show: how fast a disk is (there are no data on it; the times are those of the page cache and of
+copying), the reference's copy of the weights, and the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from common import publish
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA_3_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+    "dtype": "bfloat16",
+}
+CASES = ((8, 1), (2, 4), (1, 8))
+"""(tensor-parallel, pipeline-parallel) sizes."""
+FILE_BYTES = 5 * 10**9
+"""The largest a file becomes; the real checkpoint's limit."""
+ITEM_BYTES = 2
+POLL_SECONDS = 0.002
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What one rank took; bytes and seconds.
+
+    Attributes:
+        shard: Sum of its parameters.
+        peak: Greatest anonymous memory above that before the model was built.
+        left: Anonymous memory in the end, above the same.
+        mapped: Greatest memory of mapped files above the same.
+        at: What was read when anonymous memory was greatest.
+        build: To build the model.
+        check: To open the files and compare all names and shapes.
+        list: To list the blocks that the rank holds.
+        copy: To read these and copy them into the parameters.
+    """
+
+    shard: int
+    peak: int
+    left: int
+    mapped: int
+    at: str
+    build: float
+    check: float
+    list: float
+    copy: float
+
+
+def main() -> None:
+    """Measure each layout's first and last stage, interleaved, and show the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tensor", type=int, help="one layout only; its tensor-parallel size")
+    parser.add_argument("--pipeline", type=int, default=1, help="with --tensor: its pipeline-parallel size")
+    options = parser.parse_args()
+    layouts = CASES if options.tensor is None else ((options.tensor, options.pipeline),)
+    cases = [(*layout, stage) for layout in layouts for stage in sorted({0, layout[1] - 1})]
+    found: dict[tuple[int, int, int], list[Import]] = {case: [] for case in cases}
+    with tempfile.TemporaryDirectory() as name:
+        total = write_sparse_checkpoint(Path(name))
+        for number in range(options.rounds + 1):
+            for case in cases:
+                imported = in_new_process(measure, Path(name), *case)
+                if number:  # the first round fills the page cache
+                    found[case].append(imported)
+    rows = [row_of(case, imports) for case, imports in found.items()]
+    imports = {"x".join(map(str, case)): [asdict(one) for one in imports] for case, imports in found.items()}
+    publish("import_memory", rows, checkpoint_bytes=total, rounds=options.rounds, imports=imports)
+
+
+def row_of(case: tuple[int, int, int], imports: list[Import]) -> dict[str, str]:
+    """Return one line of the table: medians of the times, the worst of the memory."""
+    tensor, pipeline, stage = case
+    worst = max(imports, key=lambda one: one.peak)
+    seconds = {name: statistics.median(getattr(one, name) for one in imports) for name in ("build", "check", "list")}
+    copy = statistics.median(one.copy for one in imports)
+    return {
+        "layout": f"TP{tensor} PP{pipeline}, stage {stage + 1}",
+        "shard": f"{worst.shard / 1e9:.2f} GB",
+        "peak": f"{worst.peak / 1e9:.2f} GB",
+        "peak / shard": f"{worst.peak / worst.shard:.2f}",
+        "in the end": f"{worst.left / worst.shard:.2f}",
+        "peak while reading": worst.at,
+        "mapped files": f"{worst.mapped / 1e9:.2f} GB",
+        "seconds: build": f"{seconds['build']:.2f}",
+        "check": f"{seconds['check']:.2f}",
+        "list": f"{seconds['list']:.2f}",
+        "read and copy": f"{copy:.2f} ({worst.shard / 1e9 / copy:.1f} GB/s)",
+    }
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `function` returns in a process that ends with it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(folder: Path, tensor: int, pipeline: int, stage: int) -> Import:
+    """Build and read the part of the first tensor-parallel rank of a stage; in a process of its own."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from nemo_kto.models.gpt import build_gpt, load_hf_config
+    from nemo_kto.models.hf_weights import import_hf
+    from nemo_kto.quiet import silence_loaded_packages
+    from nemo_kto.runtime import parallel
+    from nemo_kto.runtime.cpu_megatron import enable_cpu
+    from nemo_kto.runtime.layout import Layout
+
+    silence_loaded_packages()
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    else:
+        enable_cpu()
+    layout = Layout(world_size=tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    dist.init_process_group("fake", store=FakeStore(), rank=stage * tensor, world_size=layout.world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,  # those need the other ranks
+    )
+    parallel.initialize(layout, seed=1)  # finds the groups made
+    hf_config = load_hf_config(folder)
+    with Clocks() as clocks, MemoryPoll(clocks) as poll:
+        started = time.perf_counter()
+        model = build_gpt(hf_config, layout, params_dtype=torch.bfloat16)
+        build = time.perf_counter() - started
+        import_hf(model, folder)
+        whole = time.perf_counter() - started - build
+        left = memory("RssAnon") - poll.before["RssAnon"]
+    check, listing = clocks.seconds["_check_tensors"], clocks.seconds["sharded_leaves"]
+    for parameter in model.parameters():
+        assert not parameter.any(), "the checkpoint holds zeros only"
+    return Import(
+        shard=sum(parameter.nbytes for parameter in model.parameters()),
+        peak=poll.peak["RssAnon"] - poll.before["RssAnon"],
+        left=left,
+        mapped=poll.peak["RssFile"] - poll.before["RssFile"],
+        at=poll.at,
+        build=build,
+        check=check,
+        list=listing,
+        copy=whole - check - listing,
+    )
+
+
+class Clocks:
+    """Times the parts of `import_hf` and notes which tensor it reads; a context manager.
+
+    Attributes:
+        seconds: Name of the function -> seconds in it.
+        reading: The tensor that was read last.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = {"_check_tensors": 0.0, "sharded_leaves": 0.0}
+        self.reading = "nothing"
+        self._patches: list[Any] = []
+
+    def __enter__(self) -> Clocks:
+        """Start."""
+        from nemo_kto.models import hf_weights
+
+        check, leaves, read = hf_weights._check_tensors, hf_weights.sharded_leaves, hf_weights.SafetensorsFolder.read
+        self._patches = [
+            mock.patch.object(hf_weights, "_check_tensors", partial(self._timed, check)),
+            mock.patch.object(hf_weights, "sharded_leaves", partial(self._timed_iterator, leaves)),
+            mock.patch.object(hf_weights.SafetensorsFolder, "read", self._noting(read)),
+        ]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        for patch in self._patches:
+            patch.stop()
+
+    def _timed(self, check: Callable[..., None], *arguments: Any) -> None:
+        started = time.perf_counter()
+        check(*arguments)
+        self.seconds["_check_tensors"] += time.perf_counter() - started
+
+    def _timed_iterator(self, leaves: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+        iterator = leaves(*arguments)
+        while True:
+            started = time.perf_counter()
+            leaf = next(iterator, None)
+            self.seconds["sharded_leaves"] += time.perf_counter() - started
+            if leaf is None:
+                return
+            yield leaf
+
+    def _noting(self, read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def noting(source: Any, name: str, region: Any) -> torch.Tensor:
+            self.reading = name
+            return read(source, name, region)
+
+        return noting
+
+
+class MemoryPoll:
+    """Follows this process's memory in a thread; a context manager.
+
+    Attributes:
+        before: Bytes of each kind when it began.
+        peak: The greatest bytes of each kind.
+        at: What was read when the anonymous memory was greatest.
+    """
+
+    def __init__(self, clocks: Clocks) -> None:
+        self.before: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
+        self.at = ""
+        self._clocks = clocks
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+
+    def __enter__(self) -> MemoryPoll:
+        """Begin."""
+        self.before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")}
+        self.peak = dict(self.before)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            for kind in self.peak:
+                now = memory(kind)
+                if now > self.peak[kind]:
+                    self.peak[kind] = now
+                    if kind == "RssAnon":
+                        self.at = self._clocks.reading
+
+
+def memory(kind: str) -> int:
+    """Return this process's bytes of one kind, such as RssAnon or RssFile (Linux only)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{kind}:")[1].split()[0]) * 1024
+
+
+def write_sparse_checkpoint(folder: Path) -> int:
+    """Write configuration, index and files of zeros without data on the disk; return the bytes of all tensors."""
+    config = LlamaConfig(**LLAMA_3_8B)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        tensors = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in tensors.items():
+        if files[-1] and sum(map(size_of, files[-1].values())) + size_of(shape) > FILE_BYTES:
+            files.append({})
+        files[-1][name] = shape
+    weight_map: dict[str, str] = {}
+    for number, content in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_sparse_file(folder / file, content)
+        weight_map |= dict.fromkeys(content, file)
+    total = sum(map(size_of, tensors.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+def write_sparse_file(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write a safetensors file with its header only: its length in 8 bytes, itself, then a hole for the tensors."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + size_of(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of bfloat16."""
+    return ITEM_BYTES * torch.Size(shape).numel()
+
+
+if __name__ == "__main__":
+    main()
