@@ -1,4 +1,5 @@
-"""What the benchmarks share: shapes of models, feedback, the machine's description, memory, and how results are shown.
+"""What the benchmarks share: shapes of models, feedback, the machine's description, clocks, counters, and how
+results are shown.
 
 Nothing here imports nemo_kto at module level, as the peer's process of `against_trl.py` has an environment of its own.
 """
@@ -11,12 +12,17 @@ import platform
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 SHAPES: dict[str, dict[str, Any]] = {
     # most of the work is the output layer
@@ -52,6 +58,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Where each benchmark leaves its figures as JSON."""
+
+
+OPTIMIZER = "optimizer's step"
+"""Name of the `record_function` that tells `shares` what is the optimizer's."""
+
+_PYTHON = "Python, autograd, waiting"
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+_COPIES = {
+    *("copy_", "cat", "stack", "clone", "fill_", "zero_", "index", "index_select", "gather", "scatter_add_"),
+    *("embedding_dense_backward", "index_put_", "_index_put_impl_", "slice_backward", "select_backward"),
+}
+"""Names of operators."""
 
 
 def make_model(folder: Path, *, max_position_embeddings: int = 1024, **sizes: Any) -> int:
@@ -117,13 +135,25 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            synchronize()
-            started = time.perf_counter()
-            run()
-            synchronize()
+            taken = seconds_of(run)
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     return seconds
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Return how long `run` takes, a GPU's work included."""
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `function` returns in a process that ends with it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def synchronize() -> None:
@@ -135,6 +165,58 @@ def synchronize() -> None:
 def median_and_range(values: Sequence[float], digits: int = 2) -> str:
     """Return "median (least-greatest)"."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def linear_operations(run: Callable[[], object]) -> int:
+    """Return the operations, two a multiply-add, of all matrix products that `run` computes but attention's."""
+    mapping: dict[Any, Any] = {operator: _no_operations for operator in flop_registry if "attention" in str(operator)}
+    mapping[torch.ops.aten.addmm_] = _addmm_operations
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _no_operations(*_: Any, **__: Any) -> int:
+    return 0
+
+
+def _addmm_operations(_: Sequence[int], left: Sequence[int], right: Sequence[int], **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def new_profiler() -> profile:
+    """Return a profiler for `shares`."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    return profile(activities=activities, record_shapes=True)
+
+
+def shares(profiler: profile, seconds: float, *, vocab_size: int) -> Counter[str]:
+    """Return kind of work -> its share of `seconds`, the whole time profiled; Python's is what no operator has."""
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        found[_kind(event, vocab_size)] += own / 1e6 / seconds
+    found[_PYTHON] += 1 - found.total()
+    return found
+
+
+def _kind(event: Any, vocab_size: int) -> str:
+    caller = event
+    while caller is not None:
+        if caller.name == OPTIMIZER:
+            return "optimizer"
+        caller = caller.cpu_parent
+    name = event.name.removeprefix("aten::")
+    if name == event.name:
+        return _PYTHON
+    if name in _PRODUCTS:
+        return "matrix products"
+    if "attention" in name:
+        return "attention"
+    if any(shape and shape[-1] == vocab_size for shape in event.input_shapes):
+        return "softmax over the vocabulary"
+    return "copies, fills, look-ups" if name in _COPIES else "norms, activations, other pointwise work"
 
 
 def reset_peak() -> None:
@@ -169,13 +251,18 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows, all with the same keys, as a Markdown table."""
+    columns = list(rows[0])
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+
+
 def publish(name: str, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
     """Print rows, all with the same keys, as a Markdown table, and write them with the machine and `facts` as JSON."""
     rows = list(rows)
-    columns = list(rows[0])
-    print(f"\n{name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+    print_table(name, rows)
     RESULTS.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "machine": machine(), **facts, "rows": rows}
     file = RESULTS / f"{name}.json"

@@ -21,22 +21,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from common import publish
+from common import in_new_process, median_and_range, publish, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LLAMA_3_8B = {
@@ -60,18 +59,19 @@ POLL_SECONDS = 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """What one rank took; bytes and seconds.
+    """What one import took; bytes and seconds.
 
     Attributes:
-        shard: Sum of its parameters.
+        shard: Sum of the rank's parameters.
         peak: Greatest anonymous memory above that before the model was built.
         left: Anonymous memory in the end, above the same.
         mapped: Greatest memory of mapped files above the same.
         at: What was read when anonymous memory was greatest.
         build: To build the model.
         check: To open the files and compare all names and shapes.
-        list: To list the blocks that the rank holds.
+        listing: To list the blocks that the rank holds.
         copy: To read these and copy them into the parameters.
+        kernel: Share of the whole that was spent in the kernel: on page faults.
     """
 
     shard: int
@@ -81,67 +81,62 @@ class Import:
     at: str
     build: float
     check: float
-    list: float
+    listing: float
     copy: float
+    kernel: float
 
 
 def main() -> None:
-    """Measure each layout's first and last stage, interleaved, and show the medians."""
+    """Measure the first and the last stage of each layout; show the first import's memory, medians of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed imports of each case")
     parser.add_argument("--tensor", type=int, help="one layout only; its tensor-parallel size")
     parser.add_argument("--pipeline", type=int, default=1, help="with --tensor: its pipeline-parallel size")
     options = parser.parse_args()
     layouts = CASES if options.tensor is None else ((options.tensor, options.pipeline),)
-    cases = [(*layout, stage) for layout in layouts for stage in sorted({0, layout[1] - 1})]
-    found: dict[tuple[int, int, int], list[Import]] = {case: [] for case in cases}
+    rows, imports = [], {}
     with tempfile.TemporaryDirectory() as name:
         total = write_sparse_checkpoint(Path(name))
-        for number in range(options.rounds + 1):
-            for case in cases:
-                imported = in_new_process(measure, Path(name), *case)
-                if number:  # the first round fills the page cache
-                    found[case].append(imported)
-    rows = [row_of(case, imports) for case, imports in found.items()]
-    imports = {"x".join(map(str, case)): [asdict(one) for one in imports] for case, imports in found.items()}
+        for tensor, pipeline in layouts:
+            for stage in sorted({0, pipeline - 1}):
+                title = f"TP{tensor} PP{pipeline}, stage {stage + 1}"
+                found = in_new_process(measure, Path(name), tensor, pipeline, stage, options.rounds)
+                imports[title] = [asdict(one) for one in found]
+                rows.append(row_of(title, found[0], found[1:]))
     publish("import_memory", rows, checkpoint_bytes=total, rounds=options.rounds, imports=imports)
 
 
-def row_of(case: tuple[int, int, int], imports: list[Import]) -> dict[str, str]:
-    """Return one line of the table: medians of the times, the worst of the memory."""
-    tensor, pipeline, stage = case
-    worst = max(imports, key=lambda one: one.peak)
-    seconds = {name: statistics.median(getattr(one, name) for one in imports) for name in ("build", "check", "list")}
-    copy = statistics.median(one.copy for one in imports)
+def row_of(title: str, first: Import, others: list[Import]) -> dict[str, str]:
+    """Return one line of the table."""
+    copy = statistics.median(one.copy for one in others)
     return {
-        "layout": f"TP{tensor} PP{pipeline}, stage {stage + 1}",
-        "shard": f"{worst.shard / 1e9:.2f} GB",
-        "peak": f"{worst.peak / 1e9:.2f} GB",
-        "peak / shard": f"{worst.peak / worst.shard:.2f}",
-        "in the end": f"{worst.left / worst.shard:.2f}",
-        "peak while reading": worst.at,
-        "mapped files": f"{worst.mapped / 1e9:.2f} GB",
-        "seconds: build": f"{seconds['build']:.2f}",
-        "check": f"{seconds['check']:.2f}",
-        "list": f"{seconds['list']:.2f}",
-        "read and copy": f"{copy:.2f} ({worst.shard / 1e9 / copy:.1f} GB/s)",
+        "layout": title,
+        "shard": f"{first.shard / 1e9:.2f} GB",
+        "peak": f"{first.peak / 1e9:.2f} GB",
+        "peak / shard": f"{first.peak / first.shard:.2f}",
+        "in the end": f"{first.left / first.shard:.2f}",
+        "peak while reading": first.at,
+        "mapped files": f"{first.mapped / 1e9:.2f} GB",
+        "build [s]": median_and_range([one.build for one in others]),
+        "check and list [s]": median_and_range([one.check + one.listing for one in others]),
+        "read and copy [s]": median_and_range([one.copy for one in others]),
+        "GB/s": f"{first.shard / 1e9 / copy:.2f}",
+        "in the kernel": f"{statistics.median(one.kernel for one in others):.0%}",
     }
 
 
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `function` returns in a process that ends with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -> list[Import]:
+    """Build and read the part of the first tensor-parallel rank of a stage, once and `rounds` times more.
 
+    In a process of its own: only the first time nothing is left in memory from before.
+    """
+    from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
 
-def measure(folder: Path, tensor: int, pipeline: int, stage: int) -> Import:
-    """Build and read the part of the first tensor-parallel rank of a stage; in a process of its own."""
+    silence_startup_noise()
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from nemo_kto.models.gpt import build_gpt, load_hf_config
-    from nemo_kto.models.hf_weights import import_hf
-    from nemo_kto.quiet import silence_loaded_packages
+    from nemo_kto.models import gpt, hf_weights  # noqa: F401  what is measured is not to import them
     from nemo_kto.runtime import parallel
     from nemo_kto.runtime.cpu_megatron import enable_cpu
     from nemo_kto.runtime.layout import Layout
@@ -159,17 +154,27 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int) -> Import:
         create_gloo_process_groups=False,  # those need the other ranks
     )
     parallel.initialize(layout, seed=1)  # finds the groups made
+    return [measure_once(folder, layout) for _ in range(rounds + 1)]
+
+
+def measure_once(folder: Path, layout: Any) -> Import:
+    """Build and read this rank's part, and forget it again."""
+    from nemo_kto.models.gpt import build_gpt, load_hf_config
+    from nemo_kto.models.hf_weights import import_hf
+
     hf_config = load_hf_config(folder)
     with Clocks() as clocks, MemoryPoll(clocks) as poll:
-        started = time.perf_counter()
+        started, in_kernel = time.perf_counter(), os.times().system
         model = build_gpt(hf_config, layout, params_dtype=torch.bfloat16)
         build = time.perf_counter() - started
         import_hf(model, folder)
-        whole = time.perf_counter() - started - build
+        synchronize()
+        whole = time.perf_counter() - started
+        in_kernel = os.times().system - in_kernel
         left = memory("RssAnon") - poll.before["RssAnon"]
-    check, listing = clocks.seconds["_check_tensors"], clocks.seconds["sharded_leaves"]
     for parameter in model.parameters():
         assert not parameter.any(), "the checkpoint holds zeros only"
+    check, listing = clocks.seconds["_check_tensors"], clocks.seconds["sharded_leaves"]
     return Import(
         shard=sum(parameter.nbytes for parameter in model.parameters()),
         peak=poll.peak["RssAnon"] - poll.before["RssAnon"],
@@ -178,8 +183,9 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int) -> Import:
         at=poll.at,
         build=build,
         check=check,
-        list=listing,
-        copy=whole - check - listing,
+        listing=listing,
+        copy=whole - build - check - listing,
+        kernel=in_kernel / whole,
     )
 
 

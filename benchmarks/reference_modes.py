@@ -1,6 +1,6 @@
-"""Memory and time of each way to hold the reference, in full fine-tuning and with LoRA; prints a Markdown table.
+"""Memory and time of each way to hold the reference, in full fine-tuning and with LoRA.
 
-python benchmarks/reference_modes.py [--steps N]
+python benchmarks/reference_modes.py [--rounds N]
 
 A Llama of 52 M parameters (vocabulary 16,000) in float32 on short documents, so that a copy of the weights is large
 beside the activations. Each mode runs in a process of its own; those with `cached` find log-probs that an earlier
@@ -13,85 +13,105 @@ step. It is less here, as with few tokens the optimizer counts.
 The peak is that of the resident set during the steps: reading the model takes more than its weights for a moment, the
 same in all modes, so the high-water mark is reset (Linux only) when training starts. The allocator makes it uncertain
 by some 40 MB; in the environment MALLOC_MMAP_THRESHOLD_=131072 makes it exact to a few MB, and steps slower. On a CPU
-`cpu_swap` and `resident` keep the reference in the same memory; on a GPU only `resident` would take the device's.
+`cpu_swap` and `resident` keep the reference in the same memory; on a GPU only `resident` takes the device's, which the
+table does not show. The modes run one after another, so seconds of different rows can differ by what else the machine
+does; the reference's share is of the same step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
+from common import (
+    in_new_process,
+    make_config,
+    make_model,
+    median_and_range,
+    peak_bytes,
+    publish,
+    reset_peak,
+    synchronize,
+    write_feedback,
+)
 from lightning.pytorch import Callback
-from step_time import GLOBAL_BATCH_SIZE, VOCAB_SIZE, WARMUP_STEPS, make_config, make_model, words
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_kto.config import KTOConfig
 from nemo_kto.models import megatron_gpt_kto_model
 from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.train import cache_reference, train
 
+SIZES = {
+    "vocab_size": 16_000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+GLOBAL_BATCH_SIZE = 8
+WARMUP_STEPS = 2
 MODES = {"none": ("cpu_swap", "resident", "cached"), "lora": ("adapter_off", "resident", "cached")}
 """PEFT scheme -> ways to hold the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of the steps of a run: peak resident memory in bytes, median seconds, median share of the reference in them."""
+    """Of the steps of a run: peak resident memory in bytes, seconds of each, share of the reference in each."""
 
     peak: int
-    step: float
-    share: float
+    steps: list[float]
+    shares: list[float]
 
 
 def main() -> None:
-    """Run each mode and print what it needed."""
+    """Run each mode and publish what it needed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each mode")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each mode")
     options = parser.parse_args()
-    num_steps = WARMUP_STEPS + options.steps
-    rows = []
+    num_steps = WARMUP_STEPS + options.rounds
+    rows, measured = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        num_parameters = make_larger_model(folder / "hf")
-        write_short_feedback(folder / "train.jsonl", num_steps * GLOBAL_BATCH_SIZE)
+        num_parameters = make_model(folder / "hf", max_position_embeddings=2048, **SIZES)
+        write_feedback(
+            folder / "train.jsonl",
+            num_steps * GLOBAL_BATCH_SIZE,
+            vocab_size=SIZES["vocab_size"],
+            prompt=(10, 40),
+            response=(10, 30),
+        )
         caching = in_new_process(seconds_of_caching, folder) / num_steps
         for scheme, modes in MODES.items():
             results = {mode: in_new_process(measure, folder, scheme, mode) for mode in modes}
-            for mode, result in results.items():
-                cells = (
-                    "LoRA" if scheme == "lora" else "full",
-                    f"`{mode}`",
-                    f"{result.peak / 1e6:.0f} MB",
-                    f"{(result.peak - results['cached'].peak) / 1e6:+.0f} MB",
-                    f"{result.step:.2f} s",
-                    f"{result.share:.1%}",
-                    f"{caching / result.step:.2f} steps" if mode == "cached" else "",
-                )
-                rows.append(f"| {' | '.join(cells)} |")
-    print(f"\n{num_parameters / 1e6:.1f} M parameters; one copy of the weights: {num_parameters * 4 / 1e6:.0f} MB\n")
-    print("| training | reference | peak memory | beside `cached` | step | reference's share | caching a batch |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+            rows += [row(scheme, mode, results, caching) for mode in modes]
+            measured[scheme] = {mode: asdict(result) for mode, result in results.items()}
+    publish("reference_modes", rows, parameters=num_parameters, seconds_of_caching_a_batch=caching, measured=measured)
+    print(f"\n{num_parameters / 1e6:.1f} M parameters; one copy of the weights: {num_parameters * 4 / 1e6:.0f} MB")
 
 
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `function` returns in a process that ends with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def row(scheme: str, mode: str, results: dict[str, Measured], caching: float) -> dict[str, str]:
+    """Return a row of the table; `caching` is how many seconds it took to cache the log-probs of a batch."""
+    result = results[mode]
+    in_steps = f"{caching / statistics.median(result.steps):.2f} steps"
+    return {
+        "training": "LoRA" if scheme == "lora" else "full",
+        "reference": f"`{mode}`",
+        "peak memory": f"{result.peak / 1e6:.0f} MB",
+        "beside `cached`": f"{(result.peak - results['cached'].peak) / 1e6:+.0f} MB",
+        "step, s": median_and_range(result.steps),
+        "reference's share, %": median_and_range([100 * share for share in result.shares], 1),
+        "caching a batch": in_steps if mode == "cached" else "",
+    }
 
 
 def measure(folder: Path, scheme: str, mode: str) -> Measured:
@@ -101,8 +121,8 @@ def measure(folder: Path, scheme: str, mode: str) -> Measured:
     pairs = list(zip(gauge.reference_seconds, gauge.step_seconds, strict=True))[WARMUP_STEPS:]
     return Measured(
         peak=gauge.peak,
-        step=statistics.median(step for _, step in pairs),
-        share=statistics.median(reference / step for reference, step in pairs),
+        steps=[step for _, step in pairs],
+        shares=[reference / step for reference, step in pairs],
     )
 
 
@@ -127,63 +147,38 @@ class Gauge(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Time the reference from here on; forget the memory that reading the model took."""
         pl_module.reference.log_probs = partial(timed, pl_module.reference.log_probs, self.reference_seconds)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
+        reset_peak()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the step's time."""
+        synchronize()
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Note the step's time."""
+        synchronize()
         self.step_seconds.append(time.perf_counter() - self._started)
 
     def on_train_end(self, *_: Any) -> None:
         """Note the peak."""
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        self.peak = int(status["VmHWM"].removesuffix("kB")) * 1024
+        self.peak = peak_bytes()
 
 
 def timed(function: Callable[..., Any], seconds: list[float], *args: Any, **kwargs: Any) -> Any:
     """Call `function` and append the time it took to `seconds`."""
+    synchronize()
     started = time.perf_counter()
     result = function(*args, **kwargs)
+    synchronize()
     seconds.append(time.perf_counter() - started)
     return result
-
-
-def make_larger_model(folder: Path) -> int:
-    """Save step_time.py's tokenizer with a larger Llama of random weights; returns the number of parameters."""
-    make_model(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return model.num_parameters()
-
-
-def write_short_feedback(file: Path, number: int) -> None:
-    """Write records of about 25 prompt tokens and 20 response tokens."""
-    generator, vocabulary = random.Random(0), words()
-    with file.open("w", encoding="utf-8") as stream:
-        for _ in range(number):
-            prompt = generator.choices(vocabulary, k=generator.randint(10, 40))
-            response = generator.choices(vocabulary, k=generator.randint(10, 30))
-            record = {"prompt": " ".join(prompt), "completion": " " + " ".join(response), "label": len(prompt) % 2 > 0}
-            stream.write(json.dumps(record) + "\n")
 
 
 def make_mode_config(folder: Path, scheme: str, mode: str) -> KTOConfig:
     """Return the configuration of one epoch over the data in `folder` with the reference held in one way."""
     silence_loaded_packages()
     logging.getLogger("nemo_kto").setLevel(logging.WARNING)
-    config = make_config(folder, micro_batch_size=GLOBAL_BATCH_SIZE)
+    config = make_config(folder, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=GLOBAL_BATCH_SIZE)
     config.model.optim.sched.warmup_steps = 0  # the run is shorter than the default
     config.exp_manager.explicit_log_dir = str(folder / f"{scheme}-{mode}")
     config.model.peft.peft_scheme = scheme  # type: ignore[assignment]

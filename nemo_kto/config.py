@@ -154,6 +154,7 @@ class KTOLossConfig:
     humanline_clamp: list[float] | None = None
     sft_loss_weight: float = 0.0
     sft_average_log_probs: bool = True
+    kl_fraction: float = 1.0
     log_prob_forward_micro_batch_size: int | None = None
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
@@ -238,6 +239,7 @@ class ModelConfig:
 
     seed: int = 1234
     micro_batch_size: int = 1
+    micro_batch_tokens: int | None = None
     global_batch_size: int = 64
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

@@ -35,6 +35,7 @@ _LEAST = {
     "exp_manager.checkpoint_callback_params.save_top_k": -1,
     "model.seed": 0,
     "model.micro_batch_size": 1,
+    "model.micro_batch_tokens": 1,
     "model.global_batch_size": 1,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
@@ -102,6 +103,7 @@ def check_values(config: KTOConfig) -> None:
     _check_lora(config)
     _check_reference(config)
     _check_recompute(config.model)
+    _check_micro_batches(config.model)
     _check_optimizer(config.model.optim)
     check_data(config.model.data)
     _check_objective(config.model.kto)
@@ -268,15 +270,42 @@ def check_data(data: DataConfig) -> None:
         raise ConfigError(f"{prefix}prompt_template={template!r} must have {{prompt}} in it, or be chat.")
 
 
+def _check_micro_batches(model: ModelConfig) -> None:
+    if model.micro_batch_tokens is None:
+        return
+    given = f"model.micro_batch_tokens={model.micro_batch_tokens}"
+    if model.micro_batch_size != 1:
+        raise ConfigError(f"{given} stands in the place of model.micro_batch_size={model.micro_batch_size}. Use one.")
+    if model.kto.log_prob_forward_micro_batch_size is not None:
+        raise ConfigError(
+            f"{given} is for all passes; model.kto.log_prob_forward_micro_batch_size="
+            f"{model.kto.log_prob_forward_micro_batch_size} cannot be used with it. Leave it out."
+        )
+    if model.kto.kl_scope != "global_batch":
+        raise ConfigError(
+            f"{given} makes micro-batches of any number of samples, and model.kto.kl_scope={model.kto.kl_scope} would "
+            "make the result depend on them. Use model.micro_batch_size or kl_scope=global_batch."
+        )
+
+
 def _check_objective(kto: KTOLossConfig) -> None:
     prefix = "model.kto."
     if kto.loss != "kto":
         without = f"cannot be used with {prefix}loss={kto.loss}, which has no KL set. Leave it out."
         if kto.kl_scope != "global_batch":
             raise ConfigError(f"{prefix}kl_scope={kto.kl_scope} {without}")
+        if kto.kl_fraction != 1:
+            raise ConfigError(f"{prefix}kl_fraction={kto.kl_fraction} {without}")
         if kto.log_prob_forward_micro_batch_size is not None:
             size = kto.log_prob_forward_micro_batch_size
             raise ConfigError(f"{prefix}log_prob_forward_micro_batch_size={size} {without}")
+    if not 0 < kto.kl_fraction <= 1:
+        raise ConfigError(f"{prefix}kl_fraction={kto.kl_fraction} must be above 0 and at most 1.")
+    if kto.kl_fraction != 1 and kto.kl_scope != "global_batch":
+        raise ConfigError(
+            f"{prefix}kl_fraction={kto.kl_fraction} leaves micro-batches without a KL set, which {prefix}kl_scope="
+            f"{kto.kl_scope} needs. Use kl_scope=global_batch or kl_fraction=1."
+        )
     if kto.humanline_clamp is not None:
         clamp = f"{prefix}humanline_clamp={kto.humanline_clamp}"
         if len(kto.humanline_clamp) != 2 or not kto.humanline_clamp[0] < 0 < kto.humanline_clamp[1]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_kto.config import KTOConfig
+from nemo_kto.algorithms.losses import LOSSES
+from nemo_kto.config import KTOConfig, KTOLossConfig
 from nemo_kto.data.datamodule import KTODataModule
-from nemo_kto.data.sampling import epoch_length
+from nemo_kto.data.sampling import epoch_length, kl_set_size
 from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.models.gpt import (
@@ -156,9 +157,16 @@ def layout(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) -> 
         result,
         global_batch_size=settings.global_batch_size,
         micro_batch_size=settings.micro_batch_size,
-        forward_micro_batch_size=settings.kto.log_prob_forward_micro_batch_size or settings.micro_batch_size,
+        kl_set_size=kl_set_size(settings.global_batch_size, kl_fraction(settings.kto)),
+        kl_micro_batch_size=settings.kto.log_prob_forward_micro_batch_size or settings.micro_batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
     )
     return result
+
+
+def kl_fraction(kto: KTOLossConfig) -> float:
+    """Return which share of a training batch's prompts has a KL response; 0 for losses without a KL set."""
+    return kto.kl_fraction if LOSSES[kto.loss].baseline == "kl" else 0.0
 
 
 def recompute(config: KTOConfig) -> Recompute | None:

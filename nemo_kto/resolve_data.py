@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
-from nemo_kto.algorithms.losses import LOSSES
-from nemo_kto.config import KTOConfig
+from nemo_kto.config import KTOConfig, ModelConfig
 from nemo_kto.data.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.dealing import Division
 from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.resolve import log_directory
+from nemo_kto.resolve import kl_fraction, log_directory
 from nemo_kto.resolve_records import sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def read_data(
         cache_dir=Path(data.cache_dir or log_directory(config) / "tokens").absolute(),
         tokenize_workers=data.tokenize_workers,
         global_batch_size=model.global_batch_size,
-        kl_set=LOSSES[model.kto.loss].baseline == "kl",
+        kl_fraction=kl_fraction(model.kto),
+        division=_division(model),
         shuffle=data.shuffle,
         seed=model.seed,
         num_workers=data.num_workers,
@@ -71,6 +72,16 @@ def read_data(
     module = KTODataModule(settings, tokenizer)
     module.prepare()
     return module
+
+
+def _division(model: ModelConfig) -> Division:
+    return Division(
+        micro_batch_size=model.micro_batch_size,
+        kl_micro_batch_size=model.kto.log_prob_forward_micro_batch_size or model.micro_batch_size,
+        micro_batch_tokens=model.micro_batch_tokens,
+        # where a result depends on which samples are a micro-batch, those are the same for every layout
+        by_length=model.kto.kl_scope == "global_batch" and not model.moe_aux_loss_coeff,
+    )
 
 
 def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[torch.Tensor]:

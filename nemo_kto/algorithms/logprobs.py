@@ -92,10 +92,13 @@ class _ResponseLogps(torch.autograd.Function):
             target = _Target.of(targets[part], first_id, len(rows))
             log_probs = _log_softmax(hidden[part], rows, target, tp_group, logps[part], shifts[part])
             if unit_gradient is not None:
-                gradient = _gradient_of_logits(log_probs, shifts[part], target, torch.ones_like(logps[part]))
-                unit_gradient[part] = gradient.to(hidden.dtype) @ rows
+                ones = torch.ones_like(logps[part])
+                unit_gradient[part] = (
+                    _gradient_of_logits(log_probs, shifts[part], target, ones).to(hidden.dtype) @ rows
+                )
             elif of_weight and len(targets) <= chunk_size:
                 kept = log_probs
+            del log_probs  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, targets, shifts, kept, unit_gradient)
         ctx.settings = (first_id, len(rows), tp_group, chunk_size)
         return logps
@@ -112,14 +115,15 @@ class _ResponseLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _chunks(targets, chunk_size):
-            log_probs = torch.log_softmax(hidden[part] @ rows.T, -1, dtype=torch.float32) if kept is None else kept
             target = _Target.of(targets[part], first_id, num_rows)
+            log_probs = torch.log_softmax(hidden[part] @ rows.T, -1, dtype=torch.float32) if kept is None else kept
             gradient = _gradient_of_logits(log_probs, shifts[part], target, grad_logps[part]).to(hidden.dtype)
             grad_hidden[part] = gradient @ rows
             if gradient.dtype == torch.float32:
                 grad_weight[:num_rows].addmm_(gradient.T, hidden[part])
             else:
                 grad_weight[:num_rows] += gradient.T @ hidden[part]
+            del log_probs, gradient
         _all_reduce(grad_hidden, tp_group)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 

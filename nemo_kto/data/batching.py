@@ -1,21 +1,22 @@
-"""Samples -> one rank's share of a global batch -> packed rows, the form the model works on.
+"""Documents -> one rank's share of a global batch -> packed rows, the form the model works on.
 
 A packed row is whole documents (prompt + response) laid end to end without padding; attention stays within a document
 and positions restart at each one.
 
-Shapes: `n` samples of this rank, `d` documents in a row, `T` tokens in a row, `R` response tokens in a row,
-`p` / `r` tokens of one prompt / response.
+Shapes: `n` samples and `k` documents of the KL set of this rank, `d` documents in a row, `T` tokens in a row,
+`R` response tokens in a row, `p` / `r` tokens of one prompt / response.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_kto.data.sampling import PairIndex
+from nemo_kto.data.dealing import DocumentIndex
 from nemo_kto.data.tokenization import TokenizedSample
 
 Document = tuple[Tensor, Tensor]
@@ -136,27 +137,25 @@ def pack_documents(documents: Sequence[Document]) -> PackedRow:
 
 @dataclass(frozen=True, slots=True)
 class KTOItem:
-    """One place of a batch: a sample and the response that joins its prompt in the KL set.
+    """A document of a batch.
 
     Attributes:
         prompt: [p] int64.
         response: [r] int64.
-        kl_response: [k] int64, the response of another sample; None without a KL set.
-        desirable: True for thumbs up.
-        index: Which samples these are, and 1 for a sample that counts, 0 for one that only fills a place.
-        weight: What its loss is multiplied with.
+        desirable: True for thumbs up; of the sample that the prompt is of.
+        index: Which document it is.
+        weight: What the loss of that sample is multiplied with.
     """
 
     prompt: Tensor
     response: Tensor
-    kl_response: Tensor | None
     desirable: bool
-    index: PairIndex
+    index: DocumentIndex
     weight: float = 1.0
 
 
 class KTODataset(Dataset[KTOItem]):
-    """Tokenised samples, looked up by the pairs that the samplers deal.
+    """Tokenised samples, looked up by the documents that the samplers deal.
 
     A prompt and the response of another sample can together be longer than any sample is. Only where that is more than
     the model has positions is such a KL response cut at the end; samples are never cut.
@@ -171,15 +170,15 @@ class KTODataset(Dataset[KTOItem]):
         """Number of samples."""
         return len(self._samples)
 
-    def __getitem__(self, index: PairIndex) -> KTOItem:
-        """The sample and its KL response."""
-        sample = self._samples[index.sample]
-        kl_response = None
-        if index.kl is not None:
-            kl_response = self._samples[index.kl].response
+    def __getitem__(self, index: DocumentIndex) -> KTOItem:
+        """A sample, or a document of the KL set."""
+        sample = self._samples[index.prompt]
+        response = sample.response
+        if index.in_kl_set:
+            response = self._samples[index.response].response
             if self._max_positions is not None:
-                kl_response = kl_response[: self._max_positions - sample.prompt.numel()]
-        return KTOItem(sample.prompt, sample.response, kl_response, sample.desirable, index, sample.weight)
+                response = response[: self._max_positions - sample.prompt.numel()]
+        return KTOItem(sample.prompt, response, sample.desirable, index, sample.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,60 +187,92 @@ class KTOBatch:
 
     Attributes:
         samples: n (prompt, response).
-        kl_samples: n (prompt, response of another sample), in the same order; empty without a KL set.
-        pairs: [n, 2] int64, the numbers of the sample and of the one whose response joins its prompt (-1 for none);
-            always on the CPU.
+        kl_samples: k (prompt, response of another sample); empty without a KL set.
+        row_sizes: How many consecutive samples each micro-batch holds.
+        kl_row_sizes: The same of the KL set.
+        pairs: [n, 2] int64, the numbers of the records that prompt and response are of; always on the CPU.
+        kl_pairs: [k, 2] int64, the same of the KL set.
+        places: [n] int64, the samples' places in the global batch; always on the CPU.
+        kl_places: [k] int64, the same among the global batch's KL set.
         desirable: [n] bool.
         weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
+        kl_weights: [k] float32, the same of the KL set.
         loss_weights: [n] float32, what each loss is multiplied with; 0 for a sample that only fills a place.
     """
 
     samples: list[Document]
     kl_samples: list[Document]
+    row_sizes: list[int]
+    kl_row_sizes: list[int]
     pairs: Tensor
+    kl_pairs: Tensor
+    places: Tensor
+    kl_places: Tensor
     desirable: Tensor
     weights: Tensor
+    kl_weights: Tensor
     loss_weights: Tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels between processes as six tensors: each tensor sent costs a file descriptor on both sides."""
+        """Travels between processes as few tensors: each one sent costs a file descriptor on both sides."""
         parts = [part for document in self.samples + self.kl_samples for part in document]
         lengths = torch.tensor([part.numel() for part in parts])
-        others = (self.pairs, self.desirable, self.weights, self.loss_weights)
+        others = [getattr(self, field.name) for field in fields(self)[2:]]
         return _batch_from_flat, (torch.cat(parts), lengths, *others)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
-        moved = {name: getattr(self, name).to(device) for name in ("desirable", "weights", "loss_weights")}
-        return replace(self, **moved)
+        names = ("desirable", "weights", "kl_weights", "loss_weights")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def sample_rows(self, micro_batch_size: int) -> list[PackedRow]:
-        """The samples as packed rows of `micro_batch_size` consecutive documents (the last may hold fewer)."""
-        return _rows(self.samples, micro_batch_size)
+    def sample_rows(self) -> list[PackedRow]:
+        """The samples as packed rows, a micro-batch each."""
+        return _rows(self.samples, self.row_sizes)
 
-    def kl_rows(self, micro_batch_size: int) -> list[PackedRow]:
-        """The KL set as packed rows of `micro_batch_size` consecutive documents (the last may hold fewer)."""
-        return _rows(self.kl_samples, micro_batch_size)
+    def kl_rows(self) -> list[PackedRow]:
+        """The KL set as packed rows, a micro-batch each."""
+        return _rows(self.kl_samples, self.kl_row_sizes)
 
 
-def collate_pairs(items: Sequence[KTOItem]) -> KTOBatch:
-    """Joins the items of a batch; the `collate_fn` for DataLoader."""
+def collate_documents(items: Sequence[KTOItem]) -> KTOBatch:
+    """Joins the documents of a batch, each micro-batch's in a row; the `collate_fn` for DataLoader."""
+    samples = [item for item in items if not item.index.in_kl_set]
+    kl_set = [item for item in items if item.index.in_kl_set]
+    weights = torch.tensor([item.index.weight for item in samples], dtype=torch.float32)
     return KTOBatch(
-        samples=[(item.prompt, item.response) for item in items],
-        kl_samples=[(item.prompt, item.kl_response) for item in items if item.kl_response is not None],
-        pairs=torch.tensor([(item.index.sample, -1 if item.index.kl is None else item.index.kl) for item in items]),
-        desirable=torch.tensor([item.desirable for item in items], dtype=torch.bool),
-        weights=torch.tensor([item.index.weight for item in items], dtype=torch.float32),
-        loss_weights=torch.tensor([item.index.weight * item.weight for item in items], dtype=torch.float32),
+        samples=[(item.prompt, item.response) for item in samples],
+        kl_samples=[(item.prompt, item.response) for item in kl_set],
+        row_sizes=_row_sizes(samples),
+        kl_row_sizes=_row_sizes(kl_set),
+        pairs=_pairs(samples),
+        kl_pairs=_pairs(kl_set),
+        places=torch.tensor([item.index.place for item in samples], dtype=torch.int64),
+        kl_places=torch.tensor([item.index.place for item in kl_set], dtype=torch.int64),
+        desirable=torch.tensor([item.desirable for item in samples], dtype=torch.bool),
+        weights=weights,
+        kl_weights=torch.tensor([item.index.weight for item in kl_set], dtype=torch.float32),
+        loss_weights=weights * torch.tensor([item.weight for item in samples], dtype=torch.float32),
     )
 
 
-def _batch_from_flat(tokens: Tensor, lengths: Tensor, pairs: Tensor, *others: Tensor) -> KTOBatch:
+def _row_sizes(items: Sequence[KTOItem]) -> list[int]:
+    return [len(list(row)) for _, row in itertools.groupby(items, key=lambda item: item.index.row)]
+
+
+def _pairs(items: Sequence[KTOItem]) -> Tensor:
+    numbers = [(item.index.prompt, item.index.response) for item in items]
+    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, 2)
+
+
+def _batch_from_flat(
+    tokens: Tensor, lengths: Tensor, row_sizes: list[int], kl_row_sizes: list[int], *tensors: Tensor
+) -> KTOBatch:
     parts = torch.split(tokens, lengths.tolist())
     documents = list(zip(parts[::2], parts[1::2], strict=True))
-    return KTOBatch(documents[: len(pairs)], documents[len(pairs) :], pairs, *others)
+    number = sum(row_sizes)
+    return KTOBatch(documents[:number], documents[number:], row_sizes, kl_row_sizes, *tensors)
 
 
-def _rows(documents: list[Document], micro_batch_size: int) -> list[PackedRow]:
-    starts = range(0, len(documents), micro_batch_size)
-    return [pack_documents(documents[start : start + micro_batch_size]) for start in starts]
+def _rows(documents: list[Document], sizes: list[int]) -> list[PackedRow]:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [pack_documents(documents[start:end]) for start, end in itertools.pairwise(ends)]

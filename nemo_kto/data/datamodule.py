@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_pairs
+from nemo_kto.data.batching import KTOBatch, KTODataset, KTOItem, collate_documents
+from nemo_kto.data.dealing import Dealer, Division, DocumentIndex
 from nemo_kto.data.rendering import TokenizationSettings
 from nemo_kto.data.samples import Overlong, Samples, read_samples, split_by_prompt
-from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, Shuffle, ValidationBatchSampler, epoch_length
+from nemo_kto.data.sampling import GlobalBatchSampler, Share, Shuffle, ValidationBatchSampler, epoch_length
 from nemo_kto.data.sources import Source, file_names
 from nemo_kto.data.token_cache import TokenCache
 from nemo_kto.data.token_store import copy_bad_records
@@ -25,8 +25,6 @@ from nemo_kto.errors import DataError
 from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T", Sequence[PairIndex], Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,9 @@ class DataSettings:
         cache_dir: See `TokenCache`.
         tokenize_workers: See `TokenCache`.
         global_batch_size: Samples per step over all ranks, in training and in validation.
-        kl_set: Whether each prompt is also paired with another sample's response.
+        kl_fraction: Share of a training batch's prompts that are also paired with another sample's response; in
+            validation all are. 0 for none in both.
+        division: Into which micro-batches global batches are divided; `set_position` says for which rank.
         shuffle: How the training data is shuffled.
         seed: Non-negative seed of that order, of what is taken of a source, and of the validation split.
         num_workers: Processes that build batches; 0 builds them in the training process.
@@ -63,7 +63,8 @@ class DataSettings:
     cache_dir: Path
     tokenize_workers: int | None = None
     global_batch_size: int
-    kl_set: bool = True
+    kl_fraction: float = 1.0
+    division: Division = Division()
     shuffle: Shuffle = True
     seed: int
     num_workers: int = 0
@@ -73,8 +74,7 @@ class DataSettings:
 class _Position:
     """Where this process stands among the data-parallel ranks and in the training data."""
 
-    dp_rank: int
-    dp_size: int
+    division: Division
     num_steps: int
     steps_per_epoch: int
     start_step: Callable[[], int]
@@ -125,7 +125,7 @@ class KTODataModule(LightningDataModule):
             _inform("%d samples are trained on, %d with other prompts are validated on", len(train), len(validation))
         if "train" in self.splits:
             epoch_length(len(self.splits["train"]), settings.global_batch_size)
-        if settings.global_batch_size == 1 and settings.kl_set:
+        if settings.global_batch_size == 1 and settings.kl_fraction:
             _warn(
                 "global_batch_size is 1: no response can be paired with another prompt, so the KL estimate is that of "
                 "the sample itself and its loss stays near 0.5; use at least 4."
@@ -136,18 +136,27 @@ class KTODataModule(LightningDataModule):
         self.prepare()
 
     def set_position(
-        self, *, dp_rank: int, dp_size: int, num_steps: int, steps_per_epoch: int, start_step: Callable[[], int]
+        self,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        multiple: int = 1,
+        num_steps: int,
+        steps_per_epoch: int,
+        start_step: Callable[[], int],
     ) -> None:
         """Says which share of each batch is dealt here and where training stands; see `GlobalBatchSampler`.
 
         Args:
             dp_rank: This process' place among the data-parallel ranks.
             dp_size: Number of data-parallel ranks.
+            multiple: See `Division`.
             num_steps: Steps of the whole run.
             steps_per_epoch: Steps of one pass over the training data.
             start_step: Returns the number of steps taken before.
         """
-        self._position = _Position(dp_rank, dp_size, num_steps, steps_per_epoch, start_step)
+        division = replace(self._settings.division, dp_rank=dp_rank, dp_size=dp_size, multiple=multiple)
+        self._position = _Position(division, num_steps, steps_per_epoch, start_step)
 
     def train_dataloader(self) -> DataLoader[KTOItem]:
         """Batches from the current position to the end of the run; its length is that of the whole run.
@@ -157,50 +166,51 @@ class KTODataModule(LightningDataModule):
         """
         if "train" not in self.splits:
             raise DataError("No training data was given; name at least one file to train on.")
-        return self._loader("train", self._sampler("train", self._known_position()))
+        return self._loader("train", self._sampler("train", self._known_position(), self._dealer("train").share))
 
     def val_dataloader(self) -> DataLoader[KTOItem] | list[DataLoader[KTOItem]]:
         """Batches that hold every validation sample once; an empty list when no validation files were given."""
         if "validation" not in self.splits:
             return []
-        return self._loader("validation", self._sampler("validation", self._known_position()))
+        sampler = self._sampler("validation", self._known_position(), self._dealer("validation").share)
+        return self._loader("validation", sampler)
 
-    def global_batches(self, split: str) -> Iterable[list[PairIndex]]:
+    def global_batches(self, split: str) -> Iterable[list[DocumentIndex]]:
         """What every global batch of the whole run (of "train") or of one validation holds, over all ranks."""
-        everything = replace(self._known_position(), dp_rank=0, dp_size=1, start_step=int)
-        return self._sampler(split, everything)
+        return self._sampler(split, replace(self._known_position(), start_step=int), list)
 
-    def rank_batch(self, split: str, pairs: Sequence[PairIndex]) -> KTOBatch:
+    def rank_batch(self, split: str, documents: Sequence[DocumentIndex]) -> KTOBatch:
         """This rank's share of a global batch."""
         dataset = self._dataset(split)
-        return collate_pairs([dataset[pair] for pair in self.rank_share(pairs)])
+        return collate_documents([dataset[index] for index in self._dealer(split).share(documents)])
 
-    def rank_share(self, places: T) -> T:
-        """This rank's share of what belongs to the places of a global batch, a list or a tensor."""
-        position = self._known_position()
-        share = len(places) // position.dp_size
-        return places[position.dp_rank * share : (position.dp_rank + 1) * share]
+    def _dealer(self, split: str) -> Dealer:
+        samples = self.splits[split]
+        return Dealer(
+            self._known_position().division,
+            samples.prompt_kept,
+            samples.response_kept,
+            max_positions=self._settings.max_positions,
+        )
 
-    def _sampler(self, split: str, position: _Position) -> GlobalBatchSampler | ValidationBatchSampler:
+    def _sampler(self, split: str, position: _Position, share: Share) -> GlobalBatchSampler | ValidationBatchSampler:
         if split == "validation":
             return ValidationBatchSampler(
                 self.splits[split].prompt_keys,
                 global_batch_size=self._settings.global_batch_size,
-                dp_rank=position.dp_rank,
-                dp_size=position.dp_size,
-                kl_set=self._settings.kl_set,
+                kl_set=self._settings.kl_fraction > 0,
+                share=share,
             )
         return GlobalBatchSampler(
             self.splits[split].prompt_keys,
             global_batch_size=self._settings.global_batch_size,
-            dp_rank=position.dp_rank,
-            dp_size=position.dp_size,
             seed=self._settings.seed,
             shuffle=self._settings.shuffle,
             num_steps=position.num_steps,
             steps_per_epoch=position.steps_per_epoch,
             start_step=position.start_step,
-            kl_set=self._settings.kl_set,
+            kl_fraction=self._settings.kl_fraction,
+            share=share,
         )
 
     def _read(self, split: str, sources: Sequence[Source]) -> Samples:
@@ -297,7 +307,7 @@ class KTODataModule(LightningDataModule):
         return DataLoader(
             self._dataset(split),
             batch_sampler=sampler,
-            collate_fn=collate_pairs,
+            collate_fn=collate_documents,
             num_workers=self._settings.num_workers,
         )
 

@@ -1,35 +1,26 @@
 """Which samples form a global batch, in what order, and which response each prompt is paired with for the KL set.
 
 Everything here depends on the data, the seed and the global batch size only. The layout enters at the very end, where
-a rank takes its share of a global batch that is already fixed.
+a rank takes its share of a global batch that is already fixed (`dealing.py`).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.data.dealing import DocumentIndex
+from nemo_kto.errors import DataError
 
 Shuffle = bool | Literal["batches"]
 """True: every epoch deals the samples anew. "batches": every epoch deals the batches of the first one, and so the same
 pairs, in an order of its own. False: the order of the data."""
 
 
-class PairIndex(NamedTuple):
-    """What one place in a batch holds.
-
-    Attributes:
-        sample: Index of the record.
-        kl: Index of the record whose response joins the sample's prompt in the KL set; None without such a set.
-        weight: 1 for a sample that counts, 0 for one that only fills a place.
-    """
-
-    sample: int
-    kl: int | None
-    weight: float = 1.0
+Share = Callable[[list[DocumentIndex]], list[DocumentIndex]]
+"""Takes a rank's documents of a global batch; see `Dealer.share`."""
 
 
 def mismatch_permutation(prompt_keys: Sequence[int]) -> list[int]:
@@ -86,12 +77,16 @@ def epoch_length(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-class GlobalBatchSampler(Sampler[list[PairIndex]]):
+def kl_set_size(global_batch_size: int, kl_fraction: float) -> int:
+    """Documents in the KL set of a global batch of the training data."""
+    return max(1, round(kl_fraction * global_batch_size)) if kl_fraction else 0
+
+
+class GlobalBatchSampler(Sampler[list[DocumentIndex]]):
     """Deals one rank's share of every global batch of a run, epoch after epoch; a `batch_sampler` for DataLoader.
 
     What a step trains on is a function of (data, seed, step), so it is the same for every number of ranks and for a
-    run that was resumed. Rank `d` of `D` takes the `d`-th of `D` equal consecutive parts: the ranks' parts joined in
-    order are the global batch. What remains after the last whole batch of an epoch is left out of that epoch (with
+    run that was resumed. What remains after the last whole batch of an epoch is left out of that epoch (with
     shuffling, other samples each time).
     """
 
@@ -100,37 +95,35 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         prompt_keys: Sequence[int] | np.ndarray,
         *,
         global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
         seed: int,
         shuffle: Shuffle,
         num_steps: int,
         steps_per_epoch: int | None = None,
         start_step: Callable[[], int] = int,
-        kl_set: bool = True,
+        kl_fraction: float = 1.0,
+        share: Share = list,
     ) -> None:
         """Checks the sizes; reads nothing yet.
 
         Args:
             prompt_keys: `TokenizedSample.prompt_key` of every sample of the data set.
             global_batch_size: Samples per step over all ranks.
-            dp_rank: This rank's place among the data-parallel ranks.
-            dp_size: Number of data-parallel ranks.
             seed: Non-negative seed of the order.
             shuffle: See `Shuffle`.
             num_steps: Steps of the whole run.
             steps_per_epoch: Steps after which the next epoch begins; None for all whole batches of the data.
             start_step: Returns the number of steps taken before, where a resumed run goes on; asked when iteration
                 starts.
-            kl_set: Whether samples are paired with others' responses.
+            kl_fraction: Share of the samples whose prompts are paired with another's response; 0 for no KL set. Which
+                ones is drawn from the seed and the batch's samples.
+            share: Takes this rank's part; by default everything.
 
         Raises:
             DataError: Fewer samples than a global batch.
-            ConfigError: The global batch cannot be dealt evenly.
         """
         self._prompt_keys = np.asarray(prompt_keys, dtype=np.int64)
         self._global_batch_size = global_batch_size
-        self._share = _rank_share(global_batch_size, dp_rank, dp_size)
+        self._share = share
         self._seed = seed
         self._shuffle = shuffle
         self._num_steps = num_steps
@@ -138,13 +131,13 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         self._steps_per_epoch = whole if steps_per_epoch is None else steps_per_epoch
         assert 0 < self._steps_per_epoch <= whole, (steps_per_epoch, whole)
         self._start_step = start_step
-        self._kl_set = kl_set
+        self._kl_set_size = kl_set_size(global_batch_size, kl_fraction)
 
     def __len__(self) -> int:
         """Steps of the whole run, whatever the position."""
         return self._num_steps
 
-    def __iter__(self) -> Iterator[list[PairIndex]]:
+    def __iter__(self) -> Iterator[list[DocumentIndex]]:
         """Yields the rest of the run: from `start_step()` to its end."""
         order = np.empty(0, dtype=np.int64)
         ordered_epoch = None
@@ -154,7 +147,14 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
                 order, ordered_epoch = self._epoch_order(epoch), epoch
             start = step_in_epoch * self._global_batch_size
             batch = order[start : start + self._global_batch_size]
-            yield _pair_up(batch, self._prompt_keys, kl_set=self._kl_set)[self._share]
+            yield self._share(self._documents(batch))
+
+    def _documents(self, batch: np.ndarray) -> list[DocumentIndex]:
+        prompts = None
+        if 0 < self._kl_set_size < len(batch):
+            drawn = np.random.default_rng([self._seed, *batch.tolist()]).permutation(len(batch))
+            prompts = np.sort(drawn[: self._kl_set_size]).tolist()
+        return _documents_of(batch, self._prompt_keys, kl_set=self._kl_set_size > 0, prompts=prompts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         num_samples = len(self._prompt_keys)
@@ -169,12 +169,12 @@ class GlobalBatchSampler(Sampler[list[PairIndex]]):
         return order[: self._steps_per_epoch * size].reshape(-1, size)[batches].ravel()
 
 
-class ValidationBatchSampler(Sampler[list[PairIndex]]):
+class ValidationBatchSampler(Sampler[list[DocumentIndex]]):
     """Deals one rank's share of batches that hold every sample exactly once, in the order of the data.
 
     `N` samples make `ceil(N / global_batch_size)` batches whose numbers of real samples differ by at most one (a last
     batch of a single sample would have no other prompt to pair with). Each is filled up to `global_batch_size` places
-    with repeats of its first pair at weight 0, so that every rank gets the same number.
+    with repeats of its first sample and pair at weight 0, so that every rank gets the same number.
     """
 
     def __init__(
@@ -182,50 +182,43 @@ class ValidationBatchSampler(Sampler[list[PairIndex]]):
         prompt_keys: Sequence[int] | np.ndarray,
         *,
         global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
         kl_set: bool = True,
+        share: Share = list,
     ) -> None:
-        """Checks the sizes; the arguments are those of `GlobalBatchSampler`.
-
-        Raises:
-            ConfigError: The global batch cannot be dealt evenly.
-        """
+        """Reads nothing yet; the arguments are those of `GlobalBatchSampler`, `kl_set` says if there is one."""
         self._prompt_keys = np.asarray(prompt_keys, dtype=np.int64)
         self._global_batch_size = global_batch_size
-        self._share = _rank_share(global_batch_size, dp_rank, dp_size)
+        self._share = share
         self._kl_set = kl_set
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return -(-len(self._prompt_keys) // self._global_batch_size)
 
-    def __iter__(self) -> Iterator[list[PairIndex]]:
+    def __iter__(self) -> Iterator[list[DocumentIndex]]:
         """Yields every batch of one pass."""
         num_samples, num_batches = len(self._prompt_keys), len(self)
         for step in range(num_batches):
             start, end = step * num_samples // num_batches, (step + 1) * num_samples // num_batches
-            pairs = _pair_up(np.arange(start, end), self._prompt_keys, kl_set=self._kl_set)
-            filler = pairs[0]._replace(weight=0.0)
-            pairs += [filler] * (self._global_batch_size - len(pairs))
-            yield pairs[self._share]
+            yield self._share(self._filled(np.arange(start, end)))
+
+    def _filled(self, samples: np.ndarray) -> list[DocumentIndex]:
+        filled = []
+        documents = _documents_of(samples, self._prompt_keys, kl_set=self._kl_set)
+        for part in (documents[: len(samples)], documents[len(samples) :]):
+            places = range(len(part), self._global_batch_size if part else 0)
+            filled += part + [part[0]._replace(place=place, weight=0.0) for place in places]
+        return filled
 
 
-def _rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
-    """The part of a global batch that belongs to a rank."""
-    if global_batch_size % dp_size:
-        raise ConfigError(
-            f"global_batch_size {global_batch_size} is not divisible by the data-parallel size {dp_size}; "
-            "every rank must get the same number of samples."
-        )
-    assert 0 <= dp_rank < dp_size, f"dp_rank {dp_rank} is not in [0, {dp_size})"
-    per_rank = global_batch_size // dp_size
-    return slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
-
-
-def _pair_up(samples: np.ndarray, prompt_keys: np.ndarray, *, kl_set: bool) -> list[PairIndex]:
-    """Pairs the samples of one global batch by the mismatch permutation, or none of them."""
-    if not kl_set:
-        return [PairIndex(sample, None) for sample in samples.tolist()]
-    partner = mismatch_permutation(prompt_keys[samples].tolist())
-    return [PairIndex(*pair) for pair in zip(samples.tolist(), samples[partner].tolist(), strict=True)]
+def _documents_of(
+    samples: np.ndarray, prompt_keys: np.ndarray, *, kl_set: bool, prompts: Sequence[int] | None = None
+) -> list[DocumentIndex]:
+    """The samples of a global batch, and of the pairs of the mismatch permutation those of `prompts` (None: all)."""
+    numbers = samples.tolist()
+    documents = [DocumentIndex(number, number, place) for place, number in enumerate(numbers)]
+    if kl_set:
+        partner = mismatch_permutation(prompt_keys[samples].tolist())
+        chosen = range(len(numbers)) if prompts is None else prompts
+        documents += [DocumentIndex(numbers[i], numbers[partner[i]], p, True) for p, i in enumerate(chosen)]
+    return documents

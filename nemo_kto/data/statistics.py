@@ -184,18 +184,15 @@ def _dealt(samples: Samples, size: int, seed: int) -> tuple[int, int, float]:
     sampler = GlobalBatchSampler(
         keys,
         global_batch_size=size,
-        dp_rank=0,
-        dp_size=1,
         seed=seed,
         shuffle=True,
         num_steps=len(samples) // size,
     )
     meetings = kl_tokens = real = padded = 0
     for batch in sampler:
-        places = np.array([pair.sample for pair in batch])
-        partners = np.array([pair.kl for pair in batch])
+        places, partners = np.array([(index.prompt, index.response) for index in batch if index.in_kl_set]).T
         meetings += int((keys[places] == keys[partners]).sum())
         kl_tokens += int(samples.prompt_kept[places].sum() + samples.response_kept[partners].sum())
         real += int(lengths[places].sum())
-        padded += int(lengths[places].max()) * len(batch)
+        padded += int(lengths[places].max()) * size
     return meetings, kl_tokens, 1 - real / padded

@@ -1,6 +1,6 @@
 """The baseline of a global batch: what its losses need to know of the reference and of all data-parallel ranks.
 
-Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch, `R` response tokens.
+Tensor legend: `n` samples and `k` documents of the KL set of this rank in the global batch, `b` of one micro-batch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ class Comparison:
     Attributes:
         ref_logps: `[n]` float32, the reference's log-probs of all documents of the rows; None with an interval.
         ref_rows: The reference's scores of the same rows; None without an interval.
-        micro_batch_size: Documents of a row.
         interval: Bounds of each token's log-ratio, see `clamped_log_ratios`; None for no bounds.
     """
 
     ref_logps: torch.Tensor | None = None
     ref_rows: Sequence[RowScores] | None = None
-    micro_batch_size: int
     interval: tuple[float, float] | None = None
 
     def log_ratios(self, policy: RowScores, index: int) -> torch.Tensor:
         """Return the log-ratio `[b]` of each document of row `index`, float32, with gradients if `policy` has them."""
         if self.interval is None:
             assert self.ref_logps is not None
-            start = index * self.micro_batch_size
-            return policy.logps - self.ref_logps[start : start + len(policy.lengths)]
+            return policy.logps - self.ref_logps[policy.documents]
         return policy.reduced(clamped_log_ratios(policy.token_logps, self._ref_tokens(index), self.interval))
 
     def unclamped(self, policy: RowScores, index: int) -> torch.Tensor:
@@ -79,29 +76,30 @@ def form_baseline(
     loss_reduction: str,
     dp_group: dist.ProcessGroup,
 ) -> Baseline:
-    """Return the baseline: one all-reduce of three numbers over `dp_group`.
+    """Return the baseline: one all-reduce of four numbers over `dp_group`.
 
     Args:
         batch: This rank's share of the global batch.
         comparison: See `Baseline`.
-        kl_log_ratios: `[n]` float32, log-ratios of the KL set; None if there is none.
+        kl_log_ratios: `[k]` float32, log-ratios of the KL set; None if there is none.
         fixed: The baseline where there is no KL set, in the unit of log-ratios.
-        kl_group_size: Samples that share a z: so many consecutive ones; None for the whole global batch.
+        kl_group_size: Samples that share a z: so many consecutive ones, the i-th sample with the i-th document of the
+            KL set; None for the whole global batch.
         loss_reduction: See `sample_coefficients`.
         dp_group: The data-parallel ranks.
     """
-    weights = batch.weights
-    weighted = (torch.zeros_like(weights) if kl_log_ratios is None else kl_log_ratios).double() * weights
-    num_mine = (weights * batch.desirable).sum().double(), (weights * ~batch.desirable).sum().double()
-    totals = torch.stack([weighted.sum(), *num_mine])
+    weights, kl_weights = batch.weights, batch.kl_weights
+    weighted = (torch.zeros_like(kl_weights) if kl_log_ratios is None else kl_log_ratios).double() * kl_weights
+    mine = weighted, kl_weights, weights * batch.desirable, weights * ~batch.desirable
+    totals = torch.stack([part.double().sum() for part in mine])
     dist.all_reduce(totals, group=dp_group)
-    log_ratio_sum, num_desirable, num_undesirable = totals
+    log_ratio_sum, num_pairs, num_desirable, num_undesirable = totals
     if kl_log_ratios is None:
         value = torch.full_like(weights, fixed)
     elif kl_group_size is None:
-        value = kl_baseline(log_ratio_sum, num_desirable + num_undesirable).expand(len(weights))
+        value = kl_baseline(log_ratio_sum, num_pairs).expand(len(weights))
     else:
-        groups = zip(weighted.split(kl_group_size), weights.split(kl_group_size), strict=True)
+        groups = zip(weighted.split(kl_group_size), kl_weights.split(kl_group_size), strict=True)
         value = torch.cat([kl_baseline(ratios.sum(), part.sum()).expand(len(ratios)) for ratios, part in groups])
     return Baseline(
         comparison=comparison,

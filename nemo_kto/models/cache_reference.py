@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nemo_kto.data.datamodule import KTODataModule
+from nemo_kto.data.dealing import DocumentIndex
 from nemo_kto.data.reference_cache import Key, ReferenceCache
-from nemo_kto.data.sampling import PairIndex
 from nemo_kto.errors import DivergenceError, StoppedEarly
 from nemo_kto.models.kto_step import RowScorer
 from nemo_kto.runtime import parallel
@@ -24,11 +24,8 @@ BATCHES_PER_PART = 16
 
 _MOST_PARTS = 500
 
-_SAMPLE, _PAIR = 1, 2
-
 Work = dict[str, torch.Tensor]
-"""Split -> `[batches, global batch]` uint8: which places of each batch hold a sample (`_SAMPLE`) or a pair of the KL
-set (`_PAIR`) whose log-prob is not known, nor found earlier in the same work."""
+"""Split -> `[batches, documents of a batch]` bool: whose log-prob is not known, nor found earlier in the same work."""
 
 
 def open_cache(folder: Path, key: Key, data: KTODataModule, *, val_batches: int) -> tuple[ReferenceCache, Work]:
@@ -78,27 +75,22 @@ def remaining_work(cache: ReferenceCache, data: KTODataModule, *, val_batches: i
         planned: set[int] = set()
         limit = val_batches if split == "validation" else None
         missing = []
-        for pairs in itertools.islice(data.global_batches(split), limit):
-            samples = torch.tensor([pair.sample for pair in pairs])
-            wanted = [(samples, _SAMPLE)]
-            if pairs[0].kl is not None:
-                wanted.append((torch.tensor([pair.kl for pair in pairs]), _PAIR))
-            places = torch.zeros(len(pairs), dtype=torch.uint8)
-            for responses, flag in wanted:
-                names = table.names(samples, responses)
-                for place in (~table.knows(names)).nonzero().flatten().tolist():
-                    name = int(names[place])
-                    if name not in planned:
-                        planned.add(name)
-                        places[place] |= flag
-            missing.append(places)
+        for documents in itertools.islice(data.global_batches(split), limit):
+            names = table.names(*torch.tensor([(index.prompt, index.response) for index in documents]).T)
+            unknown = torch.zeros(len(documents), dtype=torch.bool)
+            for place in (~table.knows(names)).nonzero().flatten().tolist():
+                name = int(names[place])
+                if name not in planned:
+                    planned.add(name)
+                    unknown[place] = True
+            missing.append(unknown)
         work[split] = torch.stack(missing)
     return work
 
 
 def count_batches(work: Work) -> int:
     """Return the number of global batches of which anything is to be scored."""
-    return sum(int(places.any(dim=1).sum()) for places in work.values())
+    return sum(int(missing.any(dim=1).sum()) for missing in work.values())
 
 
 def fill(
@@ -107,8 +99,6 @@ def fill(
     data: KTODataModule,
     scorer: RowScorer,
     *,
-    micro_batch_size: int,
-    kl_micro_batch_size: int,
     stop: Callable[[], bool],
 ) -> None:
     """Score the work with the live model, whose weights are the reference's; collective.
@@ -124,8 +114,6 @@ def fill(
         work: See `open_cache`.
         data: The data of the run.
         scorer: Of the live model.
-        micro_batch_size: Samples of a row.
-        kl_micro_batch_size: Pairs of a row of the KL set.
         stop: Asked between parts whether to end; collective, with the same answer on all ranks.
 
     Raises:
@@ -143,19 +131,18 @@ def fill(
             if stop():
                 raise StoppedEarly(f"{start} of {total} batches of the reference's log-probs")
             mine: list[tuple[str, _Found]] = []
-            for split, pairs, places in itertools.islice(batches, per_part):
-                batch, wanted = data.rank_batch(split, pairs), data.rank_share(places)
-                table, (samples, kl) = cache.tables[split], batch.pairs.T
-                jobs = []
-                if (places & _PAIR).any():
-                    jobs.append((_PAIR, table.names(samples, kl), batch.kl_rows(kl_micro_batch_size)))
-                if (places & _SAMPLE).any():
-                    jobs.append((_SAMPLE, table.names(samples, samples), batch.sample_rows(micro_batch_size)))
-                for flag, names, rows in jobs:
-                    values = scorer.score(rows)
+            for split, documents, missing in itertools.islice(batches, per_part):
+                batch, table = data.rank_batch(split, documents), cache.tables[split]
+                first = sum(not index.in_kl_set for index in documents)  # of the KL set
+                jobs = (
+                    (missing[first:], batch.kl_places, batch.kl_pairs, batch.kl_rows),
+                    (missing[:first], batch.places, batch.pairs, batch.sample_rows),
+                )
+                for wanted, places, pairs, make_rows in jobs:
+                    values = scorer.score(make_rows()) if wanted.any() else None
                     if values is not None and scorer.place.reports:
-                        kept = (wanted & flag) > 0
-                        mine.append((split, (names[kept], values.cpu()[kept])))
+                        kept = wanted[places]
+                        mine.append((split, (table.names(*pairs[kept].T), values.cpu()[kept])))
                 bar.update()
             found = _gathered(mine, work)
             _check_finite(found)
@@ -170,12 +157,12 @@ _Found = tuple[torch.Tensor, torch.Tensor]
 """(names of documents, log-probs)."""
 
 
-def _batches(work: Work, data: KTODataModule) -> Iterator[tuple[str, list[PairIndex], torch.Tensor]]:
-    """Yield (split, what it holds, what of it is to be scored) of each global batch with anything to be scored."""
-    for split, missing in work.items():
-        for pairs, places in zip(data.global_batches(split), missing, strict=False):
-            if places.any():
-                yield split, pairs, places
+def _batches(work: Work, data: KTODataModule) -> Iterator[tuple[str, list[DocumentIndex], torch.Tensor]]:
+    """Yield (split, documents, which of them are to be scored) of each global batch with anything to be scored."""
+    for split, batches in work.items():
+        for documents, missing in zip(data.global_batches(split), batches, strict=False):
+            if missing.any():
+                yield split, documents, missing
 
 
 def _gathered(mine: list[tuple[str, _Found]], splits: Iterable[str]) -> dict[str, list[_Found]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nemo_kto.models import moe
@@ -75,7 +74,10 @@ class Layout(Protocol):
     """How Hugging Face tensors make up one Megatron tensor."""
 
     def read(self, names: Sequence[str], region: Region, reader: Reader) -> torch.Tensor:
-        """Return the block `region` of the Megatron tensor, reading no more of the named tensors than it holds."""
+        """Return the block `region` of the Megatron tensor, without its rows of padding.
+
+        No more of the named tensors is read than the block holds.
+        """
         ...
 
     def split(self, full: torch.Tensor) -> list[torch.Tensor]:
@@ -107,11 +109,9 @@ class PaddedVocab:
     vocab_size: int
 
     def read(self, names: Sequence[str], region: Region, reader: Reader) -> torch.Tensor:
-        """Return the real rows of the block, filled up with zeros."""
+        """Return the real rows of the block."""
         rows, *rest = region
-        real = slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size))
-        padding = (rows.stop - rows.start) - (real.stop - real.start)
-        return F.pad(reader(names[0], (real, *rest)), (0, 0, 0, padding))
+        return reader(names[0], (slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size)), *rest))
 
     def split(self, full: torch.Tensor) -> list[torch.Tensor]:
         """Return the real rows."""

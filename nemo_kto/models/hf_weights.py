@@ -135,7 +135,9 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         _check_tensors(source, model)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
-            leaf.data.copy_(rule.layout.read(rule.names, leaf.region, source.read))
+            block = rule.layout.read(rule.names, leaf.region, source.read)
+            leaf.data[: len(block)].copy_(block)
+            leaf.data[len(block) :].zero_()
 
 
 def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:

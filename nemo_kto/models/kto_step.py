@@ -40,6 +40,7 @@ class RowScores:
         lengths: `[b]` float32, response tokens of each document, over all context-parallel ranks.
         average: Mean instead of sum over a response's tokens.
         cp_group: The context-parallel ranks; None for one.
+        first: Documents in the rows before.
     """
 
     token_logps: torch.Tensor
@@ -47,6 +48,12 @@ class RowScores:
     lengths: torch.Tensor
     average: bool
     cp_group: dist.ProcessGroup | None
+    first: int
+
+    @property
+    def documents(self) -> slice:
+        """The places of the documents among those of all rows."""
+        return slice(self.first, self.first + len(self.lengths))
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return each document's sum `[b]` of values `[R]` of its tokens.
@@ -99,21 +106,29 @@ def boundaries(row: PackedRow) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Dropout:
+class Dropout:
     """What the adapters' dropout of one step depends on.
 
     Attributes:
         step: Number of the step.
-        places: For each micro-batch, the place of its first document in the global batch.
+        places: `[n]` int64, places of the rows' documents in the global batch.
     """
 
     step: int
-    places: list[int]
+    places: torch.Tensor
 
-    def keys(self, index: int, row: PackedRow, in_row: torch.Tensor) -> torch.Tensor:
-        """Return a key for each token `[T/c]` of micro-batch `index`; `in_row` `[T/c]` are their places in the row."""
-        documents = torch.bucketize(in_row, row.cu_seqlens[1:], right=True)
-        return token_keys(row.position_ids, self.places[index] + documents, step=self.step)
+    def keys(self, first: int, row: PackedRow, in_row: torch.Tensor) -> torch.Tensor:
+        """Return a key for each token `[T/c]` of a row.
+
+        Args:
+            first: Documents in the rows before.
+            row: This rank's part of the row.
+            in_row: `[T/c]` places of its tokens in the whole row.
+        """
+        documents = first + torch.bucketize(in_row, row.cu_seqlens[1:], right=True)
+        # tokens that only fill up the row are of a document more
+        places = self.places.to(in_row.device)[documents.clamp(max=len(self.places) - 1)]
+        return token_keys(row.position_ids, places, step=self.step)
 
 
 @dataclass(kw_only=True)
@@ -153,14 +168,14 @@ class RowScorer:
         return self._run(rows, lambda scores, index: (scores.token_logps.new_zeros(()), scores), forward_only=True)
 
     def train(
-        self, rows: Sequence[PackedRow], loss: LossFunction, *, dropout_step: int | None = None
+        self, rows: Sequence[PackedRow], loss: LossFunction, *, dropout: Dropout | None = None
     ) -> torch.Tensor | None:
         """Accumulate the gradients of the summed `loss` of all micro-batches of all data-parallel ranks.
 
         Args:
             rows: This rank's share of the global batch.
             loss: See `LossFunction`.
-            dropout_step: Number of the step, on which the adapters' dropout depends; None for no dropout.
+            dropout: What the adapters' dropout depends on; None for no dropout.
 
         Returns:
             What `loss` returned besides, joined along its last dimension; None except on the last stage.
@@ -172,7 +187,7 @@ class RowScorer:
             value, collected = loss(scores, index)
             return value * scale, collected
 
-        found: list[torch.Tensor] | None = self._run(rows, scaled, forward_only=False, dropout_step=dropout_step)
+        found: list[torch.Tensor] | None = self._run(rows, scaled, forward_only=False, dropout=dropout)
         return None if found is None else torch.cat(found, dim=-1)
 
     def _run(
@@ -181,17 +196,14 @@ class RowScorer:
         loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
         *,
         forward_only: bool,
-        dropout_step: int | None = None,
+        dropout: Dropout | None = None,
     ) -> list[Any] | None:
         """Return what `loss` returned besides for each row; None except on the last stage."""
-        dropout = None
-        if dropout_step is not None:
-            documents = [row.num_documents for row in rows]
-            first = self.place.dp_rank * sum(documents)
-            dropout = _Dropout(dropout_step, [first, *(first + before for before in itertools.accumulate(documents))])
+        firsts = list(itertools.accumulate((row.num_documents for row in rows), initial=0))[:-1]
+        numbered = list(zip(range(len(rows)), firsts, rows, strict=True))
         outputs: list[Any] = self._backend(
             forward_step_func=partial(self._forward_step, loss, dropout),
-            data_iterator=[iter(enumerate(rows)) for _ in self.chunks],
+            data_iterator=[iter(numbered) for _ in self.chunks],
             model=list(self.chunks),
             num_microbatches=len(rows),
             seq_length=1,  # rows differ in length: Megatron exchanges shapes (variable_seq_lengths)
@@ -203,14 +215,13 @@ class RowScorer:
     def _forward_step(
         self,
         loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
-        dropout: _Dropout | None,
-        rows: Iterator[tuple[int, PackedRow]],
+        dropout: Dropout | None,
+        rows: Iterator[tuple[int, int, PackedRow]],
         model: torch.nn.Module,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
-        index, whole = next(rows)
+        index, first, whole = next(rows)
         row = part_of(whole, self.place, self.layout).to(self._device)
-        first = self.place.cp_rank * row.tokens.numel()
-        in_row = torch.arange(first, first + row.tokens.numel(), device=self._device)
+        in_row = torch.arange(row.tokens.numel(), device=self._device) + self.place.cp_rank * row.tokens.numel()
         # for the balance of the experts' loads: tokens that only fill up the row do not count
         is_padded = row.tokens.numel() * self.layout.context > whole.tokens.numel()
         padding_mask = in_row >= whole.tokens.numel() if is_padded else None
@@ -220,15 +231,16 @@ class RowScorer:
             attention_mask=None,
             padding_mask=None if padding_mask is None else padding_mask[None],
             packed_seq_params=RowParams(
-                dropout_keys=None if dropout is None else dropout.keys(index, row, in_row), **boundaries(row)
+                dropout_keys=None if dropout is None else dropout.keys(first, row, in_row), **boundaries(row)
             ),
         )
-        return hidden, partial(self._row_loss, loss, index, row, whole.response_lengths)
+        return hidden, partial(self._row_loss, loss, index, first, row, whole.response_lengths)
 
     def _row_loss(
         self,
         loss: Callable[[RowScores, int], tuple[torch.Tensor, Any]],
         index: int,
+        first: int,
         row: PackedRow,
         lengths: torch.Tensor,
         hidden: torch.Tensor,
@@ -241,6 +253,7 @@ class RowScorer:
         Args:
             loss: See `LossFunction`; what it returns besides may be anything.
             index: Number of the micro-batch.
+            first: See `RowScores`.
             row: This rank's part of the row.
             lengths: `[b]` int64, response tokens of each document.
             hidden: `[T/c, 1, h]`, or this tensor-parallel rank's part of it.
@@ -263,6 +276,7 @@ class RowScorer:
             lengths=lengths.to(self._device, torch.float32),
             average=self.average,
             cp_group=self.place.cp_group if self.layout.context > 1 else None,
+            first=first,
         )
         return loss(scores, index)
 

@@ -33,7 +33,7 @@ from nemo_kto.errors import DivergenceError
 from nemo_kto.models.baseline import Baseline, Comparison, form_baseline
 from nemo_kto.models.cache_reference import count_batches, fill, open_cache
 from nemo_kto.models.gpt import KTOGPTModel, Recompute, build_gpt
-from nemo_kto.models.kto_step import RowScorer, unwrapped
+from nemo_kto.models.kto_step import Dropout, RowScorer, unwrapped
 from nemo_kto.models.lora import LoRASettings, add_adapters
 from nemo_kto.models.moe import expert_layers
 from nemo_kto.models.objective import Objective
@@ -166,8 +166,6 @@ class MegatronGPTKTOModel(LightningModule):
                     work,
                     data,
                     self._scorer(),
-                    micro_batch_size=self.config.model.micro_batch_size,
-                    kl_micro_batch_size=self._kl_micro_batch_size,
                     stop=stop.agreed,
                 )
             if self.visit_reference is not None:
@@ -196,6 +194,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.trainer.datamodule.set_position(  # type: ignore[attr-defined]
             dp_rank=place.dp_rank,
             dp_size=place.dp_size,
+            multiple=self.layout.pipeline if self.layout.virtual > 1 else 1,
             num_steps=self.trainer.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             start_step=lambda: self.trainer.global_step,
@@ -217,10 +216,6 @@ class MegatronGPTKTOModel(LightningModule):
             average=self.config.model.kto.preference_average_log_probs,
         )
 
-    @property
-    def _kl_micro_batch_size(self) -> int:
-        return self.config.model.kto.log_prob_forward_micro_batch_size or self.config.model.micro_batch_size
-
     # training
 
     def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
@@ -233,13 +228,13 @@ class MegatronGPTKTOModel(LightningModule):
         optimizer.zero_grad()
 
         scorer = self._scorer()
-        rows = batch.sample_rows(self.config.model.micro_batch_size)
+        rows = batch.sample_rows()
         baseline = self._baseline(scorer, batch, rows, split="train")
         observed = scorer.train(
             rows,
             # the loss is only asked for on the last stage, which has a baseline
             partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
-            dropout_step=step - 1 if self.lora is not None and self.lora.dropout else None,
+            dropout=Dropout(step - 1, batch.places) if self.lora is not None and self.lora.dropout else None,
         )
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
@@ -330,7 +325,7 @@ class MegatronGPTKTOModel(LightningModule):
             On one rank of each replica, the share's `baseline` and what `Objective.observe` returns, as `observed`.
         """
         scorer = self._scorer()
-        rows = batch.sample_rows(self.config.model.micro_batch_size)
+        rows = batch.sample_rows()
         baseline = self._baseline(scorer, batch, rows, split="validation")
         scores = scorer.score_rows(rows)
         if scores is None or baseline is None:
@@ -363,7 +358,7 @@ class MegatronGPTKTOModel(LightningModule):
         to the last bit, whatever the micro-batch of the KL set.
         """
         assert self.reference is not None
-        kl_rows = batch.kl_rows(self._kl_micro_batch_size)
+        kl_rows = batch.kl_rows()
         policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
         if split == "train" and not kl_rows and isinstance(self.reference, ExchangedReference):
             self._strategy.complete_parameters()  # no pass of the policy has done so
@@ -375,23 +370,23 @@ class MegatronGPTKTOModel(LightningModule):
             return None
         kl_log_ratios = None
         if policy_kl is not None:
-            comparison = self._comparison(ref_kl, self._kl_micro_batch_size)
+            comparison = self._comparison(ref_kl)
             kl_log_ratios = torch.cat([comparison.log_ratios(row, index) for index, row in enumerate(policy_kl)])
-        kto, micro_batch_size = self.config.model.kto, self.config.model.micro_batch_size
+        kto = self.config.model.kto
         return form_baseline(
             batch,
-            self._comparison(ref_samples, micro_batch_size),
+            self._comparison(ref_samples),
             kl_log_ratios=kl_log_ratios,
             fixed=self.objective.fixed_baseline,
-            kl_group_size=None if kto.kl_scope == "global_batch" else micro_batch_size,
+            kl_group_size=None if kto.kl_scope == "global_batch" else self.config.model.micro_batch_size,
             loss_reduction=kto.loss_reduction,
             dp_group=scorer.place.dp_group,
         )
 
-    def _comparison(self, reference: Any, micro_batch_size: int) -> Comparison:
+    def _comparison(self, reference: Any) -> Comparison:
         interval = self.objective.interval
         name = "ref_logps" if interval is None else "ref_rows"
-        return Comparison(**{name: reference}, micro_batch_size=micro_batch_size, interval=interval)
+        return Comparison(**{name: reference}, interval=interval)
 
     def _add_metrics(
         self, sums: MetricSums, batch: KTOBatch, baseline: Baseline | None, observed: torch.Tensor | None

@@ -58,8 +58,7 @@ class Objective:
             scores: The policy's scores of the micro-batch.
             index: Number of the micro-batch.
         """
-        start = index * baseline.comparison.micro_batch_size
-        part = slice(start, start + len(scores.lengths))
+        part = scores.documents
         log_ratios = baseline.comparison.log_ratios(scores, index)
         losses, _ = self._losses(log_ratios, batch.desirable[part], baseline.value[part])
         loss = (losses * baseline.coefficients[part]).sum()

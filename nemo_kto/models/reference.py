@@ -216,7 +216,6 @@ class CachedReference:
 
     def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
         """Look the batch up."""
-        table, (samples, responses) = self._tables[split], batch.pairs.T
-        device = batch.weights.device
-        kl = table.look_up(samples, responses).to(device) if batch.kl_samples else None
-        return kl, table.look_up(samples, samples).to(device)
+        table, device = self._tables[split], batch.weights.device
+        kl = table.look_up(*batch.kl_pairs.T).to(device) if batch.kl_samples else None
+        return kl, table.look_up(*batch.pairs.T).to(device)

@@ -222,27 +222,50 @@ def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
 
 
 def check_batch(
-    layout: Layout, *, global_batch_size: int, micro_batch_size: int, forward_micro_batch_size: int
+    layout: Layout,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    kl_set_size: int,
+    kl_micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> None:
-    """Raise a ConfigError when the batch sizes do not fit the number of data-parallel ranks."""
+    """Raise a ConfigError when the batch sizes do not fit the number of data-parallel ranks.
+
+    Args:
+        layout: The layout.
+        global_batch_size: Samples of a global batch.
+        micro_batch_size: Samples of a micro-batch.
+        kl_set_size: Documents in the KL set of a global batch; 0 for none.
+        kl_micro_batch_size: Documents of a micro-batch of the KL set.
+        micro_batch_tokens: Most tokens of a micro-batch, which then has any number of documents but none.
+    """
     if global_batch_size % layout.data:
         raise ConfigError(
             f"model.global_batch_size={global_batch_size} cannot be divided by {layout.data} data-parallel ranks "
             f"({layout}). Use a multiple of {layout.data}."
         )
-    share = global_batch_size // layout.data
-    for key, size in (
-        ("model.micro_batch_size", micro_batch_size),
-        ("model.kto.log_prob_forward_micro_batch_size", forward_micro_batch_size),
-    ):
+    if kl_set_size % layout.data:
+        raise ConfigError(
+            f"The KL set of {kl_set_size} documents, model.kto.kl_fraction of model.global_batch_size="
+            f"{global_batch_size}, cannot be divided by {layout.data} data-parallel ranks ({layout}). "
+            f"Choose a fraction that makes it a multiple of {layout.data}."
+        )
+    sizes = {"model.micro_batch_size": (micro_batch_size, global_batch_size)}
+    sizes["model.kto.log_prob_forward_micro_batch_size"] = (kl_micro_batch_size, kl_set_size)
+    for key, (size, total) in sizes.items():
+        share = total // layout.data
+        if micro_batch_tokens is not None:
+            key, size = "model.micro_batch_tokens", 1  # at the most, each document is a micro-batch of its own
         if share % size:
             raise ConfigError(
-                f"{key}={size} does not divide a rank's share of the batch, {share} = model.global_batch_size="
-                f"{global_batch_size} / {layout.data} data-parallel ranks. Use a divisor of {share}."
+                f"{key}={size} does not divide a rank's share of the batch, {share} = {total} documents / "
+                f"{layout.data} data-parallel ranks. Use a divisor of {share}."
             )
         if layout.virtual > 1 and (share // size) % layout.pipeline:
             raise ConfigError(
-                f"{key}={size} makes {share // size} micro-batches for each rank; with interleaved stages "
-                "(model.virtual_pipeline_model_parallel_size) that must be a multiple of "
+                f"{key}={size if micro_batch_tokens is None else micro_batch_tokens} makes {share // size} "
+                f"micro-batches for each rank{'' if micro_batch_tokens is None else ' at the most'}; with interleaved "
+                "stages (model.virtual_pipeline_model_parallel_size) that must be a multiple of "
                 f"model.pipeline_model_parallel_size={layout.pipeline}."
             )

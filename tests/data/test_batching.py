@@ -1,11 +1,13 @@
 """Packed rows by hand, and batches from pairs."""
 
+import pickle
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_kto.data.batching import KTODataset, KTOItem, PackedRow, collate_pairs, pack_documents
-from nemo_kto.data.sampling import PairIndex
+from nemo_kto.data.batching import KTODataset, KTOItem, PackedRow, collate_documents, pack_documents
+from nemo_kto.data.dealing import DocumentIndex
 from nemo_kto.data.tokenization import TokenizedSample, prompt_key
 
 
@@ -86,44 +88,56 @@ def vars_of(row: PackedRow) -> dict:
     return {name: getattr(row, name) for name in row.__dataclass_fields__}
 
 
-def test_dataset_looks_up_pairs():
+def test_dataset_looks_up_documents():
     dataset = KTODataset([sample([1], [2, 3]), sample([4, 5], [6], desirable=False)])
     assert len(dataset) == 2
-    item = dataset[PairIndex(1, 0, 0.0)]
-    assert (item.prompt.tolist(), item.response.tolist(), item.kl_response.tolist()) == ([4, 5], [6], [2, 3])
+    item = dataset[DocumentIndex(1, 1, 0, weight=0.0)]
+    assert (item.prompt.tolist(), item.response.tolist()) == ([4, 5], [6])
     assert (item.desirable, item.index.weight) == (False, 0.0)
+    other = dataset[DocumentIndex(1, 0, 0, in_kl_set=True)]
+    assert (other.prompt.tolist(), other.response.tolist()) == ([4, 5], [2, 3])
 
 
 def test_kl_response_is_cut_to_the_length_the_model_knows():
     samples = [sample([1], [2, 3, 4, 5]), sample([6, 7, 8, 9], [10])]
-    pair = PairIndex(1, 0)
-    assert KTODataset(samples)[pair].kl_response.tolist() == [2, 3, 4, 5]
+    pair = DocumentIndex(1, 0, 0, in_kl_set=True)
+    assert KTODataset(samples)[pair].response.tolist() == [2, 3, 4, 5]
     cut = KTODataset(samples, max_positions=5)
-    assert cut[pair].kl_response.tolist() == [2]
-    assert cut[PairIndex(0, 0)].kl_response.tolist() == [2, 3, 4, 5]
-    assert cut[PairIndex(0, 0)].response.tolist() == [2, 3, 4, 5]
+    assert cut[pair].response.tolist() == [2]
+    assert cut[DocumentIndex(0, 0, 0, in_kl_set=True)].response.tolist() == [2, 3, 4, 5]
+    assert cut[DocumentIndex(1, 1, 0)].response.tolist() == [10]
 
 
 def test_moving_a_batch_leaves_its_documents_where_they_are():
-    batch = collate_pairs([KTOItem(ids(1), ids(2), ids(3), True, PairIndex(0, 1))]).to("meta", non_blocking=True)
-    assert batch.desirable.is_meta and batch.weights.is_meta and not batch.pairs.is_meta
-    (row,) = batch.kl_rows(1)
+    items = [
+        KTOItem(ids(1), ids(2), True, DocumentIndex(0, 0, 0)),
+        KTOItem(ids(1), ids(3), True, DocumentIndex(0, 1, 0, in_kl_set=True)),
+    ]
+    batch = collate_documents(items).to("meta", non_blocking=True)
+    assert (
+        batch.desirable.is_meta and batch.weights.is_meta and batch.kl_weights.is_meta and batch.loss_weights.is_meta
+    )
+    assert not batch.pairs.is_meta and not batch.places.is_meta
+    (row,) = batch.kl_rows()
     assert_row(row, tokens=[1, 3])
 
 
 def test_batch_and_its_rows():
     items = [
-        KTOItem(ids(1), ids(2), ids(4, 5), True, PairIndex(8, 3)),
-        KTOItem(ids(3), ids(4, 5), ids(7), False, PairIndex(3, 5)),
-        KTOItem(ids(6), ids(7), ids(2), True, PairIndex(5, 8, 0.0)),
+        KTOItem(ids(1), ids(2), True, DocumentIndex(8, 8, 4), 2.0),
+        KTOItem(ids(3), ids(4, 5), False, DocumentIndex(3, 3, 0)),
+        KTOItem(ids(6), ids(7), True, DocumentIndex(5, 5, 2, weight=0.0, row=1)),
+        KTOItem(ids(1), ids(4, 5), True, DocumentIndex(8, 3, 1, in_kl_set=True)),
+        KTOItem(ids(3), ids(7), False, DocumentIndex(3, 5, 0, in_kl_set=True, weight=0.0, row=1)),
     ]
-    batch = collate_pairs(items)
-    assert torch.equal(batch.desirable, torch.tensor([True, False, True]))
-    assert batch.pairs.tolist() == [[8, 3], [3, 5], [5, 8]]
-    assert torch.equal(batch.weights, torch.tensor([1.0, 1.0, 0.0])) and batch.weights.dtype == torch.float32
-    first, last = batch.sample_rows(2)
-    assert_row(first, tokens=[1, 2, 3, 4, 5], cu_seqlens=[0, 2, 5])
-    assert_row(last, tokens=[6, 7], cu_seqlens=[0, 2])
-    assert [row.tokens.tolist() for row in batch.kl_rows(1)] == [[1, 4, 5], [3, 7], [6, 2]]
-    (whole,) = batch.kl_rows(4)
-    assert_row(whole, tokens=[1, 4, 5, 3, 7, 6, 2], document_ids=[0, 0, 1, 2])
+    for batch in (collate_documents(items), pickle.loads(pickle.dumps(collate_documents(items)))):
+        assert torch.equal(batch.desirable, torch.tensor([True, False, True]))
+        assert batch.pairs.tolist() == [[8, 8], [3, 3], [5, 5]] and batch.kl_pairs.tolist() == [[8, 3], [3, 5]]
+        assert batch.places.tolist() == [4, 0, 2] and batch.kl_places.tolist() == [1, 0]
+        assert torch.equal(batch.weights, torch.tensor([1.0, 1.0, 0.0])) and batch.weights.dtype == torch.float32
+        assert torch.equal(batch.kl_weights, torch.tensor([1.0, 0.0]))
+        assert torch.equal(batch.loss_weights, torch.tensor([2.0, 1.0, 0.0]))
+        first, last = batch.sample_rows()
+        assert_row(first, tokens=[1, 2, 3, 4, 5], cu_seqlens=[0, 2, 5])
+        assert_row(last, tokens=[6, 7], cu_seqlens=[0, 2])
+        assert [row.tokens.tolist() for row in batch.kl_rows()] == [[1, 4, 5], [3, 7]]

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_kto.data.sampling import GlobalBatchSampler, PairIndex, ValidationBatchSampler, mismatch_permutation
-from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.data.dealing import DocumentIndex
+from nemo_kto.data.sampling import GlobalBatchSampler, ValidationBatchSampler, kl_set_size, mismatch_permutation
+from nemo_kto.errors import DataError
 
 # Few different prompts, so that batches with many meetings are common.
 KEYS = st.lists(st.integers(0, 3), min_size=1, max_size=24) | st.lists(st.integers(0, 40), min_size=1, max_size=60)
@@ -57,46 +58,85 @@ def test_mismatch_of_a_large_batch_of_one_prompt_is_quick():
 
 
 def global_sampler(
-    num_samples=22, *, keys=None, gbs=4, rank=0, size=1, seed=3, shuffle=True, start=0, steps=5, per_epoch=None
+    num_samples=22, *, keys=None, gbs=4, seed=3, shuffle=True, start=0, steps=5, per_epoch=None, **given
 ):
     return GlobalBatchSampler(
         keys if keys is not None else list(range(num_samples)),
         global_batch_size=gbs,
-        dp_rank=rank,
-        dp_size=size,
         seed=seed,
         shuffle=shuffle,
         num_steps=steps,
         steps_per_epoch=per_epoch,
         start_step=lambda: start,
+        **given,
     )
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_joined_are_the_global_batch(size):
-    keys = [i // 2 for i in range(22)]
-    whole = list(global_sampler(keys=keys))
-    ranks = [list(global_sampler(keys=keys, rank=rank, size=size)) for rank in range(size)]
-    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole
+def samples_of(batch):
+    return [index for index in batch if not index.in_kl_set]
+
+
+def kl_set_of(batch):
+    return [index for index in batch if index.in_kl_set]
+
+
+def test_a_share_is_taken_of_each_batch():
+    whole = list(global_sampler())
+    assert list(global_sampler(share=lambda documents: documents[::3])) == [batch[::3] for batch in whole]
+    whole = list(ValidationBatchSampler(range(9), global_batch_size=4))
+    shared = list(ValidationBatchSampler(range(9), global_batch_size=4, share=lambda documents: documents[::3]))
+    assert shared == [batch[::3] for batch in whole]
 
 
 def test_an_epoch_holds_no_sample_twice_and_drops_the_rest():
     batches = list(global_sampler())
-    seen = [pair.sample for batch in batches for pair in batch]
+    seen = [index.prompt for batch in batches for index in samples_of(batch)]
     assert len(global_sampler()) == len(batches) == 5  # 22 // 4
     assert len(set(seen)) == len(seen) == 20
 
 
 def test_each_batch_pairs_within_itself():
     for batch in global_sampler(keys=[i // 2 for i in range(22)]):
-        assert sorted(pair.kl for pair in batch) == sorted(pair.sample for pair in batch)
-        assert all(pair.weight == 1 for pair in batch)
+        samples, kl_set = samples_of(batch), kl_set_of(batch)
+        assert all(index.prompt == index.response for index in samples)
+        assert [index.prompt for index in kl_set] == [index.prompt for index in samples]
+        assert sorted(index.response for index in kl_set) == sorted(index.prompt for index in samples)
+        assert [index.place for index in samples] == [index.place for index in kl_set] == list(range(4))
+        assert all(index.weight == 1 for index in batch)
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "batches"])
+def test_a_fraction_of_the_kl_set(shuffle):
+    """Pairs of the whole set, drawn anew for other samples, and the same for the same ones."""
+    whole = list(global_sampler(40, gbs=8, steps=10, shuffle=shuffle))
+    some = list(global_sampler(40, gbs=8, steps=10, shuffle=shuffle, kl_fraction=0.4))
+    drawn = set()
+    for batch, part in zip(whole, some, strict=True):
+        assert samples_of(part) == samples_of(batch)
+        chosen = kl_set_of(part)
+        assert len(chosen) == 3 and [index.place for index in chosen] == [0, 1, 2]
+        pairs = [(index.prompt, index.response) for index in kl_set_of(batch)]
+        assert [pair for pair in pairs if pair in {index[:2] for index in chosen}] == [index[:2] for index in chosen]
+        drawn.add(tuple(pairs.index(index[:2]) for index in chosen))
+    assert len(drawn) > 1
+    # an epoch later the same batches come, in another order only if they are shuffled
+    if shuffle != True:  # noqa: E712
+        assert sorted(some[:5]) == sorted(some[5:])
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(1.0, 8), (0.4, 3), (0.01, 1), (0.0, 0)])
+def test_size_of_the_kl_set(fraction, size):
+    assert kl_set_size(8, fraction) == size
+    assert {len(kl_set_of(batch)) for batch in global_sampler(gbs=8, steps=2, kl_fraction=fraction)} == {size}
 
 
 def test_order_without_shuffling():
     expected = [
-        [PairIndex(0, 1), PairIndex(1, 2), PairIndex(2, 0)],
-        [PairIndex(3, 4), PairIndex(4, 5), PairIndex(5, 3)],
+        [
+            *(DocumentIndex(first + i, first + i, i) for i in range(3)),
+            *(DocumentIndex(first + i, first + (i + 1) % 3, i, in_kl_set=True) for i in range(3)),
+        ]
+        for first in (0, 3)
     ]
     assert list(global_sampler(7, gbs=3, shuffle=False, steps=4)) == [*expected, *expected]  # two epochs
     assert list(global_sampler(7, gbs=3, shuffle=False, steps=2, per_epoch=1)) == [expected[0], expected[0]]
@@ -140,35 +180,26 @@ def test_too_little_training_data_names_both_numbers():
         global_sampler(3)
 
 
-@pytest.mark.parametrize("cls", ["train", "validation"])
-def test_batch_that_ranks_cannot_share(cls):
-    with pytest.raises(ConfigError, match="4 is not divisible by the data-parallel size 3"):
-        if cls == "train":
-            global_sampler(size=3)
-        else:
-            ValidationBatchSampler(range(9), global_batch_size=4, dp_rank=0, dp_size=3)
-
-
-@given(st.integers(1, 50), st.integers(1, 6), st.sampled_from([1, 2, 3]))
-def test_validation_counts_every_sample_once(num_samples, per_rank, dp_size):
-    gbs = per_rank * dp_size
-    ranks = [
-        list(ValidationBatchSampler(range(num_samples), global_batch_size=gbs, dp_rank=rank, dp_size=dp_size))
-        for rank in range(dp_size)
-    ]
-    assert all(len(batch) == per_rank for batches in ranks for batch in batches)
-    batches = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+@given(st.integers(1, 50), st.integers(1, 12))
+def test_validation_counts_every_sample_once(num_samples, gbs):
+    batches = list(ValidationBatchSampler(range(num_samples), global_batch_size=gbs))
     assert len(batches) == -(-num_samples // gbs)
-    assert [pair.sample for batch in batches for pair in batch if pair.weight] == list(range(num_samples))
-    real = [sum(pair.weight for pair in batch) for batch in batches]
-    assert max(real) - min(real) <= 1
+    assert all(len(samples_of(batch)) == len(kl_set_of(batch)) == gbs for batch in batches)
+    assert all([index.place for index in samples_of(batch)] == list(range(gbs)) for batch in batches)
+    real = [[index.prompt for index in samples_of(batch) if index.weight] for batch in batches]
+    assert sum(real, []) == list(range(num_samples))
+    assert max(map(len, real)) - min(map(len, real)) <= 1
+    without = list(ValidationBatchSampler(range(num_samples), global_batch_size=gbs, kl_set=False))
+    assert without == [samples_of(batch) for batch in batches]
 
 
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_validation_pairs_the_real_samples_of_a_batch(num_samples, gbs):
-    sampler = ValidationBatchSampler(range(num_samples), global_batch_size=gbs, dp_rank=0, dp_size=1)
+    sampler = ValidationBatchSampler(range(num_samples), global_batch_size=gbs)
     assert len(list(sampler)) == len(sampler)
     for batch in sampler:
-        real = [pair for pair in batch if pair.weight]
-        assert sorted(pair.kl for pair in real) == sorted(pair.sample for pair in real)
-        assert {pair.sample for pair in batch} == {pair.sample for pair in real}
+        samples = {index.prompt for index in samples_of(batch) if index.weight}
+        pairs = [index for index in kl_set_of(batch) if index.weight]
+        assert {index.prompt for index in pairs} == {index.response for index in pairs} == samples
+        assert len(pairs) == len(samples)
+        assert {index.prompt for index in batch} == samples

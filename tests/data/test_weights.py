@@ -92,9 +92,11 @@ def test_weights_are_part_of_a_run_but_not_of_what_the_reference_scores(tmp_path
 
 
 def test_without_a_kl_set_nothing_is_paired(tmp_path):
-    data = prepared(tmp_path, [write(tmp_path / "a.jsonl", *map(record, ["red", "sea", "sun", "dog"]))], kl_set=False)
+    data = prepared(
+        tmp_path, [write(tmp_path / "a.jsonl", *map(record, ["red", "sea", "sun", "dog"]))], kl_fraction=0.0
+    )
     (batch,) = data.train_dataloader()
-    assert batch.kl_samples == [] and batch.kl_rows(2) == [] and batch.pairs[:, 1].tolist() == [-1] * 4
+    assert batch.kl_samples == [] and batch.kl_rows() == [] and batch.kl_pairs.shape == (0, 2)
     copy = pickle.loads(pickle.dumps(batch))
     assert len(copy.samples) == 4 and copy.kl_samples == []
 

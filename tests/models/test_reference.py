@@ -165,9 +165,15 @@ def test_cached_log_probs_are_looked_up_by_split_and_pair() -> None:
     batch = KTOBatch(
         samples=[document] * 3,
         kl_samples=[document] * 3,
-        pairs=torch.tensor([[2, 7], [7, 7], [2, 2]]),
+        row_sizes=[3],
+        kl_row_sizes=[3],
+        pairs=torch.tensor([[2, 2], [7, 7], [2, 2]]),
+        kl_pairs=torch.tensor([[2, 7], [7, 7], [2, 2]]),
+        places=torch.arange(3),
+        kl_places=torch.arange(3),
         desirable=torch.tensor([True, True, True]),
         weights=torch.ones(3),
+        kl_weights=torch.ones(3),
         loss_weights=torch.ones(3),
     )
     reference = CachedReference(tables)
@@ -175,7 +181,7 @@ def test_cached_log_probs_are_looked_up_by_split_and_pair() -> None:
     assert (kl.tolist(), samples.tolist()) == ([-2.0, -3.0, -1.0], [-1.0, -3.0, -1.0])
     kl, samples = reference.log_probs(batch, "validation", score=never)
     assert (kl.tolist(), samples.tolist()) == ([-200.0, -300.0, -100.0], [-100.0, -300.0, -100.0])
-    without = replace(batch, kl_samples=[], pairs=torch.tensor([[2, -1], [7, -1], [2, -1]]))
+    without = replace(batch, kl_samples=[], kl_pairs=torch.empty(0, 2, dtype=torch.int64))
     kl, samples = reference.log_probs(without, "train", score=never)
     assert kl is None and samples.tolist() == [-1.0, -3.0, -1.0]
 

@@ -141,7 +141,8 @@ def test_what_a_batch_must_divide(sizes: tuple[int, int, int], sentence: str) ->
             Layout(world_size=8, tensor=2),
             global_batch_size=total,
             micro_batch_size=micro,
-            forward_micro_batch_size=forward,
+            kl_set_size=total,
+            kl_micro_batch_size=forward,
         )
 
 
@@ -186,6 +187,28 @@ def test_groups_of_recomputed_layers_must_fit_into_every_chunk() -> None:
 
 def test_interleaved_stages_need_whole_rounds_of_micro_batches() -> None:
     layout = Layout(world_size=2, pipeline=2, virtual=3)
-    check_batch(layout, global_batch_size=4, micro_batch_size=1, forward_micro_batch_size=2)
+    sizes = {"global_batch_size": 4, "micro_batch_size": 1, "kl_set_size": 4}
+    check_batch(layout, **sizes, kl_micro_batch_size=2)
     with pytest.raises(ConfigError, match="log_prob_forward_micro_batch_size=4 makes 1 micro-batches .* multiple of"):
-        check_batch(layout, global_batch_size=4, micro_batch_size=1, forward_micro_batch_size=4)
+        check_batch(layout, **sizes, kl_micro_batch_size=4)
+    with pytest.raises(ConfigError, match="micro_batch_tokens=900 makes 3 micro-batches .* at the most.* multiple of"):
+        check_batch(
+            layout,
+            global_batch_size=3,
+            micro_batch_size=1,
+            kl_set_size=3,
+            kl_micro_batch_size=1,
+            micro_batch_tokens=900,
+        )
+
+
+def test_the_kl_set_is_shared_by_the_ranks_too() -> None:
+    sizes = {"global_batch_size": 16, "micro_batch_size": 2, "kl_micro_batch_size": 2}
+    check_batch(Layout(world_size=4), **sizes, kl_set_size=0)  # a loss without one
+    check_batch(Layout(world_size=4), **sizes, kl_set_size=8)
+    with pytest.raises(ConfigError, match="KL set of 6 documents, .*kl_fraction .* 4 data-parallel .* multiple of 4"):
+        check_batch(Layout(world_size=4), **sizes, kl_set_size=6)
+    with pytest.raises(ConfigError, match="forward_micro_batch_size=2 does not divide .* 1 = 4 documents"):
+        check_batch(Layout(world_size=4), **sizes, kl_set_size=4)
+    # with a number of tokens, the micro-batches have any number of documents but none
+    check_batch(Layout(world_size=4), **sizes, kl_set_size=4, micro_batch_tokens=100)
