@@ -29,7 +29,7 @@ from nemo_kto.resume import check_same_run, resumable_checkpoint, run_identity, 
 from nemo_kto.run import Run, prepare, run_configured, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves, step_of
 from nemo_kto.runtime.loggers import new_wandb_run, open_mlflow, read_runs, write_runs
-from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StepLoop
+from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _make_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer:
         **trainer_settings(run),
         strategy=strategy(run, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
-        callbacks=[ProgressBar(), *([FinishBackgroundSaves()] if params.async_save else [])],
+        callbacks=[ProgressBar(), StartUpTime(), *([FinishBackgroundSaves()] if params.async_save else [])],
     )
     trainer.fit_loop.epoch_loop = StepLoop(
         trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0

@@ -168,8 +168,8 @@ class ExchangedReference(LiveReference):
 class CpuSwapReference(ExchangedReference):
     """Keeps the reference in CPU memory (pinned for CUDA) and exchanges the contents with the live parameters.
 
-    Memory: one copy of the parameters in CPU memory, plus one parameter on the device while it is exchanged. The
-    parameters keep their storage, so views into them stay valid.
+    Memory: one copy of the parameters in CPU memory, plus two parameters on the device while they are exchanged. The
+    parameters keep their storage, so views into them stay valid. On CUDA one parameter leaves while the next comes in.
     """
 
     @staticmethod
@@ -179,10 +179,23 @@ class CpuSwapReference(ExchangedReference):
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        outward = torch.cuda.Stream() if any(parameter.is_cuda for parameter in self._parameters) else None
+        left: list[torch.cuda.Event] = []
         for parameter, stored in zip(self._parameters, self._stored, strict=True):
             live = parameter.detach().clone()
             parameter.copy_(stored, non_blocking=True)
-            stored.copy_(live)  # blocks until `live` is on the host, so the next exchange finds it complete
+            if outward is None:
+                stored.copy_(live)
+                continue
+            outward.wait_stream(torch.cuda.current_stream())  # until `stored` has been read
+            with torch.cuda.stream(outward):
+                stored.copy_(live, non_blocking=True)
+            live.record_stream(outward)
+            left.append(outward.record_event())
+            if len(left) > 1:
+                left.pop(0).synchronize()  # else copies of all parameters would wait on the device
+        if outward is not None:
+            outward.synchronize()  # what reads the kept copies next is the CPU
 
 
 class ResidentReference(ExchangedReference):

@@ -10,6 +10,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -136,6 +137,19 @@ def graceful_stop(trainer: Trainer) -> GracefulStop | None:
     """Return the trainer's GracefulStop, if it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, GracefulStop)), None)
+
+
+class StartUpTime(Callback):
+    """Prints, once, how long it took from the start of this process to the end of the first step."""
+
+    def __init__(self) -> None:
+        self._printed = False
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Print it after the first step of this process."""
+        if not self._printed and trainer.is_global_zero:
+            print(f"First step after {time.time() - psutil.Process().create_time():.0f} s", flush=True)
+        self._printed = True
 
 
 class ProgressBar(TQDMProgressBar):

@@ -54,7 +54,7 @@ def log_prob(model: torch.nn.Module, document: Document, *, average: bool) -> to
     return logps.mean() if average else logps.sum()
 
 
-def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
+def batches(root: Path, kl_fraction: float = 1.0) -> tuple[list[KTOBatch], list[KTOBatch]]:
     """Return the run's training and validation batches; what is in them is tested in tests/data."""
     settings = DataSettings(
         train=[Source(str(root / "train.jsonl"))],
@@ -62,6 +62,7 @@ def batches(root: Path) -> tuple[list[KTOBatch], list[KTOBatch]]:
         max_length=64,
         cache_dir=root / "tokens",
         global_batch_size=GLOBAL_BATCH_SIZE,
+        kl_fraction=kl_fraction,
         seed=1234,
     )
     data = KTODataModule(settings, make_tokenizer())
@@ -116,7 +117,7 @@ class Pair:
         """Return losses, log-ratios and baselines of the first `number` samples of a batch."""
         with torch.no_grad():
             groups = self.ratios(batch.kl_samples[:number]).split(self.kl_group)
-        z = torch.cat([group.mean().clamp(min=0).expand(len(group)) for group in groups])
+        z = torch.cat([group.mean().clamp(min=0).expand(number // len(groups)) for group in groups])
         r = self.ratios(batch.samples[:number])
         losses = torch.where(
             batch.desirable[:number],
@@ -173,6 +174,7 @@ def oracle(
     class_mean: bool = False,
     kl_group: int = GLOBAL_BATCH_SIZE,
     aux_coeff: float = 0.0,
+    kl_fraction: float = 1.0,
     sync: tuple[int, float] | None = None,
     **folders: Path | None,
 ) -> dict[str, list[float]]:
@@ -180,7 +182,7 @@ def oracle(
     pair = Pair(root / model, average=average, kl_group=kl_group, **folders)
     policy = pair.policy
     balance = LoadBalance(policy) if aux_coeff else None
-    training, validation = batches(root)
+    training, validation = batches(root, kl_fraction)
     matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -258,6 +260,27 @@ def test_ten_steps_equal_the_oracle(
     assert (
         max(expected["kl"]) > 0 and (average or expected["val/kl"][0] > 0) and min(expected["grad_norm"]) > CLIP / 10
     )
+
+
+@pytest.mark.parametrize("mode", ["resident", "cached"])
+def test_part_of_the_kl_set_and_rows_of_so_many_tokens(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str
+) -> None:
+    """Of each training batch half of the prompts have a KL response, of a validation batch all."""
+    changes = {
+        **PLAIN,
+        "model__micro_batch_tokens": 24,
+        "model__kto__kl_fraction": 0.5,
+        "model__kto__reference__mode": mode,
+        "model__data__data_prefix__validation": str(root / "validation.jsonl"),
+        "trainer__kto__val_check_interval": STEPS,
+    }
+    run_ranks(train_on_rank, 2, free_port(), settings(root, tmp_path, **changes))
+    actual, expected = read_series(tmp_path), oracle(root, kl_fraction=0.5)
+    assert_equal(actual, expected)
+    assert list(actual["val/kl"].values()) == pytest.approx(expected["val/kl"], rel=1e-4)
+    assert max(expected["kl"]) > 0
+    assert expected["kl"] != pytest.approx(oracle(root)["kl"], rel=1e-2)
 
 
 def test_experts_and_their_balance_equal_the_oracle(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:

@@ -102,6 +102,28 @@ def test_what_is_loaded_while_the_reference_is_in_the_model_becomes_the_referenc
         assert same(weights(model), weights(other))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_swap_on_cuda_holds_two_parameters_besides() -> None:
+    """One leaves while the next comes in, bit by bit the same afterwards, and no more of them wait on the device."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(16)]).cuda()
+    start = weights(model)
+    reference = EXCHANGED["cpu_swap"](model.parameters())
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    policy = weights(model)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        with reference.activated():
+            assert same(weights(model), start)
+        assert same(weights(model), policy)
+    size = 2048 * 2048 * 4
+    # `weights` clones all of them, while nothing is exchanged
+    assert torch.cuda.max_memory_allocated() - before <= 16 * size + 3 * size
+
+
 @pytest.mark.parametrize("mode", EXCHANGED)
 def test_only_the_given_parameters_are_exchanged(mode: str) -> None:
     model = make_model()
