@@ -1,7 +1,8 @@
 """What the benchmarks share: shapes of models, feedback, the machine's description, clocks, counters, and how
 results are shown.
 
-Nothing here imports nemo_kto at module level, as the peer's process of `against_trl.py` has an environment of its own.
+Import it before anything that prints at its import: it silences that. Nothing here needs nemo_kto at module level, as
+the peer's process of `against_trl.py` has an environment of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,34 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Name -> fields of a LlamaConfig."""
 
+GPU_SHAPES: dict[str, dict[str, Any]] = {
+    # Llama-3.2-1B's
+    "1B": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    # Llama-3-8B's: with LoRA, as the optimizer's state for all weights is more than a GPU has
+    "8B": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+"""The same, for GPUs; saved in bfloat16."""
+
+if find_spec("nemo_kto") is not None:
+    from nemo_kto.quiet import silence_startup_noise
+
+    silence_startup_noise()
+
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Where each benchmark leaves its figures as JSON."""
 
@@ -82,7 +112,9 @@ def make_model(folder: Path, *, max_position_embeddings: int = 1024, **sizes: An
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=max_position_embeddings, **sizes))
+    dtype = torch.bfloat16 if sizes in GPU_SHAPES.values() else torch.float32
+    config = LlamaConfig(max_position_embeddings=max_position_embeddings, **sizes)
+    model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from nemo_kto.quiet import silence_startup_noise
+import torch
+from common import publish
 
-silence_startup_noise()
-
-import torch  # noqa: E402
-from common import publish  # noqa: E402
-
-from nemo_kto.config import KTOConfig  # noqa: E402
-from nemo_kto.models import megatron_gpt_kto_model  # noqa: E402
-from nemo_kto.quiet import silence_loaded_packages  # noqa: E402
-from nemo_kto.train import train  # noqa: E402
+from nemo_kto.config import KTOConfig
+from nemo_kto.models import megatron_gpt_kto_model
+from nemo_kto.quiet import silence_loaded_packages
+from nemo_kto.train import train
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "nlp" / "kto" / "quickstart"
 BETA, BATCH_SIZE, DRAWS, SKIPPED_STEPS = 0.5, 32, 500, 5

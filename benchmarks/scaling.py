@@ -337,7 +337,7 @@ def fix_length(stack: contextlib.ExitStack) -> None:
 
     def fixed_schedule(schedule: Callable[..., Any], *, data_iterator: Any, seq_length: int, **kwargs: Any) -> Any:
         rows = list(data_iterator[0])
-        (length,) = {row.tokens.numel() for _, row in rows}
+        (length,) = {row.tokens.numel() for *_, row in rows}
         return schedule(data_iterator=[iter(rows)], seq_length=length, **kwargs)
 
     stack.enter_context(mock.patch.object(gpt, "_execution", fixed_execution))

@@ -1,13 +1,14 @@
 """What a KTO step costs beside our own fine-tuning step, and how much of the machine the training pass uses.
 
-python benchmarks/step_time.py [--shape NAME] [--rounds N] [--transformers]
+python benchmarks/step_time.py [--shape NAME] [--rounds N] [--lora] [--transformers]
 
 Our trainer runs KTO, once with a live reference and once with cached log-probs. After every KTO step a callback takes
 a supervised fine-tuning (SFT) step by the same code: the same packed rows of the same samples, the same model as
 Megatron wraps it, `RowScorer.train`, the same optimizer; only the loss is the negative log-likelihood of the response
 tokens. Both build rows and clear gradients within the time taken; a KTO step has Lightning's loop and the metrics
 besides. In units of one forward pass over the samples, SFT is worth 3 and KTO 6 (KL set 1, reference 2, training 3),
-or 4 with cached log-probs: hence the limits, 2 and 1.33. A ratio below them is possible where the optimizer, which
+or 4 with cached log-probs: hence the limits, 2 and 1.33. With `--lora` the backward pass is worth 1 instead of 2, as
+frozen weights have no gradient. A ratio below them is possible where the optimizer, which
 both pay once, weighs much. Ratios are formed round by round, so that what else the machine does meets both sides.
 Gradients are not clipped: the two losses have norms of different size, and only one side might pay for it.
 
@@ -41,6 +42,7 @@ from typing import Any
 
 import torch
 from common import (
+    GPU_SHAPES,
     OPTIMIZER,
     SHAPES,
     interleaved,
@@ -67,9 +69,8 @@ from nemo_kto.runtime import parallel
 from nemo_kto.train import train
 
 WARMUP_STEPS = 2
-SFT_UNITS = 3
-KTO_UNITS = {"live": 6, "cached": 4}
-"""Forward passes over the samples that a step is worth."""
+FORWARD_ONLY_UNITS = {"live": 3, "cached": 1}
+"""Forward passes over the samples that a KTO step takes besides its training pass."""
 
 
 def main() -> None:
@@ -78,17 +79,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     silence_loaded_packages()
     logging.getLogger("nemo_kto").setLevel(logging.WARNING)
-    sizes = SHAPES[options.shape]
+    sizes = {**SHAPES, **GPU_SHAPES}[options.shape]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_parameters = make_model(folder / "hf", **sizes)
         num_samples = (WARMUP_STEPS + options.rounds + 1) * options.batch_size
         write_feedback(folder / "train.jsonl", num_samples, vocab_size=sizes["vocab_size"])
-        runs = {reference: run(folder, reference, options) for reference in KTO_UNITS}
+        runs = {reference: run(folder, reference, options) for reference in FORWARD_ONLY_UNITS}
     facts = runs["live"].inspected
     publish(
-        f"step_time-{options.shape.split(',')[0].replace(' ', '_')}",
-        [table_row(reference, beside.seconds) for reference, beside in runs.items()],
+        f"step_time-{options.shape.split(',')[0].replace(' ', '_')}{'-lora' if options.lora else ''}",
+        [table_row(reference, beside.seconds, lora=options.lora) for reference, beside in runs.items()],
         settings={**vars(options), "parameters": num_parameters},
         seconds={reference: beside.seconds for reference, beside in runs.items()},
         **facts,
@@ -100,11 +101,12 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=next(iter(SHAPES)), choices=SHAPES)
+    parser.add_argument("--shape", default=next(iter(SHAPES)), choices=[*SHAPES, *GPU_SHAPES])
     parser.add_argument("--rounds", type=int, default=6, help="timed rounds of each run")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lora", action="store_true", help="train adapters of all projections, rank 16")
     parser.add_argument("--transformers", action="store_true", help="also time a padded step of transformers")
     return parser.parse_args()
 
@@ -121,6 +123,10 @@ def run(folder: Path, reference: str, options: argparse.Namespace) -> Beside:
     config.model.optim.lr = 1e-12
     config.model.optim.sched.min_lr = 0.0
     config.model.optim.sched.warmup_steps = 0
+    if options.lora:
+        config.model.peft.peft_scheme = "lora"
+        config.model.peft.lora_tuning.target_modules = ["all"]
+        config.model.peft.lora_tuning.adapter_dim = 16
     if reference == "cached":
         config.model.kto.reference.mode = "cached"
     beside = Beside(options, folder / "hf", inspects=inspects)
@@ -130,13 +136,14 @@ def run(folder: Path, reference: str, options: argparse.Namespace) -> Beside:
     return beside
 
 
-def table_row(reference: str, seconds: dict[str, list[float]]) -> dict[str, str]:
+def table_row(reference: str, seconds: dict[str, list[float]], *, lora: bool) -> dict[str, str]:
     """Return a row of the first table."""
     kto, cells = seconds["KTO"], {"reference": reference, "KTO step, s": median_and_range(seconds["KTO"])}
     for name in list(seconds)[1:]:
         cells[f"{name} step, s"] = median_and_range(seconds[name])
         cells[f"KTO / {name}"] = median_and_range([a / b for a, b in zip(kto, seconds[name], strict=True)])
-    return {**cells, "limit of KTO / SFT": f"{KTO_UNITS[reference] / SFT_UNITS:.2f}"}
+    training = 2 if lora else 3
+    return {**cells, "limit of KTO / SFT": f"{1 + FORWARD_ONLY_UNITS[reference] / training:.2f}"}
 
 
 class Beside(Callback):

@@ -90,7 +90,6 @@ def run_identity(
         **_model_identity(config, hf_config, lora=lora, reference=reference),
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
-        "model.micro_batch_tokens": model.micro_batch_tokens if depends_on_micro_batch else None,
         "model.data.data_prefix.train": data.digest("train", weights=True),
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,

@@ -370,6 +370,29 @@ def test_refused(override, parts):
             ["log_prob_forward_micro_batch_size=4", "loss=apo_zero_unpaired"],
         ),
         (["model.kto.loss=bco", "model.kto.humanline_clamp=[-1.0,1.5]"], ["humanline_clamp", "loss=kto", "bco"]),
+        (["model.kto.loss=bco", "model.kto.kl_fraction=0.5"], ["kl_fraction=0.5", "loss=bco", "no KL set"]),
+        (
+            ["model.kto.kl_scope=micro_batch", "model.kto.kl_fraction=0.5"],
+            ["kl_fraction=0.5", "kl_scope=micro_batch", "Use kl_scope=global_batch"],
+        ),
+        (["model.kto.kl_fraction=0"], ["kl_fraction=0", "above 0 and at most 1"]),
+        (["model.kto.kl_fraction=1.5"], ["kl_fraction=1.5", "above 0 and at most 1"]),
+        (
+            ["model.micro_batch_tokens=900", "model.micro_batch_size=2"],
+            ["micro_batch_tokens=900", "micro_batch_size=2", "Use one"],
+        ),
+        (
+            ["model.micro_batch_tokens=900", "model.kto.log_prob_forward_micro_batch_size=2"],
+            ["micro_batch_tokens=900", "log_prob_forward_micro_batch_size=2", "Leave it out"],
+        ),
+        (
+            ["model.micro_batch_tokens=900", "model.moe_aux_loss_coeff=0.1"],
+            ["micro_batch_tokens=900", "moe_aux_loss_coeff=0.1", "Use model.micro_batch_size"],
+        ),
+        (
+            ["model.micro_batch_tokens=900", "model.kto.kl_scope=micro_batch"],
+            ["micro_batch_tokens=900", "kl_scope=micro_batch", "kl_scope=global_batch"],
+        ),
         (["model.kto.reference.mode=cached", "model.kto.humanline_clamp=[-1.0,1.5]"], ["every token", "mode=cached"]),
         (
             ["model.kto.loss=bco", "model.kto.reference.sync_every_n_steps=5"],

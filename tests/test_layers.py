@@ -17,6 +17,7 @@ LAYERS = {
     "config": 0,
     "config_checks": 0,
     "config_legacy": 0,
+    "config_objective_checks": 0,
     "config_reader": 0,
     "algorithms": 1,
     "data": 2,

@@ -203,6 +203,21 @@ def sharded_trained(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name in trained}
 
 
+def fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam, which stands in for Apex's and Transformer Engine's, update each parameter in one pass.
+
+    To be called again after a load: what the checkpoint says of the parameter groups replaces it.
+    """
+    for inner in _torch_adams(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    inner = [chained.optimizer for chained in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
+
+
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give a fresh torch Adam its (zero) moments, so that there is something to load a checkpoint into; collective.
 
@@ -211,7 +226,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     others: one all-reduce of one number over the world.
     """
     optimizers = [chained.optimizer for chained in getattr(optimizer, "chained_optimizers", [optimizer])]
-    adams = [inner for inner in optimizers if isinstance(inner, torch.optim.Adam | torch.optim.AdamW)]
+    adams = _torch_adams(optimizer)
     for inner in adams:
         for group in inner.param_groups:
             for parameter in group["params"]:

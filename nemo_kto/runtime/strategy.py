@@ -149,6 +149,7 @@ class MegatronStrategy(DDPStrategy):
             ),
             chunks,
         )
+        ckpt.fuse_torch_adam(optimizer)
         scheduler = OptimizerParamScheduler(
             optimizer,
             # NeMo's warm-up: the first step is one already, and step `warmup_steps` has the full rate
@@ -264,6 +265,7 @@ class MegatronStrategy(DDPStrategy):
             ckpt.separate_step_counters(getattr(optimizer, "_optimizer", optimizer))
             for group in optimizer.param_groups:  # the checkpoint's; a resumed run follows its own configuration
                 group.update(self._group_settings())
+            ckpt.fuse_torch_adam(getattr(optimizer, "_optimizer", optimizer))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint folder."""
