@@ -79,7 +79,7 @@ def test_adapters_in_half_precision(run: Any) -> None:
     [
         ("tied", 2, PIPELINE, 0.03),
         ("experts", 2, EXPERTS, 0.1),  # a token whose experts are nearly equal may get others
-        ("hf", 4, {**TENSOR, **CONTEXT}, 0.03),
+        pytest.param("hf", 4, {**TENSOR, **CONTEXT}, 0.03, marks=pytest.mark.slow),
     ],
 )
 def test_more_models_and_layouts_in_bfloat16(
@@ -103,7 +103,7 @@ def test_float16_and_experts_are_refused(root: Path, tmp_path: Path, run_ranks: 
     assert kind == "ConfigError" and "trainer.precision=16-mixed" in message and "bf16-mixed" in message
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2_overlap"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "dp2_overlap"])
 def test_updates_below_the_resolution_of_bfloat16_add_up(run: Any, root: Path, layout: str) -> None:
     """Each step moves a weight of about 0.2 by less than half of its last bit; only float32 copies remember that."""
     small = {
@@ -164,7 +164,10 @@ def test_the_loss_scale_survives_a_stop(root: Path, tmp_path: Path, run_ranks: A
         assert stopped[name] == whole[name]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("one", "bf16"), ("dp2_overlap", "bf16"), ("one", "16-mixed")])
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [pytest.param("one", "bf16", marks=pytest.mark.slow), ("dp2_overlap", "bf16"), ("one", "16-mixed")],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(run: Any, tmp_path: Path, layout: str, precision: str) -> None:
     saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant"}
     for steps in (2, 4):

@@ -43,7 +43,9 @@ def page_of(log_dir: Path) -> str:
 @pytest.mark.parametrize(
     "objective",
     [
-        {"model__kto__humanline_clamp": [-1.0, 1.5], "model__kto__sft_loss_weight": 0.1},
+        pytest.param(
+            {"model__kto__humanline_clamp": [-1.0, 1.5], "model__kto__sft_loss_weight": 0.1}, marks=pytest.mark.slow
+        ),
         pytest.param({"model__kto__loss": "bco"}, marks=pytest.mark.slow),
     ],
 )
