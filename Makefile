@@ -40,5 +40,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/reference_modes.py
+	for name in step_time against_trl scaling memory import_memory attention reference_modes kl_fraction; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done

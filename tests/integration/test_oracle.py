@@ -117,7 +117,9 @@ class Pair:
         """Return losses, log-ratios and baselines of the first `number` samples of a batch."""
         with torch.no_grad():
             groups = self.ratios(batch.kl_samples[:number]).split(self.kl_group)
-        z = torch.cat([group.mean().clamp(min=0).expand(number // len(groups)) for group in groups])
+        # a part of the KL set is of the whole batch
+        sizes = [number] if len(groups) == 1 else [len(group) for group in groups]
+        z = torch.cat([group.mean().clamp(min=0).expand(size) for group, size in zip(groups, sizes, strict=True)])
         r = self.ratios(batch.samples[:number])
         losses = torch.where(
             batch.desirable[:number],
