@@ -151,7 +151,7 @@ CHAINS = {
 }
 
 
-SLOW = ("context", "experts, whole ones", "moving reference")
+SLOW = ("context", "experts", "experts, whole ones", "moving reference")
 SETTINGS: dict[str, dict[str, Any]] = {
     "adapters": {
         "model__peft__peft_scheme": "lora",
