@@ -8,8 +8,9 @@ and, to compare with, of the whole set's z from step to step (which contains how
 units of the reward, beta * log-ratio. The first steps, in which policy and reference are nearly equal, are left out.
 
 By theory the first is sqrt((1 - f) / (f * G)) times the standard deviation of a batch's rewards of pairs, with f the
-fraction and G the batch size; z is then cut off at 0, which makes it less. How often that happens depends on data and
-model: this is one example, not a law.
+fraction and G the batch size. z is then cut off at 0, which makes that less, and the mean of z greater the noisier it
+is where the whole set's mean is near 0 or below. How often that happens depends on data and model: this is one
+example, not a law.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     rows = []
     for fraction in FRACTIONS:
         number = round(fraction * BATCH_SIZE)
-        deviations = torch.stack([deviation(pairs, number) for pairs in rewards])
+        parts = torch.stack([z_of_parts(pairs, number) for pairs in rewards])
+        deviations = (parts - rewards.mean(1).clamp(min=0)[:, None]).square().mean(1).sqrt()
         by_theory = (((1 - fraction) / number) ** 0.5 * rewards.std(1)).mean()
         rows.append(
             {
@@ -53,7 +55,7 @@ def main() -> None:
                 "pairs": number,
                 "deviation of z in a step": f"{deviations.mean():.3f}",
                 "by theory, without the cut": f"{by_theory:.3f}",
-                "mean z": f"{statistics.mean(whole):.3f}",
+                "mean z": f"{parts.mean():.3f}",
                 "deviation of z between steps": f"{statistics.stdev(whole):.3f}",
                 "forward units a step, live / cached": f"{3 + 3 * fraction:.3g} / {3 + fraction:.3g}",
             }
@@ -75,10 +77,10 @@ def rewards_of_pairs(num_steps: int) -> torch.Tensor:
     return torch.stack(found)
 
 
-def deviation(pairs: torch.Tensor, number: int) -> torch.Tensor:
-    """Return the standard deviation of z, cut off at 0, of `number` of the pairs around that of all of them."""
+def z_of_parts(pairs: torch.Tensor, number: int) -> torch.Tensor:
+    """Return z `[DRAWS]`, cut off at 0, of random parts of so many of the pairs."""
     parts = torch.stack([pairs[torch.randperm(len(pairs))[:number]] for _ in range(DRAWS)])
-    return (parts.mean(1).clamp(min=0) - pairs.mean().clamp(min=0)).square().mean().sqrt()
+    return parts.mean(1).clamp(min=0)
 
 
 def make_quickstart_config(log_dir: Path, num_steps: int) -> KTOConfig:
