@@ -349,6 +349,8 @@ def test_accepted(override, key, value):
         ("pretrained_checkpoint.restore_from_path=m.nemo", ["m.nemo", "Hugging Face folder"]),
         ("pretrained_checkpoint.restore_from_path=/no/such", ["/no/such", "not a folder"]),
         ("model.num_layers=2", ["model.hidden_size", "model.num_attention_heads"]),
+        ("model.kto.kl_fraction=0", ["model.kto.kl_fraction=0", "above 0 and at most 1"]),
+        ("model.kto.kl_fraction=1.5", ["model.kto.kl_fraction=1.5", "above 0 and at most 1"]),
         # interpolation
         ("model.data.seq_length='${model.nothing}'", ["model.data.seq_length", "model.nothing"]),
     ],
@@ -375,8 +377,6 @@ def test_refused(override, parts):
             ["model.kto.kl_scope=micro_batch", "model.kto.kl_fraction=0.5"],
             ["kl_fraction=0.5", "kl_scope=micro_batch", "Use kl_scope=global_batch"],
         ),
-        (["model.kto.kl_fraction=0"], ["kl_fraction=0", "above 0 and at most 1"]),
-        (["model.kto.kl_fraction=1.5"], ["kl_fraction=1.5", "above 0 and at most 1"]),
         (
             ["model.micro_batch_tokens=900", "model.micro_batch_size=2"],
             ["micro_batch_tokens=900", "micro_batch_size=2", "Use one"],

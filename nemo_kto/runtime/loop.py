@@ -148,7 +148,8 @@ class StartUpTime(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Print it after the first step of this process."""
         if not self._printed and trainer.is_global_zero:
-            print(f"First step after {time.time() - psutil.Process().create_time():.0f} s", flush=True)
+            # on a line of its own: the bar's is not ended
+            print(f"\nFirst step after {time.time() - psutil.Process().create_time():.0f} s", flush=True)
         self._printed = True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -129,7 +130,9 @@ def test_logs_checkpoints_and_export(uninterrupted: Path, root: Path) -> None:
     assert newest_last(checkpoints) == checkpoints / "megatron_gpt-step=10-last"
     series = read_series(uninterrupted)
     assert set(series["val/loss"]) == {4, 9}
-    assert str(uninterrupted / "hf") in (uninterrupted / "output.txt").read_text()
+    output = (uninterrupted / "output.txt").read_text()
+    assert str(uninterrupted / "hf") in output
+    assert len(re.findall(r"^First step after [1-9]\d* s$", output, re.MULTILINE)) == 1  # of two processes one
 
     model = AutoModelForCausalLM.from_pretrained(uninterrupted / "hf")
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "hf")
