@@ -35,20 +35,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from common import in_new_process, median_and_range, publish, synchronize
+from common import GPU_SHAPES, in_new_process, median_and_range, publish, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LLAMA_3_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-    "dtype": "bfloat16",
-}
+LLAMA_3_8B = {**GPU_SHAPES["8B"], "max_position_embeddings": 8192, "rope_theta": 500_000.0, "dtype": "bfloat16"}
 CASES = ((8, 1), (2, 4), (1, 8))
 """(tensor-parallel, pipeline-parallel) sizes."""
 FILE_BYTES = 5 * 10**9

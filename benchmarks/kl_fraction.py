@@ -57,7 +57,7 @@ def main() -> None:
                 "by theory, without the cut": f"{by_theory:.3f}",
                 "mean z": f"{parts.mean():.3f}",
                 "deviation of z between steps": f"{statistics.stdev(whole):.3f}",
-                "forward units a step, live / cached": f"{3 + 3 * fraction:.3g} / {3 + fraction:.3g}",
+                "forward units a step, live / cached": f"{4 + 2 * fraction:.3g} / {3 + fraction:.3g}",
             }
         )
     publish("kl_fraction", rows, beta=BETA, batch_size=BATCH_SIZE, steps=options.steps)

@@ -194,7 +194,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.trainer.datamodule.set_position(  # type: ignore[attr-defined]
             dp_rank=place.dp_rank,
             dp_size=place.dp_size,
-            multiple=self.layout.pipeline if self.layout.virtual > 1 else 1,
+            multiple=self.layout.micro_batch_multiple,
             num_steps=self.trainer.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             start_step=lambda: self.trainer.global_step,

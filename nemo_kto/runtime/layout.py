@@ -47,6 +47,11 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def micro_batch_multiple(self) -> int:
+        """The number of micro-batches of a rank is a multiple of this: interleaved stages work in whole rounds."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    @property
     def expert_tensor_size(self) -> int:
         """Number of processes that share each expert."""
         return self.expert_tensor or self.tensor
@@ -251,9 +256,12 @@ def check_batch(
             f"{global_batch_size}, cannot be divided by {layout.data} data-parallel ranks ({layout}). "
             f"Choose a fraction that makes it a multiple of {layout.data}."
         )
-    sizes = {"model.micro_batch_size": (micro_batch_size, global_batch_size)}
-    sizes["model.kto.log_prob_forward_micro_batch_size"] = (kl_micro_batch_size, kl_set_size)
-    for key, (size, total) in sizes.items():
+    forward = "model.kto.log_prob_forward_micro_batch_size"
+    sizes = [("model.micro_batch_size", micro_batch_size, global_batch_size)]
+    if kl_set_size:
+        sizes.append((forward, kl_micro_batch_size, global_batch_size))  # validation has the whole KL set
+        sizes.append((forward, kl_micro_batch_size, kl_set_size))
+    for key, size, total in sizes:
         share = total // layout.data
         if micro_batch_tokens is not None:
             key, size = "model.micro_batch_tokens", 1  # at the most, each document is a micro-batch of its own
@@ -262,7 +270,7 @@ def check_batch(
                 f"{key}={size} does not divide a rank's share of the batch, {share} = {total} documents / "
                 f"{layout.data} data-parallel ranks. Use a divisor of {share}."
             )
-        if layout.virtual > 1 and (share // size) % layout.pipeline:
+        if (share // size) % layout.micro_batch_multiple:
             raise ConfigError(
                 f"{key}={size if micro_batch_tokens is None else micro_batch_tokens} makes {share // size} "
                 f"micro-batches for each rank{'' if micro_batch_tokens is None else ' at the most'}; with interleaved "

@@ -120,7 +120,7 @@ def test_a_fraction_of_the_kl_set(shuffle):
         drawn.add(tuple(pairs.index(index[:2]) for index in chosen))
     assert len(drawn) > 1
     # an epoch later the same batches come, in another order only if they are shuffled
-    if shuffle != True:  # noqa: E712
+    if shuffle is not True:
         assert sorted(some[:5]) == sorted(some[5:])
 
 

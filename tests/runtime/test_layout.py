@@ -210,5 +210,10 @@ def test_the_kl_set_is_shared_by_the_ranks_too() -> None:
         check_batch(Layout(world_size=4), **sizes, kl_set_size=6)
     with pytest.raises(ConfigError, match="forward_micro_batch_size=2 does not divide .* 1 = 4 documents"):
         check_batch(Layout(world_size=4), **sizes, kl_set_size=4)
+    # training would have two micro-batches of 6, but validation, with 16 pairs, none
+    with pytest.raises(ConfigError, match="forward_micro_batch_size=6 does not divide .* 16 = 16 documents"):
+        check_batch(
+            Layout(world_size=1), global_batch_size=16, micro_batch_size=2, kl_set_size=12, kl_micro_batch_size=6
+        )
     # with a number of tokens, the micro-batches have any number of documents but none
     check_batch(Layout(world_size=4), **sizes, kl_set_size=4, micro_batch_tokens=100)
