@@ -199,6 +199,8 @@ def build_gpt(
         ),
         **_execution(recompute),
     )
+    # Transformer Engine's rows have their own way with it
+    config.apply_rope_fusion = attends_by_document(config, use_transformer_engine)
     place = parallel.position()
     pre_process = place.is_first_stage and chunk == 0
     post_process = place.is_last_stage and chunk == layout.virtual - 1
@@ -359,6 +361,6 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
         "use_cpu_initialization": not on_cuda,
         "perform_initialization": False,  # it would make every full tensor on every rank
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
+        "bias_activation_fusion": True,
         "bias_dropout_fusion": False,
     }

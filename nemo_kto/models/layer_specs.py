@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.runtime.attention import DocumentAttention
+from nemo_kto.runtime.pointwise import rms_norm
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -32,6 +33,13 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the normed `values`, `[..., hidden_size]`: on CUDA by torch's kernel, which a CPU has none of."""
+        if values.is_cuda:
+            return super().forward(values)
+        assert self.eps is not None
+        return rms_norm(values, self.weight, self.eps)
 
 
 def block_spec(

@@ -169,9 +169,12 @@ class DocumentAttention(MegatronModule):
                 `cache` of `CachedRowParams`, passes after its first one are of one new token per document.
             kwargs: What Megatron passes to every core attention besides.
         """
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None:
             query, key, value = _whole_rows(query, key, value, self.cp_group)
+        else:
+            # the rotary embedding has made queries and keys anew; values alone would keep all three's memory alive
+            value = value.contiguous()
         cache = packed_seq_params.cache if isinstance(packed_seq_params, CachedRowParams) else None
         if cache is not None and cache.holds(self.layer_number):
             output = self._newest_tokens(query, key, value, cache)
@@ -220,7 +223,7 @@ class DocumentAttention(MegatronModule):
                 keys, values = key[:, :, first:end], value[:, :, first:end]
                 outputs.append(self._attend(query[:, :, start:end], keys, values, mask))
             output = torch.cat(outputs, dim=2)
-        return output[0].transpose(0, 1)
+        return output.squeeze(0).transpose(0, 1)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.pipeline_parallel import p2p_communication
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer import mlp
+from megatron.core.transformer.moe import experts, moe_utils, shared_experts
+
+from nemo_kto.runtime import pointwise
 
 
 def exchange_shapes_in_order() -> None:
@@ -33,6 +37,38 @@ def route_without_transformer_engine() -> None:
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def keep_less_for_backward() -> None:
+    """Let what Megatron's configuration calls fused activations and rotary embeddings be `pointwise`'s; idempotent.
+
+    `bias_activation_fusion` would run functions of `fusions/fused_bias_swiglu.py` that torch.compile translates at
+    their first call, for which a machine needs a compiler; `apply_rope_fusion` needs Transformer Engine (Megatron-Core
+    0.16). Without either, a layer keeps five results as wide as its feed-forward part where one and a half would do.
+    """
+    for module in (mlp, shared_experts):
+        module.bias_swiglu_impl = _swiglu
+    for module in (mlp, experts):
+        module.weighted_bias_swiglu_impl = _weighted_swiglu
+    rope_utils.fused_apply_rotary_pos_emb = _rotate
+
+
+def _swiglu(
+    projected: torch.Tensor, bias: torch.Tensor | None, fp8_input_store: bool = False, cpu_offload_input: bool = False
+) -> torch.Tensor:
+    return _weighted_swiglu(projected, bias, None, fp8_input_store or cpu_offload_input)
+
+
+def _weighted_swiglu(
+    projected: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor | None, fp8_input_store: bool = False
+) -> torch.Tensor:
+    assert bias is None and not fp8_input_store, "no option of this package leads here"
+    return pointwise.swiglu(projected, weights)
+
+
+def _rotate(values: torch.Tensor, angles: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    assert not interleaved, "no model of this package has its channels in that order"
+    return pointwise.rotate(values, angles)
 
 
 def _communicate_shapes(

@@ -248,6 +248,36 @@ def check_construction() -> None:
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
+    check_kept_activations(sizes["llama"])
+
+
+def check_kept_activations(config: Any) -> None:
+    """A layer keeps for the backward pass no more than its matrix products, its attention and its inputs need."""
+    model, tokens = build(config), tiny_hf.documents()
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    lengths = [len(document) for document in tokens]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(
+            input_ids=torch.cat(tokens)[None],
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            attention_mask=None,
+            packed_seq_params=tiny_hf.packed_params(lengths),
+        )
+    floats = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values()) / sum(lengths)
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    keys = hidden // heads * config.num_key_value_heads
+    attention = 2 * hidden + 2 * keys + heads  # queries, output, keys, values; attention's logarithm of sums
+    inputs = 3 * hidden + inner  # of the projections qkv, output, gate and up; down
+    layer = attention + inputs + 2 * hidden + 2 + 2 * inner  # both norms and the activation keep what goes in
+    rest = hidden + 1 + 1 + hidden // heads  # the last norm, token ids, angles
+    assert floats <= config.num_hidden_layers * layer + rest + 8
 
 
 def check_shard_marks(config: Any) -> None:

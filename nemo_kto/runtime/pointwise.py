@@ -1,0 +1,132 @@
+"""Norm, gated activation and rotary embedding, each one autograd function that keeps only its inputs.
+
+Written as expressions, they would keep every intermediate result for the backward pass, together more than the matrix
+products around them. Here those are computed again from what went in. The results are those of the expressions, to
+rounding, and have the same bits with and without gradients.
+
+Tensor legend: `...` tokens and whatever else the rows are counted by, `h` channels, `f` channels inside a feed-forward
+part, `T` tokens of a row, `a` heads, `d` channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `values / sqrt(mean(values^2) + eps) * weight` (arXiv 1910.07467, eq. 4), computed in float32.
+
+    Args:
+        values: `[..., h]`.
+        weight: `[h]`.
+        eps: Added to the mean square over the channels.
+
+    Returns:
+        `[..., h]` in the dtype of `values`.
+    """
+    return _RMSNorm.apply(values, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return `silu(gate) * up`, times `weights` if given (arXiv 2002.05202, eq. 6).
+
+    Args:
+        projected: `[..., 2 f]`, the gate's channels first.
+        weights: `[..., 1]`, one factor for each token, as a mixture's router gives it.
+
+    Returns:
+        `[..., f]` in the dtype of `projected`.
+    """
+    return _SwiGLU.apply(projected, weights)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def rotate(values: Tensor, angles: Tensor) -> Tensor:
+    """Return queries or keys with the rotary embedding applied (arXiv 2104.09864, in the form of Llama).
+
+    Channel i is rotated together with channel i + d/2.
+
+    Args:
+        values: `[T, 1, a, d]`.
+        angles: `[T, 1, 1, d]` float32, radians; the second half of the channels repeats the first.
+
+    Returns:
+        `[T, 1, a, d]` in the dtype of `values`.
+    """
+    return _Rotation.apply(values, angles)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(values, weight, inverse)
+        return (values * inverse).mul_(weight).to(values.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        values, weight, inverse = ctx.saved_tensors
+        factor = weight.float()
+        normed = values * inverse
+        product = grad * normed
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (product @ factor).div_(values.shape[-1])[..., None]
+        grad_values = torch.mul(grad, factor, out=product)
+        grad_values.addcmul_(normed, along, value=-1).mul_(inverse)
+        return grad_values.to(values.dtype), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(projected, weights)
+        gate, up = projected.chunk(2, dim=-1)
+        output = F.silu(gate).mul_(up)
+        return output if weights is None else (output * weights).to(projected.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        projected, weights = ctx.saved_tensors
+        gate, up = projected.chunk(2, dim=-1)
+        activated, grad_weights = F.silu(gate), None
+        if weights is not None:
+            if ctx.needs_input_grad[1]:
+                grad_weights = ((activated * up).to(weights.dtype) * grad).sum(-1, keepdim=True)
+            grad = (grad * weights).to(projected.dtype)
+        grad_projected = torch.empty_like(projected)
+        grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
+        torch.mul(grad, activated, out=grad_up)
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_projected, grad_weights
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        return _rotated(values, angles.cos(), angles.sin())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (angles,) = ctx.saved_tensors
+        return _rotated(grad, angles.cos(), -angles.sin()), None
+
+
+def _rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(values.dtype), sin.to(values.dtype)
+    output = values * cos
+    for half, other, factor in ((0, 1, -1), (1, 0, 1)):
+        target, sine = (tensor.chunk(2, dim=-1)[half] for tensor in (output, sin))
+        target.addcmul_(values.chunk(2, dim=-1)[other], sine, value=factor)
+    return output
