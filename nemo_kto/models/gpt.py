@@ -160,7 +160,7 @@ def build_gpt(
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
-    Megatron's process groups must exist. Fill the weights with `import_hf`, `initialize_weights` or a checkpoint.
+    `parallel.initialize` must have run. Fill the weights with `import_hf`, `initialize_weights` or a checkpoint.
     Dropout is off whatever `hf_config` says: policy and reference must score alike.
 
     Args:
@@ -199,7 +199,8 @@ def build_gpt(
         ),
         **_execution(recompute),
     )
-    # Transformer Engine's rows have their own way with it
+    # this and `bias_activation_fusion` mean the functions of `runtime/pointwise.py`, see `keep_less_for_backward`;
+    # of the rotary embedding only the form for `DocumentAttention` is there, not that for Transformer Engine's rows
     config.apply_rope_fusion = attends_by_document(config, use_transformer_engine)
     place = parallel.position()
     pre_process = place.is_first_stage and chunk == 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -16,6 +17,20 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.runtime.attention import DocumentAttention
 from nemo_kto.runtime.pointwise import rms_norm
+
+
+class SeparateValueAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention whose values have memory of their own.
+
+    They come as a part of what one projection returns for queries, keys and values. The rotary embedding makes the
+    first two anew; values that are kept for the backward pass, by attention or by its recomputation, would then keep
+    the memory of all three.
+    """
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Return queries `[T, 1, a, d]`, keys and values `[T, 1, g, d]`."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return query, key, value.contiguous()
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -91,6 +106,7 @@ def _layer_spec(
             )
             layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
     if attends_by_document(config, use_transformer_engine):
+        layer.submodules.self_attention.module = SeparateValueAttention
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
     return layer
 

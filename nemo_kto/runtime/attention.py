@@ -172,9 +172,6 @@ class DocumentAttention(MegatronModule):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None:
             query, key, value = _whole_rows(query, key, value, self.cp_group)
-        else:
-            # the rotary embedding has made queries and keys anew; values alone would keep all three's memory alive
-            value = value.contiguous()
         cache = packed_seq_params.cache if isinstance(packed_seq_params, CachedRowParams) else None
         if cache is not None and cache.holds(self.layer_number):
             output = self._newest_tokens(query, key, value, cache)

@@ -140,16 +140,24 @@ def graceful_stop(trainer: Trainer) -> GracefulStop | None:
 
 
 class StartUpTime(Callback):
-    """Prints, once, how long it took from the start of this process to the end of the first step."""
+    """Prints, once, how long it took to the end of the first step.
+
+    It counts from the start of this process, imports included; in a later run of the same process from when its
+    trainer is made.
+    """
+
+    _runs = 0
 
     def __init__(self) -> None:
         self._printed = False
+        self._started = time.time() if StartUpTime._runs else psutil.Process().create_time()
+        StartUpTime._runs += 1
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Print it after the first step of this process."""
         if not self._printed and trainer.is_global_zero:
             # on a line of its own: the bar's is not ended
-            print(f"\nFirst step after {time.time() - psutil.Process().create_time():.0f} s", flush=True)
+            print(f"\nFirst step after {time.time() - self._started:.0f} s", flush=True)
         self._printed = True
 
 

@@ -1,4 +1,4 @@
-"""Named corrections of Megatron-Core that hold on every device; each says what goes wrong without it."""
+"""Named changes to Megatron-Core, for this process and on every device; each says what goes wrong without it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
-from megatron.core.transformer.moe import experts, moe_utils, shared_experts
+from megatron.core.transformer.moe import experts, moe_utils
 
 from nemo_kto.runtime import pointwise
 
@@ -44,10 +44,9 @@ def keep_less_for_backward() -> None:
 
     `bias_activation_fusion` would run functions of `fusions/fused_bias_swiglu.py` that torch.compile translates at
     their first call, for which a machine needs a compiler; `apply_rope_fusion` needs Transformer Engine (Megatron-Core
-    0.16). Without either, a layer keeps five results as wide as its feed-forward part where one and a half would do.
+    0.16). Without them a feed-forward part keeps five tensors of its inner width, with them three.
     """
-    for module in (mlp, shared_experts):
-        module.bias_swiglu_impl = _swiglu
+    mlp.bias_swiglu_impl = _swiglu
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate

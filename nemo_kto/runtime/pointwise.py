@@ -1,8 +1,9 @@
-"""Norm, gated activation and rotary embedding, each one autograd function that keeps only its inputs.
+"""Norm, gated activation and rotary embedding, each one autograd function that keeps little for the backward pass.
 
-Written as expressions, they would keep every intermediate result for the backward pass, together more than the matrix
-products around them. Here those are computed again from what went in. The results are those of the expressions, to
-rounding, and have the same bits with and without gradients.
+Written as expressions, they would keep every intermediate result, together more than the matrix products around them.
+Here the norm keeps what went in and a number for each vector, the activation what went in, the rotary embedding its
+angles; the rest is computed again. The results are those of the expressions, to rounding, and have the same bits with
+and without gradients.
 
 Tensor legend: `...` tokens and whatever else the rows are counted by, `h` channels, `f` channels inside a feed-forward
 part, `T` tokens of a row, `a` heads, `d` channels of a head.
@@ -63,6 +64,7 @@ def rotate(values: Tensor, angles: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        values = values.contiguous()  # a part of a wider tensor, kept, would keep all of that
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(values, weight, inverse)
@@ -120,13 +122,14 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
-        return _rotated(grad, angles.cos(), -angles.sin()), None
+        return _rotated(grad, angles.cos(), -angles.sin()), None  # back by the same angles, as a pair's are equal
 
 
 def _rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(values.dtype), sin.to(values.dtype)
     output = values * cos
-    for half, other, factor in ((0, 1, -1), (1, 0, 1)):
-        target, sine = (tensor.chunk(2, dim=-1)[half] for tensor in (output, sin))
-        target.addcmul_(values.chunk(2, dim=-1)[other], sine, value=factor)
+    (first, second), (sin_first, sin_second) = values.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    output_first, output_second = output.chunk(2, dim=-1)
+    output_first.addcmul_(second, sin_first, value=-1)
+    output_second.addcmul_(first, sin_second)
     return output

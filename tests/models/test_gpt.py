@@ -14,6 +14,7 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.models import gpt, moe
 from nemo_kto.models.gpt import (
     KTOGPTModel,
+    Recompute,
     build_gpt,
     hf_config_from_sizes,
     initialize_weights,
@@ -248,18 +249,24 @@ def check_construction() -> None:
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
-    check_kept_activations(sizes["llama"])
+    whole, selective = (
+        kept_activations(sizes["llama"]),
+        kept_activations(sizes["llama"], Recompute(granularity="selective")),
+    )
+    assert selective < whole <= needed_activations(sizes["llama"], norms=0)
+    assert kept_activations(sizes["qwen3"]) <= needed_activations(sizes["qwen3"], norms=1)
 
 
-def check_kept_activations(config: Any) -> None:
-    """A layer keeps for the backward pass no more than its matrix products, its attention and its inputs need."""
-    model, tokens = build(config), tiny_hf.documents()
+def kept_activations(config: Any, recompute: Recompute | None = None) -> float:
+    """Return the floats for each token that a forward pass keeps for the backward pass."""
+    model, tokens = build(config, recompute=recompute), tiny_hf.documents()
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # which keeps the address from being given again
         return tensor
 
     lengths = [len(document) for document in tokens]
@@ -270,14 +277,24 @@ def check_kept_activations(config: Any) -> None:
             attention_mask=None,
             packed_seq_params=tiny_hf.packed_params(lengths),
         )
-    floats = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values()) / sum(lengths)
+    return sum(storage.nbytes() // 4 for storage in kept.values()) / sum(lengths)
+
+
+def needed_activations(config: Any, *, norms: int) -> int:
+    """Return what the layers' matrix products, attention, norms and activations cannot do without, and a little more.
+
+    Args:
+        config: The model.
+        norms: Whether queries and keys are normed.
+    """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    keys = hidden // heads * config.num_key_value_heads
-    attention = 2 * hidden + 2 * keys + heads  # queries, output, keys, values; attention's logarithm of sums
-    inputs = 3 * hidden + inner  # of the projections qkv, output, gate and up; down
-    layer = attention + inputs + 2 * hidden + 2 + 2 * inner  # both norms and the activation keep what goes in
-    rest = hidden + 1 + 1 + hidden // heads  # the last norm, token ids, angles
-    assert floats <= config.num_hidden_layers * layer + rest + 8
+    queries = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    keys = queries // heads * config.num_key_value_heads
+    attention = 2 * queries + 2 * keys + heads  # queries, output, keys, values; attention's logarithm of sums
+    products = 2 * hidden + queries + inner  # what goes into qkv, gate and up; output; down
+    norm = 2 * hidden + 2 + norms * (queries + keys + heads + config.num_key_value_heads)
+    rest = hidden + 1 + 1 + queries // heads  # the last norm, token ids, angles
+    return int(config.num_hidden_layers * (attention + products + norm + 2 * inner) + rest + 8)
 
 
 def check_shard_marks(config: Any) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
-from nemo_kto.runtime.loop import GracefulStop
+from nemo_kto.runtime.loop import GracefulStop, StartUpTime
 
 
 def ask_with_one_late_rank(late_rank: int | None) -> bool:
@@ -39,3 +41,15 @@ def test_one_late_rank_stops_all(run_ranks: Callable[..., Any]) -> None:
 
 def test_one_signalled_rank_stops_all(run_ranks: Callable[..., Any]) -> None:
     assert run_ranks(ask_with_one_signalled_rank, 2) == [(False, True)] * 2
+
+
+def test_start_up_time_counts_from_the_process_once(monkeypatch: Any, capsys: Any) -> None:
+    """A later run of the same process, as in a notebook, counts from its own start."""
+    monkeypatch.setattr(StartUpTime, "_runs", 0)
+    now = time.time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: now - 100)
+    first, second = StartUpTime(), StartUpTime()
+    monkeypatch.setattr(time, "time", lambda: now + 20)
+    for callback in (first, first, second):
+        callback.on_train_batch_end(SimpleNamespace(is_global_zero=True))
+    assert capsys.readouterr().out.split("\n") == ["", "First step after 120 s", "", "First step after 20 s", ""]
