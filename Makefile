@@ -1,4 +1,5 @@
-# make quickstart | test | test-slow | lint | format | bench      PYTHON=python3.11 to choose an interpreter
+# make quickstart | test | test-slow | lint | format | bench
+# PYTHON=python3.11 chooses an interpreter, WORKERS=4 how many tests run side by side
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
@@ -8,6 +9,10 @@ INSTALLED := $(VENV)/.installed
 
 # one thread a process: tests and examples run several ranks on few cores
 export OMP_NUM_THREADS ?= 1
+
+# a file's tests stay together, as they share what they have trained
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: quickstart test test-slow lint format bench install
 install: $(INSTALLED)
@@ -25,10 +30,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python examples/nlp/kto/quickstart/run.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

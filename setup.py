@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kto" / "__init__.py")
 assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
 
 MLFLOW = ["mlflow-skinny>=3"]
-TEST = ["hypothesis>=6.100", *MLFLOW, "peft>=0.17", "pytest>=8", "scikit-learn>=1.4"]
+TEST = ["hypothesis>=6.100", *MLFLOW, "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.4"]
 
 setup(
     name="nemo-kto",

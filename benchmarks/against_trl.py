@@ -73,7 +73,7 @@ def main() -> None:
         compared = [compare(shape, mode, pythons, options) for shape, mode in cases]
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
-    chosen = [*(options.shape or []), *(options.mode or []), *([] if options.batch_size == 4 else ["batch 8"])]
+    chosen = [*(options.shape or []), *(options.mode or []), *([] if options.batch_size == 8 else ["batch 4"])]
     name = re.sub(r"\W+", "-", "-".join(["against_trl", *chosen]))  # a part does not overwrite the whole
     publish(name, [row(result) for result in compared], note=NOTE, runs=compared)
     for side in pythons:
@@ -89,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
     parser.add_argument("--mode", action="append", choices=MODES, help="only this one")
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of each side, at least 5")
-    parser.add_argument("--batch-size", type=int, default=4, choices=(4, 8), help="records of a step")
+    parser.add_argument("--batch-size", type=int, default=8, choices=(4, 8), help="records of a step")
     parser.add_argument("--threads", type=int, default=2, help="of each side; only one works at a time")
     parser.add_argument("--trl-python", type=Path, help="Python of an environment that has TRL already")
     parser.add_argument("--profile", action="store_true", help="one more step of each side, under torch's profiler")
