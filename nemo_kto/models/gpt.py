@@ -187,20 +187,13 @@ def build_gpt(
     )
     config = TransformerConfig(
         **_division(layout),
-        params_dtype=params_dtype,
-        pipeline_dtype=params_dtype,
-        bf16=params_dtype == torch.bfloat16,
-        fp16=params_dtype == torch.float16,
+        **_precision(params_dtype),
         **_architecture(hf_config),
-        **moe.transformer_fields(
-            hf_config,
-            grouped_gemm=use_transformer_engine,
-            aux_loss_coeff=moe_aux_loss_coeff,
-        ),
+        **moe.transformer_fields(hf_config, grouped_gemm=use_transformer_engine, aux_loss_coeff=moe_aux_loss_coeff),
         **_execution(recompute),
     )
-    # this and `bias_activation_fusion` mean the functions of `runtime/pointwise.py`, see `keep_less_for_backward`;
-    # of the rotary embedding only the form for `DocumentAttention` is there, not that for Transformer Engine's rows
+    # like `bias_activation_fusion` one of `runtime/pointwise.py`'s functions, see `keep_less_for_backward`; it is for
+    # what `DocumentAttention` takes, not for Transformer Engine's rows
     config.apply_rope_fusion = attends_by_document(config, use_transformer_engine)
     place = parallel.position()
     pre_process = place.is_first_stage and chunk == 0
@@ -348,6 +341,16 @@ def _division(layout: Layout) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
         # gloo has no batched exchange; with interleaved stages a batch confuses the two directions between two stages
         "batch_p2p_comm": torch.cuda.is_available() and layout.virtual == 1,
+    }
+
+
+def _precision(params_dtype: torch.dtype) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say in which dtype it is computed."""
+    return {
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "fp16": params_dtype == torch.float16,
     }
 
 
