@@ -34,7 +34,7 @@ def rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return `silu(gate) * up`, times `weights` if given (arXiv 2002.05202, eq. 6).
+    """Return `silu(gate) * up`, times `weights` if given (arXiv 2002.05202, eq. 5).
 
     Args:
         projected: `[..., 2 f]`, the gate's channels first.
