@@ -192,8 +192,8 @@ def build_gpt(
         **moe.transformer_fields(hf_config, grouped_gemm=use_transformer_engine, aux_loss_coeff=moe_aux_loss_coeff),
         **_execution(recompute),
     )
-    # like `bias_activation_fusion` one of `runtime/pointwise.py`'s functions, see `keep_less_for_backward`; it is for
-    # what `DocumentAttention` takes, not for Transformer Engine's rows
+    # like `bias_activation_fusion` one of the functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; it
+    # is for what `DocumentAttention` takes, not for Transformer Engine's rows
     config.apply_rope_fusion = attends_by_document(config, use_transformer_engine)
     place = parallel.position()
     pre_process = place.is_first_stage and chunk == 0

@@ -13,10 +13,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from nemo_kto.algorithms.pointwise import rms_norm
 from nemo_kto.errors import ConfigError
 from nemo_kto.models import moe
 from nemo_kto.runtime.attention import DocumentAttention
-from nemo_kto.runtime.pointwise import rms_norm
 
 
 class SeparateValueAttention(SelfAttention):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import experts, moe_utils
 
-from nemo_kto.runtime import pointwise
+from nemo_kto.algorithms import pointwise
 
 
 def exchange_shapes_in_order() -> None:

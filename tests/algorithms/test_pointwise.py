@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nemo_kto.runtime.pointwise import rms_norm, rotate, swiglu
+from nemo_kto.algorithms.pointwise import rms_norm, rotate, swiglu
 
 TOKENS, CHANNELS, HEADS = 7, 12, 3
 

@@ -30,7 +30,8 @@ def rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         `[..., h]` in the dtype of `values`.
     """
-    return _RMSNorm.apply(values, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    output: Tensor = _RMSNorm.apply(values, weight, eps)  # type: ignore[no-untyped-call]
+    return output
 
 
 def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -43,7 +44,8 @@ def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         `[..., f]` in the dtype of `projected`.
     """
-    return _SwiGLU.apply(projected, weights)  # type: ignore[no-any-return,no-untyped-call]
+    output: Tensor = _SwiGLU.apply(projected, weights)  # type: ignore[no-untyped-call]
+    return output
 
 
 def rotate(values: Tensor, angles: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ def rotate(values: Tensor, angles: Tensor) -> Tensor:
     Returns:
         `[T, 1, a, d]` in the dtype of `values`.
     """
-    return _Rotation.apply(values, angles)  # type: ignore[no-any-return,no-untyped-call]
+    output: Tensor = _Rotation.apply(values, angles)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -68,10 +71,11 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(values, weight, inverse)
-        return (values * inverse).mul_(weight).to(values.dtype)
+        normed: Tensor = values * inverse
+        return normed.mul_(weight).to(values.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         values, weight, inverse = ctx.saved_tensors
         factor = weight.float()
@@ -95,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
         return output if weights is None else (output * weights).to(projected.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         projected, weights = ctx.saved_tensors
         gate, up = projected.chunk(2, dim=-1)
@@ -119,7 +123,7 @@ class _Rotation(torch.autograd.Function):
         return _rotated(values, angles.cos(), angles.sin())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
         return _rotated(grad, angles.cos(), -angles.sin()), None  # back by the same angles, as a pair's are equal
