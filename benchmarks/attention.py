@@ -162,7 +162,7 @@ def per_document(row: Row) -> Attend:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_kto.runtime.attention import DocumentAttention
+    from nemo_kto.network.attention import DocumentAttention
 
     config = TransformerConfig(
         num_layers=1, hidden_size=HEADS * CHANNELS, num_attention_heads=HEADS, num_query_groups=GROUPS

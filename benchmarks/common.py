@@ -147,7 +147,7 @@ def write_feedback(
 
 def make_config(folder: Path, *, global_batch_size: int, micro_batch_size: int) -> Any:
     """Return a KTOConfig: the model in `folder`/hf, the data in `folder`/train.jsonl; no checkpoints, no export."""
-    from nemo_kto.config import KTOConfig
+    from nemo_kto.config.schema import KTOConfig
 
     config = KTOConfig()
     config.pretrained_checkpoint.restore_from_path = str(folder / "hf")

@@ -126,10 +126,10 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from nemo_kto.models import gpt, hf_weights  # noqa: F401  what is measured is not to import them
     from nemo_kto.runtime import parallel
     from nemo_kto.runtime.cpu_megatron import enable_cpu
     from nemo_kto.runtime.layout import Layout
+    from nemo_kto.weights import export_hf  # noqa: F401  what is measured is not to import them
 
     silence_loaded_packages()
     if torch.cuda.is_available():
@@ -149,8 +149,9 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -
 
 def measure_once(folder: Path, layout: Any) -> Import:
     """Build and read this rank's part, and forget it again."""
-    from nemo_kto.models.gpt import build_gpt, load_hf_config
-    from nemo_kto.models.hf_weights import import_hf
+    from nemo_kto.network.gpt import build_gpt
+    from nemo_kto.network.hf_config import load_hf_config
+    from nemo_kto.weights.import_hf import import_hf
 
     hf_config = load_hf_config(folder)
     with Clocks() as clocks, MemoryPoll(clocks) as poll:
@@ -194,13 +195,14 @@ class Clocks:
 
     def __enter__(self) -> Clocks:
         """Start."""
-        from nemo_kto.models import hf_weights
 
-        check, leaves, read = hf_weights._check_tensors, hf_weights.sharded_leaves, hf_weights.SafetensorsFolder.read
+        from nemo_kto.weights import import_hf
+
+        check, leaves, read = import_hf._check_tensors, import_hf.sharded_leaves, import_hf.SafetensorsFolder.read
         self._patches = [
-            mock.patch.object(hf_weights, "_check_tensors", partial(self._timed, check)),
-            mock.patch.object(hf_weights, "sharded_leaves", partial(self._timed_iterator, leaves)),
-            mock.patch.object(hf_weights.SafetensorsFolder, "read", self._noting(read)),
+            mock.patch.object(import_hf, "_check_tensors", partial(self._timed, check)),
+            mock.patch.object(import_hf, "sharded_leaves", partial(self._timed_iterator, leaves)),
+            mock.patch.object(import_hf.SafetensorsFolder, "read", self._noting(read)),
         ]
         for patch in self._patches:
             patch.start()

@@ -25,10 +25,10 @@ from unittest import mock
 import torch
 from common import publish
 
-from nemo_kto.config import KTOConfig
-from nemo_kto.models import megatron_gpt_kto_model
+from nemo_kto.commands.train import train
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.kto import megatron_gpt_kto_model
 from nemo_kto.quiet import silence_loaded_packages
-from nemo_kto.train import train
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "nlp" / "kto" / "quickstart"
 BETA, BATCH_SIZE, DRAWS, SKIPPED_STEPS = 0.5, 32, 500, 5

@@ -139,8 +139,8 @@ def peak_of_model(tokens: int, vocabulary: int) -> int:
     from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
 
     silence_startup_noise()
-    from nemo_kto.data.batching import PackedRow, pack_documents
-    from nemo_kto.models.kto_step import RowScorer
+    from nemo_kto.data.batches.packed_rows import PackedRow, pack_documents
+    from nemo_kto.kto.scoring import RowScorer
     from nemo_kto.runtime import parallel
     from nemo_kto.runtime.layout import Layout
 
@@ -168,7 +168,8 @@ def wrapped_model(vocabulary: int, layout: Any) -> torch.nn.Module:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.utils import get_model_config
 
-    from nemo_kto.models.gpt import build_gpt, hf_config_from_sizes, initialize_weights
+    from nemo_kto.network.gpt import build_gpt, initialize_weights
+    from nemo_kto.network.hf_config import hf_config_from_sizes
 
     hf_config = hf_config_from_sizes(
         num_layers=2,

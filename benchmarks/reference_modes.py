@@ -45,10 +45,11 @@ from common import (
 )
 from lightning.pytorch import Callback
 
-from nemo_kto.config import KTOConfig
-from nemo_kto.models import megatron_gpt_kto_model
+from nemo_kto.commands.cache_reference import cache_reference
+from nemo_kto.commands.train import train
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.kto import megatron_gpt_kto_model
 from nemo_kto.quiet import silence_loaded_packages
-from nemo_kto.train import cache_reference, train
 
 SIZES = {
     "vocab_size": 16_000,

@@ -248,8 +248,8 @@ def train_in_turn(pipe: Connection, folder: Path, name: str, rank: int, world_si
     torch.set_num_threads(1)
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from nemo_kto.models.kto_step import RowScorer
-    from nemo_kto.train import train
+    from nemo_kto.commands.train import train
+    from nemo_kto.kto.scoring import RowScorer
 
     silence_loaded_packages()
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -328,9 +328,10 @@ def time_exchanges(clock: Clock) -> None:
 
 def fix_length(stack: contextlib.ExitStack) -> None:
     """Let Megatron's schedule know the length of rows beforehand, so that stages do not exchange it."""
-    from nemo_kto.models import gpt, kto_step
+    from nemo_kto.kto import scoring
+    from nemo_kto.network import gpt
 
-    execution, schedule_of = gpt._execution, kto_step.get_forward_backward_func
+    execution, schedule_of = gpt._execution, scoring.get_forward_backward_func
 
     def fixed_execution(*args: Any) -> dict[str, Any]:
         return execution(*args) | {"variable_seq_lengths": False}
@@ -342,7 +343,7 @@ def fix_length(stack: contextlib.ExitStack) -> None:
 
     stack.enter_context(mock.patch.object(gpt, "_execution", fixed_execution))
     stack.enter_context(
-        mock.patch.object(kto_step, "get_forward_backward_func", lambda: partial(fixed_schedule, schedule_of()))
+        mock.patch.object(scoring, "get_forward_backward_func", lambda: partial(fixed_schedule, schedule_of()))
     )
 
 
@@ -381,7 +382,7 @@ def token_balance(folder: Path) -> list[dict[str, str]]:
     from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
 
     silence_startup_noise()
-    from nemo_kto.run import prepare
+    from nemo_kto.runs.run import prepare
 
     silence_loaded_packages()
     write_log_normal_feedback(folder / "train.jsonl", TOKENS_BATCHES * TOKENS_BATCH)

@@ -62,11 +62,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import profile, record_function
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from nemo_kto.data.batching import Document, KTOBatch, PackedRow
-from nemo_kto.models.kto_step import RowScorer, RowScores
+from nemo_kto.commands.train import train
+from nemo_kto.data.batches.packed_rows import Document, KTOBatch, PackedRow
+from nemo_kto.kto.scoring import RowScorer, RowScores
 from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.runtime import parallel
-from nemo_kto.train import train
 
 WARMUP_STEPS = 2
 FORWARD_ONLY_UNITS = {"live": 3, "cached": 1}

@@ -150,7 +150,7 @@ def train_ours(settings: Settings, turnstile: Turnstile) -> None:
     silence_startup_noise()
     from lightning.pytorch import Callback
 
-    from nemo_kto.train import train
+    from nemo_kto.commands.train import train
 
     silence_loaded_packages()
 

@@ -1,58 +1,18 @@
-"""The command `nemo-kto`, and how every command of this package reports errors."""
+"""The command `nemo-kto` and the scripts of examples/: arguments only, each command is imported when it is called."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from nemo_kto.errors import ConfigError, KTOError
-from nemo_kto.quiet import silence_startup_noise
+from nemo_kto.errors import run_guarded
+from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
 
-_PEER_DELAY = 3.0
-"""Seconds another rank waits before it repeats an error: the launcher usually ends it first, as rank 0 reported it."""
-
-
-_PARENT = os.getppid()
-
-
-def run_guarded(action: Callable[[], None]) -> None:
-    """Run `action`; an error that is the user's to mend becomes one line on stderr and exit code 1.
-
-    HYDRA_FULL_ERROR=1 adds the traceback. All other errors pass through unchanged.
-    """
-    try:
-        action()
-    except KTOError as error:
-        rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        if rank != "0":
-            time.sleep(_PEER_DELAY)
-            if os.getppid() != _PARENT:
-                _leave()  # started by rank 0, which has reported the same and ended
-        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        _leave()
-
-
-def _leave() -> NoReturn:
-    """End this process with exit code 1, without the interpreter's shutdown and without leaving processes behind.
-
-    Process groups of a failed start can hang in their destructors. Megatron's checkpoint writer has started a process
-    that would stay for ever and keep this one's output open.
-    """
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(1)
+if TYPE_CHECKING:
+    from nemo_kto.config.schema import KTOConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--merge", action="store_true", help="of a run with LoRA, write the whole model instead of an adapter for PEFT"
     )
-    export.set_defaults(run=_export_hf)
+    export.set_defaults(run=_command("export"))
     cache = commands.add_parser(
         "cache-reference",
         help="compute the reference's log-probs that a training run will look up",
@@ -95,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", "-o", type=Path, metavar="FOLDER", help="folder to write to; default, of one run: <log dir>/report"
     )
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_command("report"))
     _add_data_commands(commands)
     return parser
 
@@ -122,7 +82,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--tensor-parallel", type=_positive, default=1, metavar="N", help="processes sharing layers")
     generate.add_argument("--pipeline-parallel", type=_positive, default=1, metavar="N", help="pipeline stages")
     generate.add_argument("--json", action="store_true", help="print JSON Lines")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_command("generate"))
 
 
 def _positive(text: str) -> int:
@@ -134,7 +94,7 @@ def _positive(text: str) -> int:
 
 def _add_data_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="check, convert or look at feedback")
-    actions = data.add_subparsers(required=True, metavar="ACTION", dest="action")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
 
     check = actions.add_parser(
         "check",
@@ -152,7 +112,7 @@ def _add_data_commands(commands: Any) -> None:
     check.add_argument("--seed", type=int, help="model.seed, for the order of the samples")
     check.add_argument("--cache-dir", metavar="FOLDER", help="keep the tokens here, as model.data.cache_dir does")
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.set_defaults(run=_run_data_command)
+    check.set_defaults(run=_command("data", "check"))
 
     convert = actions.add_parser(
         "convert",
@@ -162,7 +122,7 @@ def _add_data_commands(commands: Any) -> None:
     _add_reading(convert)
     convert.add_argument("--output", "-o", type=Path, required=True, help="file to create")
     convert.add_argument("--on-bad-record", metavar="WHAT", help="error or skip")
-    convert.set_defaults(run=_run_data_command)
+    convert.set_defaults(run=_command("data", "convert"))
 
     show = actions.add_parser(
         "show",
@@ -172,7 +132,7 @@ def _add_data_commands(commands: Any) -> None:
     show.add_argument("number", type=int, metavar="N", help="number of the record, from 1")
     _add_reading(show)
     _add_tokenization(show)
-    show.set_defaults(run=_run_data_command)
+    show.set_defaults(run=_command("data", "show"))
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -197,75 +157,42 @@ def _add_tokenization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-append-eod", action="store_true", help="end no response with the EOS token")
 
 
-def _export_hf(options: argparse.Namespace) -> None:
-    silence_startup_noise()
-    from nemo_kto.models.export import export_checkpoint  # heavy imports only when needed: --help stays instant
-    from nemo_kto.quiet import silence_loaded_packages
-
-    silence_loaded_packages()
-    export_checkpoint(options.checkpoint, options.folder, merge=options.merge)
-    print(f"Wrote {options.folder}")
-
-
 def _cache_reference(options: argparse.Namespace) -> None:
+    run_script("cache_reference", [*options.overrides, "model.kto.reference.mode=cached"])
+
+
+def run_script(command: str, overrides: Sequence[str]) -> None:
+    """Run a command that takes a configuration, once that has been judged.
+
+    Args:
+        command: Name of a module of `nemo_kto.commands` and of its function.
+        overrides: `KEY=VALUE` of the command line.
+    """
     silence_startup_noise()
-    from nemo_kto.run import run_configured
-    from nemo_kto.train import cache_reference
+    from nemo_kto.config.compose import run_configured  # Hydra only where it is needed: --help stays instant
 
-    run_configured(cache_reference, [*options.overrides, "model.kto.reference.mode=cached"])
+    def run(config: KTOConfig) -> None:
+        _imported(command, command)(config)
+
+    run_configured(run, overrides)
 
 
-def _generate(options: argparse.Namespace) -> None:
-    silence_startup_noise()
-    from nemo_kto.generate import answer_prompts, read_prompts
-    from nemo_kto.models.generation import Sampling
-    from nemo_kto.quiet import is_global_rank_zero, silence_loaded_packages
+def _command(module: str, action: str = "run") -> Callable[[argparse.Namespace], None]:
+    """Return a function that imports a module of `nemo_kto.commands` and calls its `action` with the options."""
 
+    def run(options: argparse.Namespace) -> None:
+        silence_startup_noise()
+        _imported(module, action)(options)
+
+    return run
+
+
+def _imported(module: str, action: str) -> Callable[[Any], None]:
+    """Return a function of a module of `nemo_kto.commands`."""
+    loaded = importlib.import_module(f"nemo_kto.commands.{module}")
     silence_loaded_packages()
-    prompts = [*options.prompts, *(read_prompts(options.file) if options.file else ())]
-    if not prompts:
-        raise ConfigError("There is no prompt. Write one behind the checkpoint, or name a file with --file.")
-    answers = answer_prompts(
-        options.checkpoint,
-        prompts,
-        Sampling(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
-        tensor=options.tensor_parallel,
-        pipeline=options.pipeline_parallel,
-        template=not options.raw,
-    )
-    for prompt, answer in answers:
-        if not is_global_rank_zero():
-            continue
-        if options.json:
-            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), flush=True)
-        else:
-            print(f"--- prompt\n{prompt}\n--- answer\n{answer}\n", flush=True)
-
-
-def _report(options: argparse.Namespace) -> None:
-    silence_startup_noise()
-    from nemo_kto.report import write_report
-
-    output = options.output
-    if output is None:
-        if len(options.log_dirs) > 1:
-            raise ConfigError("The page of several runs needs a folder of its own. Name one with --output FOLDER.")
-        output = options.log_dirs[0] / "report"
-    print(f"Wrote {write_report(options.log_dirs, output)}")
-
-
-def _run_data_command(options: argparse.Namespace) -> None:
-    silence_startup_noise()
-    from nemo_kto import data_commands
-
-    {"check": data_commands.check, "convert": data_commands.convert, "show": data_commands.show}[options.action](
-        options
-    )
+    function: Callable[[Any], None] = getattr(loaded, action)
+    return function
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
@@ -36,12 +37,14 @@ def silence_startup_noise() -> None:
 
 
 def silence_loaded_packages() -> None:
-    """Do what can only be done once NeMo and Lightning are imported; unless NEMO_KTO_VERBOSE=1."""
+    """Do what can only be done once NeMo and Lightning are imported, if they are; unless NEMO_KTO_VERBOSE=1."""
     if os.environ.get(VERBOSE_VARIABLE) == "1":
         return
-    from nemo.utils import logging as nemo_logging
+    if "nemo.utils" in sys.modules:
+        from nemo.utils import logging as nemo_logging
 
-    nemo_logging.captureWarnings(False)  # NeMo turns every warning, ours too, into a log line that the next call hides
+        # NeMo turns every warning, ours too, into a log line that the next call hides
+        nemo_logging.captureWarnings(False)
     for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] in _PACKAGES:
             logging.getLogger(name).setLevel(_STILL_SHOWN)

@@ -67,7 +67,7 @@ def _serve(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    import nemo_kto.train  # noqa: F401  everything a rank needs
+    import nemo_kto.commands.train  # noqa: F401  everything a rank needs
 
     torch.set_num_threads(1)
     while True:

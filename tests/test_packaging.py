@@ -57,7 +57,7 @@ def test_installed_package_finds_its_configuration(wheel, tmp_path):
     installed = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    program = "from nemo_kto.config import config_dir; print(config_dir())"
+    program = "from nemo_kto.config.compose import config_dir; print(config_dir())"
     found = run_python("-c", program, cwd=tmp_path, path=installed)
     assert found.stdout.strip() == str(installed / "nemo_kto" / "conf"), found.stderr
     assert (installed / "nemo_kto" / "conf" / "gpt_kto.yaml").read_bytes() == (ROOT / "conf/gpt_kto.yaml").read_bytes()
@@ -91,8 +91,7 @@ def test_an_error_is_one_line(tmp_path):
 
 def test_an_error_has_a_traceback_on_request():
     program = """
-from nemo_kto.cli import run_guarded
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, run_guarded
 
 def fail():
     raise ConfigError("broken")

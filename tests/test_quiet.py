@@ -16,7 +16,7 @@ IMPORTS = """
 from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
 silence_startup_noise()
 import lightning.pytorch, nemo.utils.exp_manager, megatron.core
-import nemo_kto.train
+import nemo_kto.commands.train
 silence_loaded_packages()
 """
 

@@ -1,1 +1,4 @@
-"""The parts of a report: what a log folder holds, its pictures, its tables and the page that shows them."""
+"""Log folders -> pictures and pages.
+
+Imports `config` only, and no torch, so that it is quick. Start with `report.py`.
+"""

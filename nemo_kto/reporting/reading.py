@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from nemo_kto.config.folders import ANSWERS_FILE, FACTS_FILE
 from nemo_kto.errors import DataError
-from nemo_kto.log_files import ANSWERS_FILE, FACTS_FILE
 
 EVENT_FILES = "events.out.tfevents*"
 

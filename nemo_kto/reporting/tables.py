@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_kto.config import KTOConfig
-from nemo_kto.config_reader import flatten, leaf_values
+from nemo_kto.config.reader import flatten, leaf_values
+from nemo_kto.config.schema import KTOConfig
 from nemo_kto.reporting.panels import KNOWN, PANELS, PROGRESS, SPEED, TRAIN, VALIDATION, all_metrics, split_tag
 from nemo_kto.reporting.reading import Run, Series
 

@@ -1,1 +1,5 @@
-"""Everything that reads or sets Megatron-Core's global state."""
+"""What a run stands on: processes and their groups, the training loop, optimizer, checkpoints, loggers.
+
+The only part that reads or sets Megatron's global state, and where what depends on its version is mended. Imports
+`data` and what is below it. Start with `layout.py` and `parallel.py`, then `strategy.py`.
+"""

@@ -27,7 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from nemo.utils import AppState
 
-from nemo_kto.config import OptimConfig
+from nemo_kto.config.schema import OptimConfig
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.layout import Layout

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nemo_kto.algorithms.diagnosis import WARNINGS, Diagnosis
-from nemo_kto.config import KTOConfig
-from nemo_kto.config_reader import leaf_values
+from nemo_kto.config.reader import leaf_values
+from nemo_kto.config.schema import KTOConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from nemo_kto import cli
-from nemo_kto.config import DataConfig, DataPrefixConfig
-from nemo_kto.data import containers, labels, sources
-from nemo_kto.data.formats import FIELDS, FORMATS
-from nemo_kto.data.row_reader import RowReader
-from nemo_kto.data.sources import parse_source, read_feedback
+from nemo_kto.config.schema import DataConfig, DataPrefixConfig
+from nemo_kto.data.reading import containers, labels, sources
+from nemo_kto.data.reading.formats import FIELDS, FORMATS
+from nemo_kto.data.reading.row_reader import RowReader
+from nemo_kto.data.reading.sources import parse_source, read_feedback
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")

@@ -105,9 +105,9 @@ def train_on_rank(port: int, overrides: dict[str, Any], *, callbacks: Sequence[C
     import torch.distributed as dist
     from omegaconf import OmegaConf
 
-    from nemo_kto.config import parse_config
+    from nemo_kto.commands.train import train
+    from nemo_kto.config.compose import parse_config
     from nemo_kto.quiet import silence_loaded_packages
-    from nemo_kto.train import train
 
     silence_loaded_packages()
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -3,13 +3,15 @@
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from nemo_kto import train as training
+from nemo_kto.cli import run_script
+from nemo_kto.commands import train as training
 
 
 class KillAfterSteps(Callback):
@@ -31,4 +33,4 @@ class KillAfterSteps(Callback):
 if __name__ == "__main__":
     moment = float(os.environ["KILL_AFTER_STEPS"])
     training.train = functools.partial(training.train, callbacks=[KillAfterSteps(moment)])
-    training.main()
+    run_script("train", sys.argv[1:])

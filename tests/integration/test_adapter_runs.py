@@ -64,8 +64,8 @@ def export(checkpoint: Path, folder: Path, merge: bool) -> str:
     """Export a checkpoint as the command does; return the error, if any."""
     import torch.distributed as dist
 
+    from nemo_kto.commands.export import export_checkpoint
     from nemo_kto.errors import KTOError
-    from nemo_kto.models.export import export_checkpoint
 
     dist.destroy_process_group()
     try:

@@ -18,10 +18,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_kto.data.batching import KTOBatch
-from nemo_kto.data.datamodule import DataSettings, KTODataModule
-from nemo_kto.data.sources import Source
-from nemo_kto.evaluate import _print_table, describe
+from nemo_kto.commands.evaluate import _print_table, describe
+from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.data.reading.sources import Source
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     make_model_folder,
@@ -68,9 +68,9 @@ def evaluate_on_rank(port: int, all_overrides: list[dict[str, Any]]) -> list[Out
     import torch.distributed as dist
     from omegaconf import OmegaConf
 
-    from nemo_kto.config import parse_config
+    from nemo_kto.commands.evaluate import evaluate
+    from nemo_kto.config.compose import parse_config
     from nemo_kto.errors import KTOError
-    from nemo_kto.evaluate import evaluate
     from nemo_kto.quiet import silence_loaded_packages
 
     silence_loaded_packages()

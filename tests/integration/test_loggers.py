@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nemo_kto.config import parse_config
+from nemo_kto.config.compose import parse_config
 from nemo_kto.errors import ConfigError
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_kto.data.batching import Document
+from nemo_kto.data.batches.packed_rows import Document
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     assert_alike,

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from nemo_kto.data.batching import Document, KTOBatch
-from nemo_kto.data.datamodule import DataSettings, KTODataModule
-from nemo_kto.data.sources import Source
+from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.batches.packed_rows import Document, KTOBatch
+from nemo_kto.data.reading.sources import Source
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     EXPERTS,

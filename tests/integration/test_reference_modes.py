@@ -133,17 +133,18 @@ def test_what_caching_costs(
 
 def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None) -> tuple[int, int]:
     """Run `nemo-kto cache-reference` on one rank; return batches and passes scored, or die after `parts` parts."""
-    from nemo_kto import train as training
-    from nemo_kto.data.reference_cache import ReferenceCache
-    from nemo_kto.models import cache_reference
-    from nemo_kto.models.kto_step import RowScorer
+    from nemo_kto.commands import train as training
+    from nemo_kto.commands.cache_reference import cache_reference
+    from nemo_kto.data.batches.reference_cache import ReferenceCache
+    from nemo_kto.kto import fill_cache, megatron_gpt_kto_model
+    from nemo_kto.kto.scoring import RowScorer
 
     scored, passes, written = 0, 0, 0
-    original, original_write, original_score = cache_reference.fill, ReferenceCache.write_part, RowScorer.score
+    original, original_write, original_score = fill_cache.fill, ReferenceCache.write_part, RowScorer.score
 
     def fill(cache: Any, work: Any, *arguments: Any, **keywords: Any) -> None:
         nonlocal scored
-        scored = cache_reference.count_batches(work)
+        scored = fill_cache.count_batches(work)
         original(cache, work, *arguments, **keywords)
 
     def score(self: RowScorer, rows: Any) -> Any:
@@ -158,14 +159,12 @@ def cache_on_rank(port: int, overrides: dict[str, Any], parts: int | None = None
         if written == parts:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from nemo_kto.models import megatron_gpt_kto_model
-
-    cache_reference.BATCHES_PER_PART = 2
+    fill_cache.BATCHES_PER_PART = 2
     megatron_gpt_kto_model.fill = fill
     RowScorer.score = score  # type: ignore[method-assign]
     if parts is not None:
         ReferenceCache.write_part = write_part  # type: ignore[method-assign]
-    training.train = lambda config, callbacks: training.cache_reference(config)
+    training.train = lambda config, callbacks: cache_reference(config)
     train_on_rank(port, overrides)
     return scored, passes
 
@@ -218,7 +217,7 @@ class FindsReferenceWeights(Callback):
 
 def train_without_scoring(port: int, overrides: dict[str, Any]) -> bool:
     """Train; return whether no reference weights are left. Scoring the reference is an error."""
-    from nemo_kto.models import megatron_gpt_kto_model
+    from nemo_kto.kto import megatron_gpt_kto_model
 
     def fill(*_: Any, **__: Any) -> None:
         raise AssertionError("the cache is complete")
@@ -388,7 +387,7 @@ def test_all_modes_agree_on_another_reference(
 
 def cache_what_is_not_finite(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
     """Train with a reference whose log-probs have overflowed; return kind and message of the error."""
-    from nemo_kto.models.kto_step import RowScorer
+    from nemo_kto.kto.scoring import RowScorer
 
     RowScorer.score = lambda self, rows: torch.full((sum(row.num_documents for row in rows),), float("-inf"))  # type: ignore
     return refusal_on_rank(port, overrides)

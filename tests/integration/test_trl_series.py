@@ -67,7 +67,7 @@ def train_and_keep(
     Those of the rewards of one class are the rewards of all samples: which count is in the weights beside them.
     """
     from nemo_kto.algorithms.metrics import MetricSums
-    from nemo_kto.data import sampling
+    from nemo_kto.data.batches import sampling
 
     keeper, add = KeepsBatches(), MetricSums.add
     per_sample: dict[str, list[list[float]]] = {}

@@ -20,12 +20,14 @@ from megatron.core.tensor_parallel import mappings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nemo_kto.errors import ConfigError
-from nemo_kto.models.gpt import KTOGPTModel, build_gpt, load_hf_config
-from nemo_kto.models.hf_weights import export_hf, import_hf
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt
+from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
-from tests.models import tiny_hf
+from nemo_kto.weights.export_hf import export_hf
+from nemo_kto.weights.import_hf import import_hf
+from tests.network import tiny_hf
 
 LAYOUTS = {"one": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "PP2": (2, 1, 2)}  # processes, tensor, pipeline
 SEED = 11

@@ -13,10 +13,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[3]))  # a clone works without being installed
 
-    from nemo_kto.quiet import silence_startup_noise
+    from nemo_kto.cli import run_script
 
-    silence_startup_noise()
-
-    from nemo_kto.evaluate import main
-
-    main()
+    run_script("evaluate", sys.argv[1:])

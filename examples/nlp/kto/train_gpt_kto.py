@@ -15,10 +15,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[3]))  # a clone works without being installed
 
-    from nemo_kto.quiet import silence_startup_noise
+    from nemo_kto.cli import run_script
 
-    silence_startup_noise()
-
-    from nemo_kto.train import main
-
-    main()
+    run_script("train", sys.argv[1:])

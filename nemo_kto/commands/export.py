@@ -1,0 +1,117 @@
+"""From a run, or one of its checkpoints, to a Hugging Face folder: when training ends, and `nemo-kto export-hf`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from megatron.core import dist_checkpointing
+
+from nemo_kto.errors import ConfigError
+from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.lora import adapters_merged
+from nemo_kto.network.weight_rules import ADAPTERS
+from nemo_kto.runtime import parallel
+from nemo_kto.runtime.checkpoint import (
+    SOURCE_FOLDER,
+)
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.checkpoint_model import load_model, source_of
+from nemo_kto.weights.export_hf import export_hf
+from nemo_kto.weights.model_card import model_card, read_facts
+from nemo_kto.weights.peft_adapter import export_adapter, is_adapter, write_adapter
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run `nemo-kto export-hf`."""
+    export_checkpoint(options.checkpoint, options.folder, merge=options.merge)
+    print(f"Wrote {options.folder}")
+
+
+class ExportAtEnd(Callback):
+    """Writes the Hugging Face or PEFT folder when the last step has been taken; not when the run was stopped earlier.
+
+    Args:
+        folder: Folder to write.
+        source_folder: What `write_source_folder` wrote, on global rank 0.
+        replace: Whether `folder` may be replaced, as what the run exported when it was shorter.
+    """
+
+    def __init__(self, folder: Path, source_folder: Path, *, replace: bool) -> None:
+        self.folder = folder
+        self.source_folder = source_folder
+        self.replace = replace
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, collectively, while the process groups still exist."""
+        if trainer.global_step < trainer.max_steps:
+            return
+        assert isinstance(pl_module, MegatronGPTKTOModel)
+        trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
+        if self.replace:
+            remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
+            parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")
+        model, merge = pl_module, pl_module.config.export.merge_adapters
+        adapter = model.lora is not None and not merge
+        facts = read_facts(self.source_folder)
+        card = model_card(facts, model.last_metrics, step=trainer.global_step, adapter=adapter)
+        if adapter:
+            export_adapter(model.models, self.source_folder, self.folder, card=card)
+        else:
+            with adapters_merged(model.models) if merge else nullcontext():
+                export_hf(model.models, model.hf_config, self.folder, tokenizer_folder=self.source_folder, card=card)
+        if trainer.is_global_zero:
+            print(f"Aligned {'adapter' if adapter else 'model'}: {self.folder}", flush=True)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> None:
+    """Write the weights of a checkpoint, saved under any layout, as a Hugging Face folder, in this one process.
+
+    Args:
+        checkpoint: A checkpoint folder of a run (`<log dir>/checkpoints/<name>`).
+        folder: Folder to create.
+        merge: Of a run with LoRA, write the whole model instead of an adapter for PEFT.
+
+    Raises:
+        CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty, or the
+            base model is not where it was.
+        ConfigError: `merge` without LoRA.
+    """
+    source = source_of(checkpoint)
+    if merge and not is_adapter(source):
+        raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
+    with parallel.default_group():
+        adapter = is_adapter(source) and not merge
+        (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
+
+
+def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
+    """Return the model card of what a checkpoint holds."""
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    facts = read_facts(checkpoint / SOURCE_FOLDER)
+    return model_card(facts, common.get("metrics", {}), step=common["global_step"], adapter=adapter)
+
+
+def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
+    """Write the adapters of a checkpoint without building the model they belong to."""
+    tensors = {
+        key: tensor
+        for key, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint)).items()
+        if ADAPTERS in key and key.startswith("decoder.")  # the optimizer's have names of their own
+    }
+    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, card=card)
+    parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
+
+
+def _export_model(checkpoint: Path, folder: Path, card: str | None) -> None:
+    layout = Layout(world_size=1)
+    parallel.initialize(layout, seed=0)
+    model = load_model(checkpoint, layout)
+    source = source_of(checkpoint)
+    with adapters_merged([model]) if is_adapter(source) else nullcontext():
+        export_hf([model], load_hf_config(source), folder, tokenizer_folder=source, card=card)

@@ -1,0 +1,157 @@
+"""From a configuration to a trained, exported model: checks first, then data, then processes."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from nemo_kto.commands.export import ExportAtEnd, export_checkpoint
+from nemo_kto.config.folders import (
+    ANSWERS_FILE,
+    export_directory,
+    export_folder,
+    log_directory,
+    model_folder,
+    tokenizer_folder,
+)
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.errors import KTOError
+from nemo_kto.generation.answers import AnswerPrompts
+from nemo_kto.generation.decoding import Sampling
+from nemo_kto.generation.prompts import stop_token_ids
+from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.data import prompts_to_answer
+from nemo_kto.runs.facts import run_facts, write_facts
+from nemo_kto.runs.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
+from nemo_kto.runs.run import Run, prepare
+from nemo_kto.runs.schedule import Schedule, warn_about_rates
+from nemo_kto.runs.trainer import finishes, graceful_stop, training_trainer
+from nemo_kto.runtime.checkpoint import step_of
+from nemo_kto.weights.source_folder import write_source_folder
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
+    """Run KTO as configured, from the Hugging Face folder to the exported one.
+
+    What can be wrong with configuration, layout and data is found before Lightning starts the other processes of this
+    node; weights are compared with the model when each process reads its part.
+
+    Args:
+        config: The configuration.
+        callbacks: Lightning callbacks to run besides those of this package.
+
+    Raises:
+        ConfigError: The configuration or layout cannot work.
+        DataError: A data file cannot be used.
+        CheckpointError: The model folder or a checkpoint cannot be used, or a checkpoint not be written.
+        DivergenceError: A gradient is not finite.
+    """
+    stop = graceful_stop(config)  # its time begins here
+    run = prepare(config)
+    config = run.config
+    warn_about_rates(config, run.schedule)
+    log_dir = log_directory(config)
+    identity = run_identity(config, run.hf_config, run.data, lora=run.lora, reference=run.reference)
+    last = resumable_checkpoint(config, log_dir)
+    if last is not None:
+        check_same_run(last, identity)
+        if step_of(last) >= run.schedule.total:
+            _finish(config, last, run.schedule)
+            return
+    export_to = export_folder(config, resumes=last is not None)
+
+    with tempfile.TemporaryDirectory(prefix="nemo_kto-") as temporary:
+        source_folder = Path(temporary)
+        if is_global_rank_zero():
+            write_source_folder(
+                source_folder,
+                run.hf_config,
+                model_folder=model_folder(config),
+                tokenizer_folder=tokenizer_folder(config),
+                lora=run.lora,
+            )
+            write_identity(source_folder, identity)
+            facts = run_facts(run)
+            write_facts(source_folder, facts)
+            steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
+            print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
+        trainer = training_trainer(run, source_folder=source_folder, resumes=last is not None)
+        # now: exp_manager puts a folder's older files aside
+        run.data.list_bad_records(log_dir / "bad_records.jsonl")
+        if is_global_rank_zero():
+            write_facts(log_dir, facts)
+        trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
+        if export_to is not None:
+            replace = last is not None and config.export.folder is None
+            trainer.callbacks.append(ExportAtEnd(export_to, source_folder, replace=replace))  # type: ignore[attr-defined]
+        model = run.model()
+        if config.generation.num_prompts:
+            answers = _answers(run, log_dir)
+            trainer.callbacks.append(answers)  # type: ignore[attr-defined]
+            model.visit_reference = answers.answer_as_reference
+        if not finishes(partial(trainer.fit, model, datamodule=run.data, ckpt_path=last)):
+            return
+    if is_global_rank_zero():
+        print(f"Logs and checkpoints: {log_dir}", flush=True)
+        if trainer.global_step == trainer.max_steps:
+            _report(config, log_dir)
+
+
+def _answers(run: Run, log_dir: Path) -> AnswerPrompts:
+    """Return the callback that answers prompts."""
+    settings, max_positions = run.config.generation, run.hf_config.max_position_embeddings
+    return AnswerPrompts(
+        prompts_to_answer(run.config, run.data, max_positions=max_positions),
+        run.tokenizer,
+        Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=run.config.model.seed,
+        ),
+        stop_token_ids=stop_token_ids(run.tokenizer, model_folder(run.config), tokenizer_folder(run.config)),
+        every=settings.every_n_validations,
+        file=log_dir / ANSWERS_FILE,
+    )
+
+
+def _report(config: KTOConfig, log_dir: Path) -> None:
+    """Write the pictures of a run; one that has come to its end does not fail for them."""
+    if not config.report.enabled:
+        return
+    if not config.exp_manager.create_tensorboard_logger:
+        print("Report: none, as exp_manager.create_tensorboard_logger=false leaves nothing to draw.", flush=True)
+        return
+    from nemo_kto.reporting.report import write_report  # matplotlib only where it is needed
+
+    try:
+        page = write_report([log_dir], log_dir / "report")
+    except KTOError as error:
+        logger.warning("There is no report: %s", error)
+    except Exception:  # of the libraries that draw
+        logger.warning("There is no report; `nemo-kto report %s` tries again.", log_dir, exc_info=True)
+    else:
+        print(f"Report: {page}", flush=True)
+
+
+def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
+    """Say that there is nothing left to train; export, and draw, if the run was killed before it had."""
+    if not is_global_rank_zero():
+        return
+    print(f"The run has taken its {schedule.total} steps already: {last}", flush=True)
+    if config.export.enabled:
+        folder = export_directory(config)
+        if not folder.exists():
+            export_checkpoint(last, folder, merge=config.export.merge_adapters)
+        adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
+        print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)
+    log_dir = log_directory(config)
+    if not (log_dir / "report").exists():
+        _report(config, log_dir)

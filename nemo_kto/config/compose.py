@@ -1,0 +1,136 @@
+"""From conf/gpt_kto.yaml and overrides to a checked configuration, before anything heavy is imported.
+
+`parse_config` turns what Hydra composed into the classes of `schema.py` and refuses what it does not know, naming the
+nearest key. Keys of NeMo-Aligner that no longer mean anything are accepted with one warning; those whose feature does
+not exist yet are refused unless they are neutral.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_kto.config.checks import check_values
+from nemo_kto.config.legacy import take_legacy_keys
+from nemo_kto.config.reader import build, flatten, leaf_values, unknown_key_message
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.errors import ConfigError, run_guarded
+from nemo_kto.quiet import is_global_rank_zero
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_NAME = "gpt_kto"
+_PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
+_HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=.")
+"""What NeMo's hydra_runner sets too: nothing is written into the folder that a command is called in."""
+
+
+def config_dir() -> Path:
+    """Return the folder of gpt_kto.yaml: of the clone, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def load_config(overrides: Sequence[str] = ()) -> KTOConfig:
+    """Return the configuration of conf/gpt_kto.yaml with overrides, as on the command line.
+
+    Args:
+        overrides: Such as `["model.optim.lr=1e-6", "trainer.devices=2"]`.
+
+    Raises:
+        ConfigError: See `parse_config`; or an override is not written as Hydra reads it.
+    """
+    _register_resolvers()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base=None):
+            raw = hydra.compose(_CONFIG_NAME, [_forced(override) for override in overrides])
+    except HydraException as error:
+        raise ConfigError(f"The overrides {list(overrides)} cannot be read: {error}") from error
+    return parse_config(raw)
+
+
+def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]) -> None:
+    """Run `action` with the configuration from conf/gpt_kto.yaml and `overrides` of the command line.
+
+    Hydra's own options (`--config-path`, `--config-name`, `--cfg job`, `--multirun` ...) work among the overrides.
+    NeMo's `hydra_runner` does the same, but imports NeMo, and PyTorch with it, before a misspelt key is found.
+    """
+    command = list(sys.argv)
+
+    def act(raw: DictConfig) -> None:
+        sys.argv = command  # Lightning starts the other processes with it
+        # Hydra turns exceptions into its own report: ours must not reach it
+        run_guarded(lambda: action(parse_config(raw)))
+
+    _register_resolvers()
+    sys.argv = [command[0], *(_forced(argument) for argument in overrides), *_HYDRA_SETTINGS]
+    run_guarded(hydra.main(config_path=str(config_dir()), config_name=_CONFIG_NAME, version_base=None)(act))
+
+
+def _register_resolvers() -> None:
+    """Let configurations use `${multiply:...}` and `${sum:...}`, as with NeMo's hydra_runner."""
+    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+    OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+
+
+def _forced(argument: str) -> str:
+    """Return an override that Hydra accepts for any key: `parse_config` judges keys, NeMo-Aligner's included."""
+    plain = argument.lstrip("+")
+    return "++" + plain if _PLAIN_OVERRIDE.match(argument) and not plain.startswith("hydra.") else argument
+
+
+def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
+    """Return the typed configuration of a run.
+
+    Args:
+        raw: What Hydra composed from conf/gpt_kto.yaml and the command line, or the same as plain mappings; missing
+            keys take their defaults.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type or is impossible.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key or 'The configuration'} cannot be resolved: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(plain, dict)
+    defaults = leaf_values(KTOConfig())
+    flat, ignored = take_legacy_keys(flatten(plain, defaults), defaults)
+    for key in flat:
+        if key not in defaults:
+            raise ConfigError(unknown_key_message(key, defaults))
+    if ignored and is_global_rank_zero():
+        logger.warning("These keys change nothing here and are ignored: %s", ", ".join(ignored))
+    config: KTOConfig = build(KTOConfig, flat)
+    config.trainer.precision = _canonical_precision(config.trainer.precision)
+    callback = config.exp_manager.checkpoint_callback_params
+    callback.monitor = callback.monitor.replace("/", "_")  # val/loss in the logs, val_loss in file names
+    check_values(config)
+    return config
+
+
+_PRECISIONS: dict[int | str, tuple[str, ...]] = {
+    32: ("32", "32-true", "fp32"),
+    "bf16-mixed": ("bf16-mixed", "bf16"),
+    "16-mixed": ("16-mixed", "16", "fp16"),
+}
+"""What `trainer.precision` becomes -> the ways NeMo and Lightning write it."""
+
+
+def _canonical_precision(given: int | str) -> int | str:
+    for canonical, spellings in _PRECISIONS.items():
+        if str(given) in spellings:
+            return canonical
+    raise ConfigError(f"trainer.precision={given} is not available. Use one of {', '.join(map(str, _PRECISIONS))}.")

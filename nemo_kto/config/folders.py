@@ -1,0 +1,63 @@
+"""Names of files in a log folder that one part of the package writes and another reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.errors import ConfigError
+
+FACTS_FILE = "run.json"
+"""What a run is; also in the folder that every checkpoint gets a copy of."""
+
+ANSWERS_FILE = "generations.jsonl"
+"""What policy and reference answered to prompts."""
+
+
+def log_directory(config: KTOConfig) -> Path:
+    """Return the folder of the run's logs, checkpoints and export."""
+    manager = config.exp_manager
+    return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
+
+
+def export_directory(config: KTOConfig) -> Path:
+    """Return the folder the aligned model is written to."""
+    return Path(config.export.folder or log_directory(config) / "hf").absolute()
+
+
+def export_folder(config: KTOConfig, *, resumes: bool) -> Path | None:
+    """Return the folder the aligned model will be written to; None if the run writes none.
+
+    Only a resumed run may replace a folder, and only the one in its own log folder.
+
+    Raises:
+        ConfigError: The folder holds something else.
+    """
+    if not config.export.enabled:
+        return None
+    folder = export_directory(config)
+    sources = {path.resolve() for path in (tokenizer_folder(config), model_folder(config)) if path is not None}
+    ours = resumes and config.export.folder is None and folder.resolve() not in sources
+    if not ours and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(
+            f"The aligned model would be written to {folder}, which is not empty. Name another folder with "
+            "export.folder or exp_manager.explicit_log_dir, or remove it."
+        )
+    return folder
+
+
+def tokenizer_folder(config: KTOConfig) -> Path:
+    """Return the folder of the tokenizer; a ConfigError if there is none."""
+    folder = config.model.tokenizer.path or config.pretrained_checkpoint.restore_from_path
+    if folder is None:
+        raise ConfigError(
+            "There is no tokenizer. Set pretrained_checkpoint.restore_from_path to a Hugging Face folder, or, for a "
+            "model with random weights, model.tokenizer.path."
+        )
+    return Path(folder)
+
+
+def model_folder(config: KTOConfig) -> Path | None:
+    """Return the Hugging Face folder training starts from; None for random weights."""
+    folder = config.pretrained_checkpoint.restore_from_path
+    return Path(folder) if folder else None

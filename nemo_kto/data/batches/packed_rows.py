@@ -1,0 +1,278 @@
+"""Documents -> one rank's share of a global batch -> packed rows, the form the model works on.
+
+A packed row is whole documents (prompt + response) laid end to end without padding; attention stays within a document
+and positions restart at each one.
+
+Shapes: `n` samples and `k` documents of the KL set of this rank, `d` documents in a row, `T` tokens in a row,
+`R` response tokens in a row, `p` / `r` tokens of one prompt / response.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nemo_kto.data.batches.dealing import DocumentIndex
+from nemo_kto.data.tokens.tokenization import TokenizedSample
+
+Document = tuple[Tensor, Tensor]
+"""(prompt [p], response [r]), both int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One micro-batch.
+
+    Attributes:
+        tokens: [T] int64 token ids.
+        position_ids: [T] int64, counted from 0 within each document.
+        cu_seqlens: [d+1] int32, where each document starts, and T.
+        max_seqlen: Tokens of the longest document.
+        response_positions: [R] int64, for each response token the place in the row of the token before it, whose
+            hidden state predicts it.
+        response_tokens: [R] int64, the response tokens' ids.
+        document_ids: [R] int64, the document (0 to d-1) each response token belongs to.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    response_positions: Tensor
+    response_tokens: Tensor
+    document_ids: Tensor
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the row."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """Response tokens of each document, [d] int64."""
+        return torch.bincount(self.document_ids, minlength=self.num_documents)
+
+    def padded(self, multiple: int) -> "PackedRow":
+        """The row with a number of tokens that `multiple` divides, by a last document without responses."""
+        missing = -self.tokens.numel() % multiple
+        if not missing:
+            return self
+        end = self.cu_seqlens[-1:] + missing
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
+            position_ids=torch.cat([self.position_ids, torch.arange(missing, device=self.position_ids.device)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, end]),
+            max_seqlen=max(self.max_seqlen, missing),
+        )
+
+    def shard(self, rank: int, size: int) -> "PackedRow":
+        """The `rank`-th of `size` equal parts of the row.
+
+        Tokens and positions are the part's own; responses are those predicted in it, counted from its first token;
+        `cu_seqlens` and `max_seqlen` still describe the whole row. `size` divides the number of tokens.
+        """
+        if size == 1:
+            return self
+        length, rest = divmod(self.tokens.numel(), size)
+        assert not rest, (self.tokens.numel(), size)
+        start = rank * length
+        mine = (self.response_positions >= start) & (self.response_positions < start + length)
+        return replace(
+            self,
+            tokens=self.tokens[start : start + length],
+            position_ids=self.position_ids[start : start + length],
+            response_positions=self.response_positions[mine] - start,
+            response_tokens=self.response_tokens[mine],
+            document_ids=self.document_ids[mine],
+        )
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The row with every tensor on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            position_ids=self.position_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            response_positions=self.response_positions.to(device),
+            response_tokens=self.response_tokens.to(device),
+            document_ids=self.document_ids.to(device),
+        )
+
+
+def pack_documents(documents: Sequence[Document]) -> PackedRow:
+    """Lays documents end to end.
+
+    Args:
+        documents: At least one (prompt [p >= 1], response [r >= 1]).
+
+    Example:
+        Prompts [1 2] and [5], responses [3] and [6 7] give tokens [1 2 3 5 6 7], position_ids [0 1 2 0 1 2],
+        cu_seqlens [0 3 6], response_positions [1 3 4], response_tokens [3 6 7], document_ids [0 1 1].
+    """
+    assert documents, "a packed row needs at least one document"
+    prompt_lengths = [prompt.numel() for prompt, _ in documents]
+    response_lengths = [response.numel() for _, response in documents]
+    assert min(prompt_lengths) > 0 and min(response_lengths) > 0, (prompt_lengths, response_lengths)
+    lengths = [p + r for p, r in zip(prompt_lengths, response_lengths, strict=True)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    positions = [
+        torch.arange(start + p - 1, start + p - 1 + r)
+        for start, p, r in zip(cu_seqlens.tolist(), prompt_lengths, response_lengths, strict=False)
+    ]
+    return PackedRow(
+        tokens=torch.cat([part for document in documents for part in document]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(lengths),
+        response_positions=torch.cat(positions),
+        response_tokens=torch.cat([response for _, response in documents]),
+        document_ids=torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(response_lengths)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KTOItem:
+    """A document of a batch.
+
+    Attributes:
+        prompt: [p] int64.
+        response: [r] int64.
+        desirable: True for thumbs up; of the sample that the prompt is of.
+        index: Which document it is.
+        weight: What the loss of that sample is multiplied with.
+    """
+
+    prompt: Tensor
+    response: Tensor
+    desirable: bool
+    index: DocumentIndex
+    weight: float = 1.0
+
+
+class KTODataset(Dataset[KTOItem]):
+    """Tokenised samples, looked up by the documents that the samplers deal.
+
+    A prompt and the response of another sample can together be longer than any sample is. Only where that is more than
+    the model has positions is such a KL response cut at the end; samples are never cut.
+    """
+
+    def __init__(self, samples: Sequence[TokenizedSample], *, max_positions: int | None = None) -> None:
+        """Keeps the samples; `max_positions` is the longest document the model is defined for (None: no limit)."""
+        self._samples = samples
+        self._max_positions = max_positions
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def __getitem__(self, index: DocumentIndex) -> KTOItem:
+        """A sample, or a document of the KL set."""
+        sample = self._samples[index.prompt]
+        response = sample.response
+        if index.in_kl_set:
+            response = self._samples[index.response].response
+            if self._max_positions is not None:
+                response = response[: self._max_positions - sample.prompt.numel()]
+        return KTOItem(sample.prompt, response, sample.desirable, index, sample.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class KTOBatch:
+    """One rank's share of one global batch.
+
+    Attributes:
+        samples: n (prompt, response).
+        kl_samples: k (prompt, response of another sample); empty without a KL set.
+        row_sizes: How many consecutive samples each micro-batch holds.
+        kl_row_sizes: The same of the KL set.
+        pairs: [n, 2] int64, the numbers of the records that prompt and response are of; always on the CPU.
+        kl_pairs: [k, 2] int64, the same of the KL set.
+        places: [n] int64, the samples' places in the global batch; always on the CPU.
+        kl_places: [k] int64, the same among the global batch's KL set.
+        desirable: [n] bool.
+        weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
+        kl_weights: [k] float32, the same of the KL set.
+        loss_weights: [n] float32, what each loss is multiplied with; 0 for a sample that only fills a place.
+    """
+
+    samples: list[Document]
+    kl_samples: list[Document]
+    row_sizes: list[int]
+    kl_row_sizes: list[int]
+    pairs: Tensor
+    kl_pairs: Tensor
+    places: Tensor
+    kl_places: Tensor
+    desirable: Tensor
+    weights: Tensor
+    kl_weights: Tensor
+    loss_weights: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as few tensors: each one sent costs a file descriptor on both sides."""
+        parts = [part for document in self.samples + self.kl_samples for part in document]
+        lengths = torch.tensor([part.numel() for part in parts])
+        others = [getattr(self, field.name) for field in fields(self)[2:]]
+        return _batch_from_flat, (torch.cat(parts), lengths, *others)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
+        """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
+        names = ("desirable", "weights", "kl_weights", "loss_weights")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def sample_rows(self) -> list[PackedRow]:
+        """The samples as packed rows, a micro-batch each."""
+        return _rows(self.samples, self.row_sizes)
+
+    def kl_rows(self) -> list[PackedRow]:
+        """The KL set as packed rows, a micro-batch each."""
+        return _rows(self.kl_samples, self.kl_row_sizes)
+
+
+def collate_documents(items: Sequence[KTOItem]) -> KTOBatch:
+    """Joins the documents of a batch, each micro-batch's in a row; the `collate_fn` for DataLoader."""
+    samples = [item for item in items if not item.index.in_kl_set]
+    kl_set = [item for item in items if item.index.in_kl_set]
+    weights = torch.tensor([item.index.weight for item in samples], dtype=torch.float32)
+    return KTOBatch(
+        samples=[(item.prompt, item.response) for item in samples],
+        kl_samples=[(item.prompt, item.response) for item in kl_set],
+        row_sizes=_row_sizes(samples),
+        kl_row_sizes=_row_sizes(kl_set),
+        pairs=_pairs(samples),
+        kl_pairs=_pairs(kl_set),
+        places=torch.tensor([item.index.place for item in samples], dtype=torch.int64),
+        kl_places=torch.tensor([item.index.place for item in kl_set], dtype=torch.int64),
+        desirable=torch.tensor([item.desirable for item in samples], dtype=torch.bool),
+        weights=weights,
+        kl_weights=torch.tensor([item.index.weight for item in kl_set], dtype=torch.float32),
+        loss_weights=weights * torch.tensor([item.weight for item in samples], dtype=torch.float32),
+    )
+
+
+def _row_sizes(items: Sequence[KTOItem]) -> list[int]:
+    return [len(list(row)) for _, row in itertools.groupby(items, key=lambda item: item.index.row)]
+
+
+def _pairs(items: Sequence[KTOItem]) -> Tensor:
+    numbers = [(item.index.prompt, item.index.response) for item in items]
+    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, 2)
+
+
+def _batch_from_flat(
+    tokens: Tensor, lengths: Tensor, row_sizes: list[int], kl_row_sizes: list[int], *tensors: Tensor
+) -> KTOBatch:
+    parts = torch.split(tokens, lengths.tolist())
+    documents = list(zip(parts[::2], parts[1::2], strict=True))
+    number = sum(row_sizes)
+    return KTOBatch(documents[:number], documents[number:], row_sizes, kl_row_sizes, *tensors)
+
+
+def _rows(documents: list[Document], sizes: list[int]) -> list[PackedRow]:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [pack_documents(documents[start:end]) for start, end in itertools.pairwise(ends)]

@@ -1,0 +1,167 @@
+"""Tokens on disk, memory-mapped: reading a store costs the same for ten records and for ten million.
+
+A store is a folder with the tokens of all samples end to end, an index with one entry for each, the records that could
+not be used, and counts. It is written under another name and renamed when it is complete, so a store that is there is
+whole, whenever a writer was killed.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from nemo_kto.data.reading.records import BadRecord
+from nemo_kto.data.tokens.tokenization import EncodedRecord, token_key
+
+INDEX = np.dtype(
+    [
+        ("start", "<i8"),  # where its prompt begins in the tokens; its response follows
+        ("prompt", "<i4"),  # tokens of the prompt
+        ("response", "<i4"),
+        ("prompt_key", "<i8"),
+        ("response_key", "<i8"),
+        ("desirable", "?"),
+        ("merged", "?"),  # see EncodedRecord
+        ("verbatim", "?"),
+        ("spelled", "?"),
+        ("weight", "<f4"),
+        ("file", "<i4"),  # which of the source's files it was in, counted from 0
+    ]
+)
+"""One sample. Keys are equal for equal tokens, see `token_key`."""
+
+_TOKENS, _SAMPLES, _BAD, _COUNTS = "tokens.bin", "samples.bin", "bad_records.jsonl", "counts.json"
+_TOKEN = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Some samples in the form they are stored in; `samples["start"]` counts from the chunk's first token."""
+
+    tokens: np.ndarray
+    samples: np.ndarray
+    bad: list[BadRecord]
+
+
+def make_chunk(results: Iterable[EncodedRecord | BadRecord], *, file: int = 0) -> TokenChunk:
+    """Returns what an `Encoder` made of some records of a source's `file`-th file, in the form it is stored in."""
+    tokens: list[int] = []
+    rows, bad = [], []
+    for result in results:
+        if isinstance(result, BadRecord):
+            bad.append(result)
+            continue
+        keys = token_key(result.prompt), token_key(result.response)
+        flags = result.desirable, result.merged, result.verbatim, result.spelled
+        rows.append((len(tokens), len(result.prompt), len(result.response), *keys, *flags, result.weight, file))
+        tokens += result.prompt
+        tokens += result.response
+    return TokenChunk(np.array(tokens, dtype=_TOKEN), np.array(rows, dtype=INDEX), bad)
+
+
+class StoreWriter:
+    """Writes a store to a new folder; use it in a `with` statement, at whose end the store is complete on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder; an OSError if that is impossible."""
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._num_tokens = 0
+        self._num_samples = 0
+        self._num_bad = 0
+
+    def __enter__(self) -> "StoreWriter":
+        """Opens the files."""
+        self._files = {name: (self._folder / name).open("wb") for name in (_TOKENS, _SAMPLES, _BAD)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        """Closes the files; without an error, writes the counts."""
+        if kind is None:
+            counts = {"tokens": self._num_tokens, "samples": self._num_samples, "bad": self._num_bad}
+            self._files[_COUNTS] = (self._folder / _COUNTS).open("wb")
+            self._files[_COUNTS].write(json.dumps(counts).encode())
+        for file in self._files.values():
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())  # before the folder gets its name, whatever the file system makes of it
+            file.close()
+
+    def add(self, chunk: TokenChunk) -> None:
+        """Appends some samples."""
+        samples = chunk.samples.copy()
+        samples["start"] += self._num_tokens
+        self._files[_TOKENS].write(chunk.tokens.tobytes())
+        self._files[_SAMPLES].write(samples.tobytes())
+        for record in chunk.bad:
+            self._files[_BAD].write(json.dumps(asdict(record)).encode() + b"\n")
+        self._num_tokens += len(chunk.tokens)
+        self._num_samples += len(samples)
+        self._num_bad += len(chunk.bad)
+
+
+class TokenStore:
+    """A store that is complete.
+
+    Attributes:
+        folder: The folder.
+        samples: [n] `INDEX`, memory-mapped.
+        tokens: [all tokens] int32, memory-mapped.
+        num_bad: Records that could not be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens it.
+
+        Raises:
+            OSError: There is none.
+            ValueError: It is damaged.
+        """
+        counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+        self.folder = folder
+        self.samples = _mapped(folder / _SAMPLES, INDEX, counts["samples"])
+        self.tokens = _mapped(folder / _TOKENS, _TOKEN, counts["tokens"])
+        self.num_bad: int = counts["bad"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as the name of its folder."""
+        return TokenStore, (self.folder,)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def bad_records(self, limit: int | None = None) -> list[BadRecord]:
+        """Returns the records that could not be used, at most `limit`."""
+        bad: list[BadRecord] = []
+        with (self.folder / _BAD).open("rb") as lines:
+            for line in lines:
+                if limit is not None and len(bad) == limit:
+                    break
+                bad.append(BadRecord(**json.loads(line)))
+        return bad
+
+
+def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
+    if file.stat().st_size != count * dtype.itemsize:
+        raise ValueError(f"{file} has another size than it was written with")
+    return np.memmap(file, dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+
+
+def copy_bad_records(stores: Sequence[TokenStore], file: Path) -> int:
+    """Writes the bad records of some stores to one JSON Lines file, replacing it; returns their number."""
+    partial = file.with_name(f"{file.name}.partial")
+    count = 0
+    with partial.open("wb") as out:
+        for store in stores:
+            if store.num_bad:
+                out.write((store.folder / _BAD).read_bytes())
+                count += store.num_bad
+    partial.replace(file)
+    return count

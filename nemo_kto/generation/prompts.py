@@ -1,0 +1,71 @@
+"""Prompts as the model sees them, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kto.data.reading.containers import read_rows
+from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, Messages
+from nemo_kto.data.tokens.rendering import TokenizationSettings
+from nemo_kto.data.tokens.tokenization import Encoder
+from nemo_kto.errors import DataError
+
+
+def read_prompts(file: Path) -> list[str | Messages]:
+    """Return the field `prompt` of each row of a file, a text or a list of messages.
+
+    Raises:
+        DataError: The file cannot be read, or a row has none.
+    """
+    prompts: list[str | Messages] = []
+    for row in read_rows(file):
+        if isinstance(row, BadRecord):
+            raise DataError(str(row))
+        prompt = row.values.get("prompt")
+        if not isinstance(prompt, str | list):
+            raise DataError(f"{row.source}:{row.line}: field 'prompt' must be a text or a list of messages.")
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{file}: the file holds no prompt.")
+    return prompts
+
+
+def prompt_tokens(
+    prompts: Sequence[str | Messages], tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings
+) -> list[torch.Tensor]:
+    """Return the tokens `[p]` int64 of each prompt, as training would make them of a record with that prompt.
+
+    Raises:
+        DataError: A prompt cannot be used.
+    """
+    encoder = Encoder(tokenizer, settings)
+    records = []
+    for number, prompt in enumerate(prompts, 1):
+        # any answer: only the prompts' tokens are wanted
+        answer: str | Messages = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
+        records.append(FeedbackRecord(prompt, answer, True, "prompts", number))
+    found = []
+    for encoded in encoder.encode(records):
+        if isinstance(encoded, BadRecord):
+            raise DataError(f"Prompt {encoded.line} cannot be used: {encoded.reason}")
+        found.append(torch.tensor(encoded.prompt))
+    return found
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, *folders: Path | None) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's EOS token, and those of `generation_config.json`.
+
+    That is taken from the first of `folders` that has one.
+    """
+    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    files = [folder / "generation_config.json" for folder in folders if folder is not None]
+    file = next((file for file in files if file.is_file()), None)
+    if file is not None:
+        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(more) if isinstance(more, list) else {more} - {None}
+    return frozenset(found)

@@ -1,0 +1,408 @@
+"""MegatronGPTKTOModel: Kahneman-Tversky Optimization of a Megatron GPT model from binary feedback.
+
+One Lightning step is one global batch (KTO, arXiv 2402.01306, section 4.1):
+
+1. the policy scores the KL set (each prompt with another sample's response), forward only;
+2. the reference scores the KL set and the samples, forward only, in the live model, or its scores are looked up
+   (`models/reference.py`);
+3. the baseline z is formed from all data-parallel ranks;
+4. Megatron's 1F1B schedule scores the samples again, with gradients, and the optimizer steps.
+
+Tensor legend: `n` samples of this rank in the global batch, `b` samples of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from transformers import PretrainedConfig
+
+from nemo_kto.algorithms.diagnosis import Diagnosis
+from nemo_kto.algorithms.metrics import MetricSums
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.data.batches.packed_rows import KTOBatch, PackedRow
+from nemo_kto.errors import DivergenceError
+from nemo_kto.kto.baseline import Baseline, Comparison, form_baseline
+from nemo_kto.kto.fill_cache import count_batches, fill, open_cache
+from nemo_kto.kto.objective import Objective
+from nemo_kto.kto.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
+from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
+from nemo_kto.kto.starting_weights import Weights
+from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt
+from nemo_kto.network.lora import LoRASettings, add_adapters
+from nemo_kto.network.moe import expert_layers
+from nemo_kto.runtime import parallel, router_loss
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.loop import graceful_stop
+
+logger = logging.getLogger(__name__)
+
+_OWN_TIMES = ("train/step_time", "train/tokens_per_second")
+"""Metrics that every rank measures for itself."""
+
+
+class MegatronGPTKTOModel(LightningModule):
+    """KTO on Megatron-Core; manual optimization, one global batch a step.
+
+    Args:
+        config: The whole configuration of the run.
+        hf_config: Hugging Face configuration of the model to build.
+        layout: Division of the processes.
+        params_dtype: Dtype of parameters and activations; log-probs and losses are float32 whatever it is.
+        recompute: What the backward pass computes again.
+        lora: The adapters to train; None to train the whole model.
+        reference: The reference policy.
+        steps_per_epoch: Steps of one pass over the training data.
+        val_batches: Batches of one validation.
+
+    Attributes:
+        chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
+            wrapped for data parallelism once training has begun.
+        last_metrics: Name with its stage -> value that was logged last.
+        visit_reference: Called with this model while it is a reference that is not kept, but whose log-probs are
+            cached; None for nothing.
+    """
+
+    def __init__(
+        self,
+        config: KTOConfig,
+        hf_config: PretrainedConfig,
+        *,
+        layout: Layout,
+        params_dtype: torch.dtype,
+        recompute: Recompute | None,
+        lora: LoRASettings | None,
+        reference: ReferenceSettings,
+        steps_per_epoch: int,
+        val_batches: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.objective = Objective(config.model.kto)
+        self.hf_config = hf_config
+        self.steps_per_epoch = steps_per_epoch
+        self.val_batches = val_batches
+        self.layout = layout
+        self.params_dtype = params_dtype
+        self.recompute = recompute
+        self.lora = lora
+        self.reference_settings = reference
+        self.chunks = torch.nn.ModuleList()
+        self.last_metrics: dict[str, float] = {}
+        self.visit_reference: Callable[[MegatronGPTKTOModel], None] | None = None
+        self.reference: ReferencePolicy | None = None
+        self._validation_sums = MetricSums()
+        follows = self.objective.interval is not None and reference.sync_every is not None
+        self._diagnosis = Diagnosis(has_kl=self.objective.kl_set, near_reference=follows)
+        folders = config.pretrained_checkpoint.restore_from_path, config.model.peft.lora_tuning.restore_from_path
+        model_folder, adapter_folder = (None if folder is None else Path(folder) for folder in folders)
+        self._weights = Weights(
+            model_folder=model_folder,
+            adapter_folder=adapter_folder,
+            seed=config.model.seed,
+            init_std=config.model.init_method_std,
+            has_adapters=lora is not None,
+            reference=reference,
+        )
+
+    # model
+
+    def configure_model(self) -> None:
+        """Build this rank's part of the model, load its weights and have the reference; collective."""
+        if self.chunks:
+            return
+        model = self.config.model
+        self.chunks = torch.nn.ModuleList(
+            build_gpt(
+                self.hf_config,
+                self.layout,
+                chunk=chunk,
+                transformer_impl=model.transformer_impl,
+                vocab_pad_multiple=model.make_vocab_size_divisible_by,
+                params_dtype=self.params_dtype,
+                recompute=self.recompute,
+                moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+                unfused=self.lora is not None,
+            )
+            for chunk in range(self.layout.virtual)
+        )
+        if self.lora is not None:
+            for chunk in self.chunks:
+                add_adapters(chunk, self.lora)
+        self.chunks.to(self.trainer.strategy.root_device)
+        self._weights.load_model(self.models)
+        self._weights.load_adapters(self.models)
+        if self.reference_settings.mode == "cached":
+            self.reference = self._make_cached_reference()
+        else:
+            self.reference = self._weights.live_reference(self.models)
+
+    @property
+    def models(self) -> list[KTOGPTModel]:
+        """This rank's chunks without what they are wrapped in."""
+        return [unwrapped(chunk) for chunk in self.chunks]
+
+    def _make_cached_reference(self) -> CachedReference:
+        """Return the log-probs of the reference; those that are not in the cache yet are computed."""
+        settings, data = self.reference_settings, self.trainer.datamodule  # type: ignore[attr-defined]
+        assert settings.cache is not None
+        cache, work = open_cache(settings.cache.folder, settings.cache.key, data, val_batches=self.val_batches)
+        if count_batches(work) or self.visit_reference is not None:
+            self._weights.load_reference(self.models)
+            stop = graceful_stop(self.trainer)
+            assert stop is not None, "nemo_kto.train gives every trainer one"
+            with stop.listening():
+                fill(
+                    cache,
+                    work,
+                    data,
+                    self._scorer(),
+                    stop=stop.agreed,
+                )
+            if self.visit_reference is not None:
+                self.visit_reference(self)
+            self._weights.restore_policy(self.models)
+        return CachedReference(cache.tables)
+
+    def reference_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict of a reference that moves, which a resumed run needs; else nothing."""
+        if not isinstance(self.reference, ExchangedReference) or not self.reference_settings.sync_every:
+            return {}
+        return {
+            f"reference{i}": self.reference.sharded_state_dict(model, metadata) for i, model in enumerate(self.models)
+        }
+
+    def load_reference_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded by way of `reference_state`."""
+        for i, model in enumerate(self.models):
+            if f"reference{i}" in state:
+                assert isinstance(self.reference, ExchangedReference)
+                self.reference.load_state_dict(model, state[f"reference{i}"])
+
+    def setup(self, stage: str) -> None:
+        """Tell the data which share of each batch this process trains on, and where a resumed run stands."""
+        place = parallel.position()
+        self.trainer.datamodule.set_position(  # type: ignore[attr-defined]
+            dp_rank=place.dp_rank,
+            dp_size=place.dp_size,
+            multiple=self.layout.micro_batch_multiple,
+            num_steps=self.trainer.max_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            start_step=lambda: self.trainer.global_step,
+        )
+
+    def configure_optimizers(self) -> None:
+        """Present because Lightning insists on it; MegatronStrategy makes the optimizer."""
+
+    @property
+    def _strategy(self) -> Any:
+        """The trainer's MegatronStrategy."""
+        return self.trainer.strategy
+
+    def _scorer(self) -> RowScorer:
+        return RowScorer(
+            chunks=self.chunks,
+            place=parallel.position(),
+            layout=self.layout,
+            average=self.config.model.kto.preference_average_log_probs,
+        )
+
+    # training
+
+    def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
+        """Take one optimizer step on this rank's share of a global batch."""
+        started, step = time.perf_counter(), self.trainer.global_step + 1
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+
+        scorer = self._scorer()
+        rows = batch.sample_rows()
+        baseline = self._baseline(scorer, batch, rows, split="train")
+        observed = scorer.train(
+            rows,
+            # the loss is only asked for on the last stage, which has a baseline
+            partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
+            dropout=Dropout(step - 1, batch.places) if self.lora is not None and self.lora.dropout else None,
+        )
+        if self.objective.interval is not None:
+            # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
+            # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
+            # here would let Megatron believe that those of the step to come are gathered already.
+            self._move_reference(step)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
+        updated, grad_norm, _ = optimizer.step()
+        self._check_gradient(grad_norm if updated else math.inf, loss_scale)
+        if updated:
+            scheduler.step(increment=1)
+        if self.objective.interval is None and self._moves_reference(step):
+            self._strategy.complete_parameters()
+            self._move_reference(step)
+
+        sums = MetricSums(self.device)
+        self._add_metrics(sums, batch, baseline, observed)
+        sums.reduce_()
+        metrics = sums.means()
+        self.objective.finish_metrics(metrics, learn=True)
+        if self.config.model.moe_aux_loss_coeff:
+            metrics["moe_aux_loss"] = router_loss.take_mean(
+                num_layers=sum(expert_layers(self.hf_config)), num_micro_batches=len(rows), place=scorer.place
+            )
+        seconds = time.perf_counter() - started
+        metrics |= {
+            **({"grad_norm": float(grad_norm)} if updated else {}),
+            **({"loss_scale": loss_scale} if self._scales_loss else {}),
+            "lr": learning_rate,
+            "consumed_samples": float(step * self.config.model.global_batch_size),
+            "tokens_per_second": metrics.pop("tokens") / seconds,
+            "step_time": seconds,
+        }
+        self._log("train", metrics)
+        if self.trainer.is_global_zero:
+            for warning in self._diagnosis.update(metrics):
+                logger.warning(warning)
+
+    def _move_reference(self, step: int) -> None:
+        """Move the reference towards the policy, whose parameters are complete, when it is due in this step."""
+        if self._moves_reference(step):
+            assert isinstance(self.reference, ExchangedReference)
+            self.reference.move(self.reference_settings.sync_alpha)
+
+    def _moves_reference(self, step: int) -> bool:
+        """Whether the reference moves in this step, counted from 1."""
+        every = self.reference_settings.sync_every
+        return every is not None and step % every == 0
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.params_dtype == torch.float16
+
+    def _check_gradient(self, grad_norm: float, loss_scale: float) -> None:
+        """Raise a DivergenceError for a gradient that is not finite, unless a smaller loss scale can still help."""
+        if not math.isfinite(grad_norm) and not (self._scales_loss and loss_scale > 1.0):
+            # the same on all ranks; saving now would replace the last good checkpoint
+            raise DivergenceError(
+                f"The gradient of step {self.trainer.global_step} is not finite. The last checkpoint is kept. Lower "
+                "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the objective has learned so far, and the last metrics."""
+        checkpoint["objective"] = self.objective.state_dict()
+        # times differ between the ranks, and what all of them save in common must not
+        same = {name: value for name, value in self.last_metrics.items() if name not in _OWN_TIMES}
+        checkpoint["metrics"] = same
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take both over."""
+        self.objective.load_state_dict(checkpoint["objective"])
+        self.last_metrics = checkpoint["metrics"]
+
+    # validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._validation_sums = MetricSums(self.device)
+        self._strategy.complete_parameters()  # once, see _baseline
+
+    @torch.no_grad()
+    def validation_step(self, batch: KTOBatch, batch_idx: int) -> dict[str, Any] | None:
+        """Score this rank's share of one validation batch; samples of weight zero leave no trace.
+
+        Returns:
+            On one rank of each replica, the share's `baseline` and what `Objective.observe` returns, as `observed`.
+        """
+        scorer = self._scorer()
+        rows = batch.sample_rows()
+        baseline = self._baseline(scorer, batch, rows, split="validation")
+        scores = scorer.score_rows(rows)
+        if scores is None or baseline is None:
+            return None
+        observed = torch.cat(
+            [self.objective.observe(row, baseline, index) for index, row in enumerate(scores)], dim=-1
+        )
+        self._add_metrics(self._validation_sums, batch, baseline, observed)
+        return {"baseline": baseline, "observed": observed} if scorer.place.reports else None
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all validation samples."""
+        self._validation_sums.reduce_()
+        metrics = self._validation_sums.means()
+        metrics.pop("tokens")
+        self.objective.finish_metrics(metrics, learn=False)
+        self._log("val", metrics)
+        for name, value in metrics.items():  # the checkpoint callback puts these names into file names
+            self.log(f"val_{name}".replace("/", "_"), value, logger=False, batch_size=1)
+
+    # scores, baseline, metrics
+
+    @torch.no_grad()
+    def _baseline(
+        self, scorer: RowScorer, batch: KTOBatch, sample_rows: list[PackedRow], *, split: str
+    ) -> Baseline | None:
+        """Score the KL set with both policies and the samples with the reference; None except on the last stage.
+
+        The reference scores the very rows of the gradient pass, so that the log-ratio of an untrained policy is zero
+        to the last bit, whatever the micro-batch of the KL set.
+        """
+        assert self.reference is not None
+        kl_rows = batch.kl_rows()
+        policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
+        if split == "train" and not kl_rows and isinstance(self.reference, ExchangedReference):
+            self._strategy.complete_parameters()  # no pass of the policy has done so
+        score = scorer.score if self.objective.interval is None else scorer.score_rows
+        ref_kl, ref_samples = self.reference.log_probs(
+            batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))
+        )
+        if not scorer.place.is_last_stage:
+            return None
+        kl_log_ratios = None
+        if policy_kl is not None:
+            comparison = self._comparison(ref_kl)
+            kl_log_ratios = torch.cat([comparison.log_ratios(row, index) for index, row in enumerate(policy_kl)])
+        kto = self.config.model.kto
+        return form_baseline(
+            batch,
+            self._comparison(ref_samples),
+            kl_log_ratios=kl_log_ratios,
+            fixed=self.objective.fixed_baseline,
+            kl_group_size=None if kto.kl_scope == "global_batch" else self.config.model.micro_batch_size,
+            loss_reduction=kto.loss_reduction,
+            dp_group=scorer.place.dp_group,
+        )
+
+    def _comparison(self, reference: Any) -> Comparison:
+        interval = self.objective.interval
+        name = "ref_logps" if interval is None else "ref_rows"
+        return Comparison(**{name: reference}, interval=interval)
+
+    def _add_metrics(
+        self, sums: MetricSums, batch: KTOBatch, baseline: Baseline | None, observed: torch.Tensor | None
+    ) -> None:
+        """Add this replica's samples to `sums`, on one rank of the replica."""
+        if baseline is None or observed is None or not parallel.position().reports:
+            return
+        self.objective.add_metrics(sums, batch, baseline, observed)
+        lengths = [prompt.numel() + response.numel() for prompt, response in batch.samples]
+        sums.add("tokens", torch.tensor(lengths, device=self.device), batch.weights)
+
+    def _log(self, stage: str, metrics: dict[str, float]) -> None:
+        named = {f"{stage}/{name}": value for name, value in metrics.items()}
+        self.last_metrics |= named
+        # Lightning would log an epoch of its own, always 0 as the run is one stream of batches
+        self.log_dict({**named, "epoch": self.trainer.global_step / self.steps_per_epoch}, batch_size=1)
+        for name in ("loss", "kl", "rewards/margins"):
+            if stage == "train" and name in metrics:
+                self.log(name.removeprefix("rewards/"), metrics[name], prog_bar=True, logger=False, batch_size=1)

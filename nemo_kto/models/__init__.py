@@ -1,1 +1,0 @@
-"""Megatron models, their Hugging Face weights, the reference policy and the KTO model."""

@@ -1,0 +1,405 @@
+"""LoRA (arXiv 2106.09685) beside Megatron's column- and row-parallel projections, as PEFT defines it.
+
+Megatron computes query, key and value as one projection, gate and up as another. Each of the projections they are
+made of has adapters A and B of its own, as in a Hugging Face model with PEFT. So every PEFT adapter can be continued
+exactly (a shared A could not hold three different ones), and one trained here is one PEFT could have trained.
+
+An adapted projection computes `W x + scale * B A dropout(x)` (eq. 3 of the paper), W frozen. With tensor parallelism
+A and B are divided as W is: of a column-parallel projection B's rows, of a row-parallel one A's columns. The other of
+the two is whole on every rank. What crosses ranks is `A x`, `r` numbers per token.
+
+Tensor legend: `T` tokens of a packed row on this rank, `i/o` input and output channels of a projection (on this rank),
+`r` rank of the adapters.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from nemo_kto.algorithms.dropout import drop_out
+from nemo_kto.errors import ConfigError
+from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
+from nemo_kto.network.weight_rules import sharded_leaves
+
+PROJECTIONS = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+"""Megatron's linear layer of a transformer layer -> the projections it is made of, by their names in Hugging Face."""
+
+_GROUPS = {
+    "attention_qkv": ("self_attention.linear_qkv",),
+    "attention_dense": ("self_attention.linear_proj",),
+    "mlp_fc1": ("mlp.linear_fc1",),
+    "mlp_fc2": ("mlp.linear_fc2",),
+    "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
+    "all": tuple(PROJECTIONS),
+}
+"""NeMo's names of target modules -> linear layers."""
+
+LINEAR_OF = {name: linear for linear, names in PROJECTIONS.items() for name in names}
+"""Projection -> Megatron's linear layer that it is part of, in the order of `PROJECTIONS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Which projections have adapters, and of what kind.
+
+    Attributes:
+        projections: Hugging Face's names, in the order of `PROJECTIONS`.
+        layers: Numbers of the layers, from 0, ascending.
+        rank: Rows of A and columns of B.
+        alpha: The adapters' output is multiplied by `scale`: alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        rslora: See `alpha` (arXiv 2312.03732).
+        dropout: Probability with which the adapters do not see an input channel of a token in training.
+    """
+
+    projections: tuple[str, ...]
+    layers: tuple[int, ...]
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' output is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def projections_of(target_modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the projections that NeMo's or PEFT's names of target modules mean.
+
+    Raises:
+        ConfigError: A name is unknown, or there is none.
+    """
+    chosen: set[str] = set()
+    for name in target_modules:
+        if name in _GROUPS:
+            chosen.update(projection for linear in _GROUPS[name] for projection in PROJECTIONS[linear])
+        elif name in LINEAR_OF:
+            chosen.add(name)
+        else:
+            raise ConfigError(
+                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *LINEAR_OF))}."
+            )
+    if not chosen:
+        raise ConfigError("model.peft.lora_tuning.target_modules is empty. Name at least one, like attention_qkv.")
+    return tuple(name for name in LINEAR_OF if name in chosen)
+
+
+@dataclass(kw_only=True)
+class RowParams(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's description of a packed row, and what the adapters' dropout depends on.
+
+    Attributes:
+        dropout_keys: `[T]` int32, a number for each token of this context-parallel rank, the same under every layout;
+            None where nothing is dropped.
+    """
+
+    dropout_keys: torch.Tensor | None = None
+
+
+@dataclass
+class _Switch:
+    """What all adapters of a chunk share.
+
+    Attributes:
+        on: Whether they add anything.
+        dropout_keys: Those of the row that is computed, see `RowParams`.
+    """
+
+    on: bool = True
+    dropout_keys: torch.Tensor | None = field(default=None, repr=False)
+
+
+class Adapter(torch.nn.Module):
+    """The adapters of one projection, values still to be set.
+
+    Attributes:
+        lora_a: `[r, i]`.
+        lora_b: `[o, r]`.
+    """
+
+    def __init__(self, like: torch.Tensor, *, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.lora_a = torch.nn.Parameter(like.new_zeros(rank, inputs))
+        self.lora_b = torch.nn.Parameter(like.new_zeros(outputs, rank))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B. They are had by a call, as Megatron hooks to that what has their values gathered first."""
+        return self.lora_a, self.lora_b
+
+
+class _Adapted:
+    """Gives a linear layer of Megatron adapters; the layer's class is replaced by one that derives from this one too.
+
+    The layer itself, its weight and the weight's name stay what they are.
+
+    Attributes:
+        adapters: Projection -> its `Adapter`.
+    """
+
+    adapters: torch.nn.ModuleDict
+    _switch: _Switch
+    _settings: LoRASettings
+    _parts: tuple[tuple[str, int], ...]  # (projection, rows of each group) of all the layer is made of
+    _groups: int
+    _dropout_salt: int
+    _sharded_dim: dict[str, int]  # parameter -> the dimension that tensor-parallel ranks share
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return Megatron's (output, bias) with the adapters' share added to the output."""
+        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        if self._switch.on:
+            # as matrices: of tensors with more dimensions torch chooses another kernel where gradients are wanted, and
+            # the policy would not be scored in training as the reference is
+            change = self._adapter_output(input_.flatten(0, 1)) * self._settings.scale
+            output = output + change.reshape(output.shape)
+        return output, bias
+
+    def _adapter_output(self, input_: torch.Tensor) -> torch.Tensor:
+        """Return the adapters' part of the output `[T, o]` for an input `[T, i]`, not scaled."""
+        matrices = {name: adapter() for name, adapter in self.adapters.items()}
+        inner = F.linear(self._dropped(input_), torch.cat([lora_a for lora_a, _ in matrices.values()]))
+        inners = self._exchange(inner).split(self._settings.rank, dim=-1)
+        parts = zip(matrices.items(), inners, strict=True)
+        return self._join({name: F.linear(inner, lora_b) for (name, (_, lora_b)), inner in parts})
+
+    def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
+        """Return `A x` as B needs it, from what this rank has of it."""
+        raise NotImplementedError
+
+    def _tokens_of_input(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return the part of `keys` that belongs to the tokens of the layer's input on this rank."""
+        return keys
+
+    @property
+    def _first_input_channel(self) -> int:
+        return 0
+
+    def _join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the projections' parts `[..., o]` in the order of the fused layer's outputs; missing ones are 0."""
+        like = next(iter(parts.values()))
+        pieces = [
+            parts[name].unflatten(-1, (self._groups, rows))
+            if name in parts
+            else like.new_zeros(*like.shape[:-1], self._groups, rows)
+            for name, rows in self._parts
+        ]
+        return torch.cat(pieces, dim=-1).flatten(-2)
+
+    def weight_change(self) -> torch.Tensor:
+        """Return `scale * B A` `[o, i]` float32, with the rows in the order of this layer's weight."""
+        changes = {
+            name: (adapter.lora_b.float() @ adapter.lora_a.float()).T for name, adapter in self.adapters.items()
+        }
+        return self._join(changes).T * self._settings.scale
+
+    def _dropped(self, input_: torch.Tensor) -> torch.Tensor:
+        keys = self._switch.dropout_keys
+        if keys is None:
+            return input_
+        return drop_out(
+            input_,
+            self._tokens_of_input(keys),
+            range(self._first_input_channel, self._first_input_channel + input_.shape[-1]),
+            salt=self._dropout_salt,
+            probability=self._settings.dropout,
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return Megatron's, with the adapters divided as they are."""
+        assert metadata is not None
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        adapters = make_sharded_tensors_for_checkpoint(
+            self.adapters.state_dict(keep_vars=True),
+            f"{prefix}adapters.",
+            self._sharded_dim,
+            sharded_offsets,
+            tp_group=self.tp_group,  # type: ignore[attr-defined]
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state | adapters
+
+
+class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
+    """A column-parallel layer with adapters: A is whole on each rank, B divided by rows."""
+
+    def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
+
+    def _tokens_of_input(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys.chunk(self.tp_group.size())[self.tp_group.rank()] if self.sequence_parallel else keys
+
+
+class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):  # type: ignore[misc]
+    """A row-parallel layer with adapters: A is divided by columns, B whole on each rank."""
+
+    def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
+
+    @property
+    def _first_input_channel(self) -> int:
+        return int(self.tp_group.rank() * self.input_size_per_partition)
+
+
+def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
+    """Freeze `model` and give the chosen projections adapters, whose values are still to be set.
+
+    Set them with `initialize_adapters`, `import_adapter` or a checkpoint. Layers are Megatron's own
+    (`build_gpt(..., unfused=True)`).
+
+    Args:
+        model: A chunk on any rank, not wrapped.
+        settings: Which adapters; layers of other chunks and ranks are passed over.
+    """
+    model.requires_grad_(False)
+    switch = _Switch()
+    for layer in model.decoder.layers:
+        number = layer.layer_number - 1
+        if number not in settings.layers:
+            continue
+        for name, projections in PROJECTIONS.items():
+            chosen = [projection for projection in projections if projection in settings.projections]
+            if chosen:
+                _adapt(layer.get_submodule(name), name, chosen=chosen, settings=settings, switch=switch, layer=number)
+        layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
+    model.adapter_switch = switch
+    if model.config.recompute_granularity == "full" and model.pre_process:
+        # recomputed layers take part in the backward pass only if an input of theirs has a gradient
+        model.embedding.register_forward_hook(lambda module, inputs, output: _with_gradient(output))
+
+
+def _with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.requires_grad_() if torch.is_grad_enabled() else tensor
+
+
+def _note_dropout_keys(switch: _Switch) -> Any:
+    """Return a hook of a transformer layer: it runs before the layer, also when the layer is recomputed."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        switch.dropout_keys = getattr(kwargs["packed_seq_params"], "dropout_keys", None)
+
+    return hook
+
+
+def _adapt(
+    linear: Any, name: str, *, chosen: Sequence[str], settings: LoRASettings, switch: _Switch, layer: int
+) -> None:
+    classes = {
+        ColumnParallelLinear: AdaptedColumnParallelLinear,
+        RowParallelLinear: AdaptedRowParallelLinear,
+    }
+    linear.__class__ = classes[type(linear)]
+    config, tp_size = linear.config, linear.tp_group.size()
+    is_column = isinstance(linear, ColumnParallelLinear)
+    outputs, inputs = linear.weight.shape
+    linear._groups = 1
+    rows = dict.fromkeys(PROJECTIONS[name], outputs // len(PROJECTIONS[name]))
+    if name == "self_attention.linear_qkv":  # Megatron keeps each key/value head with those of its queries
+        linear._groups = config.num_query_groups // tp_size
+        per_group = config.num_attention_heads // config.num_query_groups
+        rows = {"q_proj": per_group * config.kv_channels, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
+    linear._parts = tuple(rows.items())
+    linear._switch, linear._settings = switch, settings
+    linear._dropout_salt = zlib.crc32(f"{layer}.{name}".encode())
+    linear._sharded_dim = {
+        f"{projection}.lora_b" if is_column else f"{projection}.lora_a": 0 if is_column else 1 for projection in chosen
+    }
+    adapters = torch.nn.ModuleDict()
+    for projection in chosen:
+        own = rows[projection] * linear._groups
+        adapter = Adapter(linear.weight, inputs=inputs, outputs=own, rank=settings.rank)
+        divided, whole = (adapter.lora_b, adapter.lora_a) if is_column else (adapter.lora_a, adapter.lora_b)
+        set_tensor_model_parallel_attributes(divided, is_parallel=True, dim=0 if is_column else 1, stride=1)
+        # under sequence parallelism each rank has the gradient of its tokens only
+        whole.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
+        adapters[projection] = adapter
+    linear.adapters = adapters
+
+
+@torch.no_grad()
+def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
+    """Fill A with random numbers that depend on `seed` only, never on the layout, and B with zeros.
+
+    A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own.
+    """
+    for leaf in sharded_leaves(model, adapters=True):
+        if leaf.key.endswith("lora_b"):
+            leaf.data.zero_()
+            continue
+        full = torch.rand(leaf.global_shape, generator=tensor_generator(seed, leaf.key), device="cpu")
+        bound = 1 / math.sqrt(leaf.global_shape[1])
+        leaf.data.copy_((2 * full - 1).mul_(bound)[leaf.region])
+
+
+@torch.no_grad()
+def clear_adapters(model: KTOGPTModel) -> None:
+    """Set all adapters to zero: the model is then the base model."""
+    for leaf in sharded_leaves(model, adapters=True):
+        leaf.data.zero_()
+
+
+@contextmanager
+def adapters_off(models: Iterable[KTOGPTModel]) -> Iterator[None]:
+    """Make models compute what their base models compute, to the last bit, inside a `with` block."""
+    switches = [model.adapter_switch for model in models]
+    for switch in switches:
+        switch.on = False
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.on = True
+
+
+@contextmanager
+def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
+    """Add the adapters to the weights beside them inside a `with` block; restore those exactly at its end.
+
+    The sums are made in float32 and rounded once to the weights' dtype. Memory: a copy of the adapted weights of this
+    rank in CPU memory.
+    """
+    models = list(models)
+    layers = [module for model in models for module in model.modules() if isinstance(module, _Adapted)]
+    originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]  # type: ignore[attr-defined]
+    try:
+        with adapters_off(models), torch.no_grad():
+            for layer in layers:
+                layer.weight.copy_(layer.weight.float() + layer.weight_change())  # type: ignore[attr-defined]
+            yield
+    finally:
+        with torch.no_grad():
+            for layer, original in zip(layers, originals, strict=True):
+                layer.weight.copy_(original)  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""What a configuration means: model, layout, schedule and folders, checked before any process is started."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.errors import ConfigError
+from nemo_kto.network.gpt import Recompute
+from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
+from nemo_kto.weights.folder import SafetensorsFolder
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "rotary_base",
+    "layernorm_epsilon",
+    "share_embeddings_and_output_weights",
+)
+"""Keys of `model` that describe a randomly initialised model, with the names `hf_config_from_sizes` takes."""
+
+
+PARAMS_DTYPES = {32: torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Value of `trainer.precision` -> dtype of parameters and activations."""
+
+
+def accelerator_of(config: KTOConfig) -> str:
+    """Return "cpu" or "gpu" for `trainer.accelerator`."""
+    wanted = config.trainer.accelerator
+    if wanted == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but no CUDA device is visible. Use cpu or auto.")
+    return wanted
+
+
+def params_dtype_of(config: KTOConfig) -> torch.dtype:
+    """Return the dtype of parameters and activations for `trainer.precision`; the optimizer's is always float32."""
+    return PARAMS_DTYPES[config.trainer.precision]
+
+
+def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Return the Hugging Face configuration of the model: of the folder, or from the sizes in `model`.
+
+    Raises:
+        ConfigError: Sizes contradict the folder, are incomplete, or the tokenizer has more tokens than the model.
+        CheckpointError: The folder is no usable model.
+    """
+    sizes = {name: getattr(config.model, name) for name in _SIZES}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    folder = config.pretrained_checkpoint.restore_from_path
+    if folder is None:
+        return hf_config_from_sizes(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **given,
+        )
+    if given:
+        raise ConfigError(
+            f"{', '.join('model.' + name for name in given)}: the sizes come from "
+            f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
+        )
+    hf_config = load_hf_config(folder)
+    with SafetensorsFolder(Path(folder)):
+        pass  # raises for a folder without weights, before any process is started
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model in {folder} only {hf_config.vocab_size}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return hf_config
+
+
+def recompute_of(config: KTOConfig) -> Recompute | None:
+    """Return what the backward pass computes again; `parse_config` has checked that the keys fit together."""
+    settings = config.model
+    if settings.activations_checkpoint_granularity is None:
+        return None
+    return Recompute(
+        granularity=settings.activations_checkpoint_granularity,
+        method=settings.activations_checkpoint_method,
+        num_layers=settings.activations_checkpoint_num_layers,
+    )

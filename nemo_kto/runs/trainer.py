@@ -1,0 +1,154 @@
+"""The Lightning Trainer of a run: its settings, loggers and checkpoints, and how it ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_kto.config.folders import log_directory
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.errors import StoppedEarly
+from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.model import params_dtype_of
+from nemo_kto.runs.run import Run
+from nemo_kto.runtime.checkpoint import FinishBackgroundSaves
+from nemo_kto.runtime.loggers import new_wandb_run, open_mlflow, read_runs, write_runs
+from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop
+from nemo_kto.runtime.strategy import MegatronStrategy
+
+
+def trainer_settings(run: Run) -> dict[str, Any]:
+    """Return the Trainer's settings that do not depend on what it is to do."""
+    return {
+        "accelerator": run.accelerator,
+        "devices": run.layout.world_size // run.config.trainer.num_nodes,
+        "num_nodes": run.config.trainer.num_nodes,
+        "precision": "32-true",  # Lightning's part only: Megatron's is in the model and the strategy
+        "max_steps": run.schedule.total,
+        "max_epochs": -1,
+        "limit_val_batches": run.schedule.val_batches,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+
+
+def strategy(run: Run, *, async_save: bool = False, source_folder: Path | None = None) -> MegatronStrategy:
+    """Return the run's strategy; for the arguments see `MegatronStrategy`."""
+    return MegatronStrategy(
+        run.layout,
+        run.config.model.optim,
+        params_dtype=params_dtype_of(run.config),
+        seed=run.config.model.seed,
+        gradient_clip=run.config.trainer.kto.gradient_clip_val or 0.0,
+        async_save=async_save,
+        source_folder=source_folder,
+    )
+
+
+def finishes(action: Callable[[], Any]) -> bool:
+    """Return whether `action` came to its end; if it was stopped before training began, say so."""
+    try:
+        action()
+    except StoppedEarly as done:
+        if is_global_rank_zero():
+            print(f"Stopped after {done}; run the same command to continue.", flush=True)
+        return False
+    return True
+
+
+def graceful_stop(config: KTOConfig) -> GracefulStop:
+    """Return what ends a run early, by a signal or at `exp_manager.max_time_per_run`, counted from now."""
+    return GracefulStop(_time_limit(config.exp_manager.max_time_per_run))
+
+
+def _time_limit(text: str | None) -> timedelta | None:
+    """Return the time meant by DD:HH:MM:SS; `parse_config` has checked the form."""
+    if text is None:
+        return None
+    days, hours, minutes, seconds = (int(part) for part in text.split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def training_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer:
+    """Return the trainer of a training run, with loggers and checkpoints, all else still to be added.
+
+    Args:
+        run: The run.
+        source_folder: See `MegatronStrategy`.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    config, schedule = run.config, run.schedule
+    params = config.exp_manager.checkpoint_callback_params
+    trainer = Trainer(
+        **trainer_settings(run),
+        strategy=strategy(run, async_save=params.async_save, source_folder=source_folder),
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        callbacks=[ProgressBar(), StartUpTime(), *([FinishBackgroundSaves()] if params.async_save else [])],
+    )
+    trainer.fit_loop.epoch_loop = StepLoop(
+        trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0
+    )
+    _add_loggers_and_checkpoints(trainer, config, validates=bool(schedule.val_interval), resumes=resumes)
+    checkpoints: Any = trainer.checkpoint_callback
+    if checkpoints is not None:
+        checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
+        checkpoints._enable_version_counter = False  # the same step has the same name; see ShardedCheckpointIO
+    return trainer
+
+
+def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validates: bool, resumes: bool) -> None:
+    """Have NeMo's exp_manager add both; a resumed run goes on in the runs of the loggers that it has written to."""
+    manager, log_dir, leads = config.exp_manager, log_directory(config), is_global_rank_zero()
+    mlflow_settings = manager.mlflow_logger_kwargs or {}
+    runs = read_runs(log_dir) if resumes and leads else {}
+    if manager.create_wandb_logger:
+        runs.setdefault("wandb", new_wandb_run())
+    exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
+    if manager.create_mlflow_logger and leads:
+        mlflow = open_mlflow(mlflow_settings, name=manager.name, log_dir=log_dir, run_id=runs.get("mlflow"))
+        trainer.loggers = [*trainer.loggers, mlflow]
+        runs["mlflow"] = mlflow.run_id
+    if runs and leads:
+        write_runs(log_dir, runs)
+
+
+def _exp_manager_settings(config: KTOConfig, *, validates: bool, wandb_run: str | None) -> dict[str, Any]:
+    """Return NeMo's exp_manager configuration; its logger for MLflow does not work, see `open_mlflow`."""
+    manager, log_dir = config.exp_manager, log_directory(config)
+    params = manager.checkpoint_callback_params
+    return {
+        "explicit_log_dir": str(log_dir),
+        "name": manager.name,
+        "resume_if_exists": False,  # see resumable_checkpoint
+        "seconds_to_sleep": 0,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "disable_validation_on_resume": False,
+        "create_preemption_callback": False,
+        "create_tensorboard_logger": manager.create_tensorboard_logger,
+        "create_wandb_logger": manager.create_wandb_logger,
+        "wandb_logger_kwargs": {"id": wandb_run, **(manager.wandb_logger_kwargs or {})},
+        "create_checkpoint_callback": manager.create_checkpoint_callback,
+        "checkpoint_callback_params": {
+            "monitor": params.monitor,
+            "mode": params.mode,
+            "save_top_k": params.save_top_k if validates else 0,
+            "async_save": params.async_save,
+            "save_last": True,
+            "every_n_epochs": 1,
+            "save_on_train_epoch_end": False,
+            "save_nemo_on_train_end": False,
+            "filename": f"{manager.name}-{{step}}-{{{params.monitor}:.4f}}"
+            if validates
+            else f"{manager.name}-{{step}}",
+        },
+    }

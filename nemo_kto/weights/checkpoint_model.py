@@ -1,0 +1,76 @@
+"""The model in a checkpoint, built again without the run that wrote it, under any layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from nemo_kto.errors import CheckpointError
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt
+from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.lora import add_adapters
+from nemo_kto.runtime.checkpoint import (
+    IDENTITY_FILE,
+    SOURCE_FOLDER,
+    ShardedCheckpointIO,
+    is_finished,
+    sharded_trained,
+    sharding_metadata,
+)
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.folder import weights_digest
+from nemo_kto.weights.import_hf import import_hf
+from nemo_kto.weights.peft_adapter import base_folder, is_adapter, read_adapter_config
+
+
+def source_of(checkpoint: Path) -> Path:
+    """Return the folder with configuration, tokenizer and identity in a checkpoint.
+
+    Raises:
+        CheckpointError: It is not a finished checkpoint of this package.
+    """
+    source = checkpoint / SOURCE_FOLDER
+    if not is_finished(checkpoint) or not source.is_dir():
+        raise CheckpointError(
+            f"{checkpoint} is not a finished nemo_kto checkpoint. Name one of the folders in <log dir>/checkpoints."
+        )
+    return source
+
+
+def load_model(checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = torch.float32) -> KTOGPTModel:
+    """Return this rank's part of the model, with the weights of a checkpoint saved under any layout; collective.
+
+    Of a run with LoRA, the base model is read from where it was, and the adapters are there, not merged.
+
+    Args:
+        checkpoint: A finished checkpoint.
+        layout: The layout, without interleaved stages; its process groups exist.
+        params_dtype: Dtype of parameters and activations.
+
+    Raises:
+        CheckpointError: The checkpoint or its base model cannot be used.
+        ConfigError: The model cannot be divided like this.
+    """
+    assert layout.virtual == 1, layout
+    source = source_of(checkpoint)
+    hf_config = load_hf_config(source)
+    has_adapters = is_adapter(source)
+    model = build_gpt(hf_config, layout, params_dtype=params_dtype, unfused=has_adapters)
+    if has_adapters:
+        base = base_folder(source)
+        identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))
+        if identity["pretrained_checkpoint.restore_from_path"] != weights_digest(load_hf_config(base), base):
+            raise CheckpointError(
+                f"The model in {base} is not the one that the adapters in {checkpoint} were trained on."
+            )
+        import_hf(model, base)
+        add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
+    state = {"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
+    loaded = ShardedCheckpointIO().load_checkpoint(checkpoint, sharded_state_dict=state)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Megatron leaves out what is empty: a stage of which nothing is trained
+    found = model.load_state_dict(loaded.get("state_dict", {}).get("chunk0", {}), strict=False)
+    assert not trained & set(found.missing_keys) and not found.unexpected_keys, found
+    return model

@@ -1,0 +1,163 @@
+"""The README.md of an exported folder: what the model is, what it was trained on and how, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_kto.config.folders import FACTS_FILE
+
+_SETTINGS = (
+    "model.kto.loss",
+    "model.kto.ref_policy_kl_penalty",
+    "model.kto.desirable_loss_weight",
+    "model.kto.undesirable_loss_weight",
+    "model.kto.kl_scope",
+    "model.kto.loss_reduction",
+    "model.kto.humanline_clamp",
+    "model.kto.sft_loss_weight",
+    "model.kto.reference.mode",
+    "model.global_batch_size",
+    "model.optim.lr",
+    "model.optim.weight_decay",
+    "model.optim.sched.name",
+    "model.optim.sched.warmup_steps",
+    "model.data.seq_length",
+    "model.peft.peft_scheme",
+    "model.peft.lora_tuning.adapter_dim",
+    "trainer.precision",
+    "model.seed",
+)
+"""Keys whose values say what was optimised and how."""
+
+_METRICS = (
+    "val/loss",
+    "val/kl",
+    "val/rewards/chosen",
+    "val/rewards/rejected",
+    "val/rewards/margins",
+    "val/rewards/accuracies",
+    "train/loss",
+    "train/rewards/margins",
+    "train/rewards/accuracies",
+)
+
+_METHODS = {
+    "kto": "Kahneman-Tversky Optimization ([KTO](https://arxiv.org/abs/2402.01306))",
+    "apo_zero_unpaired": "the unpaired variant of Anchored Preference Optimization "
+    "([APO-zero](https://arxiv.org/abs/2408.06266))",
+    "bco": "Binary Classifier Optimization ([BCO](https://arxiv.org/abs/2404.04656))",
+}
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+
+_USE_ADAPTER = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # finds the base model by adapter_config.json
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+
+_CHAT = """messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+"""
+
+_TEXT = """inputs = tokenizer("Hello!", return_tensors="pt")
+"""
+
+_GENERATE = """answer = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what the `FACTS_FILE` in a folder says; nothing if there is none."""
+    file = folder / FACTS_FILE
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return facts
+
+
+def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: int, adapter: bool) -> str | None:
+    """Return the text of README.md; None where nothing is known of the run.
+
+    Of folders and files it names the last part only: a model travels further than the paths of where it was made.
+
+    Args:
+        facts: What `nemo_kto.facts` wrote.
+        metrics: The run's last metrics, with their stage in front: `val/loss`.
+        step: Steps that were taken.
+        adapter: Whether the folder holds a PEFT adapter rather than a whole model.
+    """
+    if "config" not in facts:  # an older checkpoint, which only says which run it is of
+        return None
+    config = facts["config"]
+    base = config["pretrained_checkpoint"]["restore_from_path"]
+    kind = "LoRA adapter" if adapter else "model"
+    sections = [
+        _front_matter(config, adapter=adapter),
+        f"# {facts['name']}\n",
+        f"A {kind} aligned from thumbs up and thumbs down by {_METHODS[config['model']['kto']['loss']]}.\n",
+        f"* Base model: {f'`{Path(base).name}`' if base else 'none; training began with random weights'}",
+        f"* Steps: {step}, of {config['model']['global_batch_size']} samples each\n",
+        "## Data\n",
+        _table(
+            ("split", "samples", "thumbs up", "thumbs down", "files"),
+            [_split(*item) for item in facts["data"].items()],
+        ),
+        "## Last metrics\n",
+        _table(("metric", "value"), [(f"`{name}`", f"{metrics[name]:.4g}") for name in _METRICS if name in metrics]),
+        "Rewards are beta times the log-ratio of the model to its reference; `val` is held-out data.\n",
+        "## Settings\n",
+        _table(("key", "value"), [(f"`{key}`", f"`{value}`") for key, value in _settings(config)]),
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + "\n",
+        "## How to use it\n",
+        (_USE_ADAPTER if adapter else _USE) + (_CHAT if facts["chat_template"] else _TEXT) + _GENERATE,
+        "The license and the limits of the base model hold for this one too.\n",
+    ]
+    return "\n".join(sections)
+
+
+def _front_matter(config: Mapping[str, Any], *, adapter: bool) -> str:
+    tags = ["kto", "alignment", "human-feedback", "nemo_kto", *(["lora"] if adapter else [])]
+    lines = [
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
+    if adapter:  # PEFT's own cards have it; for a whole model a folder's path is no name of a model
+        lines.append(f"base_model: {json.dumps(Path(config['pretrained_checkpoint']['restore_from_path']).name)}")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _split(name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
+    files = [f"`{Path(source['path']).name}`" for source in data["sources"]]
+    shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    return (name, str(data["samples"]), str(data["desirable"]), str(data["undesirable"]), shown)
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found = []
+    for key in _SETTINGS:
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        if value is not None and not (
+            key.startswith("model.peft.lora") and config["model"]["peft"]["peft_scheme"] != "lora"
+        ):
+            found.append((key, value))
+    return found
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,291 @@
+"""Adapter folders of PEFT: read to go on from, written to be loaded by `peft` or `transformers`.
+
+A folder is `adapter_config.json` and `adapter_model.safetensors`, whose tensors are this package's one by one, under
+other names. Reading involves no communication; writing gathers the adapters on rank 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PretrainedConfig
+
+from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.network import moe
+from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.lora import LINEAR_OF, PROJECTIONS, LoRASettings, projections_of
+from nemo_kto.network.weight_rules import sharded_leaves
+from nemo_kto.runtime import parallel
+from nemo_kto.weights.export_hf import gathered_tensors
+from nemo_kto.weights.folder import NewFolder, copy_companions, listed
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_FEATURES = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields of PEFT's configuration that change what an adapter computes, in ways that are not implemented here."""
+
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base model as it is; others (PiSSA, OLoRA, LoftQ ...) change its weights."""
+
+_SHAPE = ("target_modules", "adapter_dim", "alpha", "rslora", "layer_selection")
+"""Keys of `model.peft.lora_tuning` that an adapter folder fixes."""
+
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]\.weight")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether `folder` holds a PEFT adapter rather than a model."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def check_projections(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
+    """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts instead."""
+    in_mlp = set(settings.projections) & {*PROJECTIONS["mlp.linear_fc1"], *PROJECTIONS["mlp.linear_fc2"]}
+    sparse = [layer + 1 for layer in settings.layers if moe.expert_layers(hf_config)[layer]]
+    if in_mlp and sparse:
+        raise ConfigError(
+            f"model.peft.lora_tuning.target_modules: experts cannot have adapters, and layers {sparse} consist of "
+            "them. Use attention, or choose dense layers with model.peft.lora_tuning.layer_selection."
+        )
+
+
+def read_adapter_settings(folder: Path) -> LoRASettings:
+    """Return what kind of adapters `folder` holds.
+
+    Raises:
+        CheckpointError: It is no adapter folder of PEFT, or of a kind that is not possible here.
+    """
+    config = _read_config(folder)
+    used = [name for name in _FEATURES if config.get(name)]
+    used += ["bias"] if config.get("bias", "none") != "none" else []
+    used += ["init_lora_weights"] if config.get("init_lora_weights", True) not in _PLAIN_STARTS else []
+    if config.get("peft_type") != "LORA" or used:
+        what = f"uses {listed(used)}" if used else f"is {config.get('peft_type')}, not LORA"
+        raise CheckpointError(f"The adapter in {folder} {what}, which is not possible here. Merge it into its model.")
+    found = {name: _place(name) for name in _shapes(folder)}
+    strange = sorted(name for name, place in found.items() if place is None)
+    if strange or not found:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} has tensors of no projection known here: {listed(strange)}.")
+    places = [place for place in found.values() if place is not None]
+    return _settings(config, (projection for _, projection in places), {layer for layer, _ in places})
+
+
+def read_adapter_config(folder: Path, *, num_layers: int) -> LoRASettings:
+    """Return what kind of adapters an `adapter_config.json` of this package describes.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    config = _read_config(folder)
+    layers = config.get("layers_to_transform")
+    return _settings(config, config["target_modules"], range(num_layers) if layers is None else layers)
+
+
+def base_folder(folder: Path) -> Path:
+    """Return the folder of the model that the adapters of `folder` belong to.
+
+    Raises:
+        CheckpointError: It is not there any more.
+    """
+    base = Path(str(_read_config(folder).get("base_model_name_or_path")))
+    if not base.is_dir():
+        raise CheckpointError(f"The base model of these adapters, {base}, is not there. Put it back to merge them.")
+    return base
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no adapter of PEFT: {CONFIG_FILE} cannot be used ({error}).") from error
+    return config
+
+
+def _settings(config: dict[str, Any], projections: Iterable[str], layers: Iterable[int]) -> LoRASettings:
+    return LoRASettings(
+        projections=projections_of(projections),
+        layers=tuple(sorted(layers)),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout") or 0.0),
+    )
+
+
+def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedConfig) -> None:
+    """Raise unless `folder` holds the adapters that `settings` describe, for a model of `hf_config`.
+
+    Raises:
+        ConfigError: It holds others; the message says which keys would fit.
+        CheckpointError: It cannot be used at all, or lacks tensors, or they have other shapes.
+    """
+    found = read_adapter_settings(folder)
+    theirs, ours = (_as_keys(kind, hf_config.num_hidden_layers) for kind in (found, settings))
+    different = [f"model.peft.lora_tuning.{key}={theirs[key]}" for key in _SHAPE if theirs[key] != ours[key]]
+    if different:
+        raise ConfigError(f"The adapter in {folder} is of another kind. Set {' '.join(different)}.")
+    expected, shapes = _expected_shapes(settings, hf_config), _shapes(folder)
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            has = f"has the shape {list(shapes[name])}" if name in shapes else "is missing"
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: {name} {has}, the model needs {list(shape)}. Is it of another model?"
+            )
+
+
+@torch.no_grad()
+def import_adapter(model: KTOGPTModel, folder: Path) -> None:
+    """Fill this rank's part of the adapters; `check_adapter` has been passed. Values are cast to their dtype."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
+        for leaf in sharded_leaves(model, adapters=True):
+            leaf.data.copy_(source.get_slice(_tensor_name(leaf.key))[leaf.region])
+
+
+@torch.no_grad()
+def export_adapter(
+    chunks: Sequence[KTOGPTModel], source_folder: Path, folder: Path, *, card: str | None = None
+) -> None:
+    """Write the adapters of a model as a folder for PEFT; collective over all ranks, rank 0 writes.
+
+    Args:
+        chunks: This rank's chunks of the model, not wrapped.
+        source_folder: Folder with the adapters' `adapter_config.json`, tokenizer and chat template, which are copied.
+        folder: Folder to create; it may exist only if it is empty. It appears under its name when it is complete.
+        card: Text of its README.md, on rank 0; None for none.
+
+    Raises:
+        CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
+    """
+    tensors = {key: full.cpu() for key, full in gathered_tensors(chunks, adapters=True) if full is not None}
+    write = partial(write_adapter, tensors, source_folder, folder, card=card)
+    parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
+
+
+def write_adapter(
+    tensors: Mapping[str, torch.Tensor], source_folder: Path, folder: Path, *, card: str | None = None
+) -> None:
+    """Write an adapter folder from full tensors by their names in the sharded state dict, on this process.
+
+    `card` is the text of its README.md; None for none.
+
+    Raises:
+        OSError: See `export_adapter`.
+    """
+    new = NewFolder(folder)
+    new.start()
+    copy_companions(source_folder, new.partial)
+    shutil.copyfile(source_folder / CONFIG_FILE, new.partial / CONFIG_FILE)
+    named = {_tensor_name(key): tensor.contiguous() for key, tensor in tensors.items()}
+    try:
+        save_file(named, new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    if card is not None:
+        (new.partial / "README.md").write_text(card, encoding="utf-8")
+    new.finish()
+
+
+def adapter_config(settings: LoRASettings, *, base_folder: str | Path, num_layers: int) -> dict[str, Any]:
+    """Return PEFT's `adapter_config.json`."""
+    whole = settings.layers == tuple(range(num_layers))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_folder),
+        "inference_mode": True,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "target_modules": list(settings.projections),
+        "layers_to_transform": None if whole else list(settings.layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
+    """Return the values of `_SHAPE` that mean `settings`."""
+    whole = settings.layers == tuple(range(num_layers))
+    return {
+        "target_modules": f"[{', '.join(settings.projections)}]",
+        "adapter_dim": settings.rank,
+        "alpha": settings.alpha,
+        "rslora": str(settings.rslora).lower(),
+        "layer_selection": "null" if whole else [layer + 1 for layer in settings.layers],
+    }
+
+
+def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the adapters, by PEFT's name."""
+    hidden, channels = hf.hidden_size, getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    queries, keys = hf.num_attention_heads * channels, hf.num_key_value_heads * channels
+    sizes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (hf.intermediate_size, hidden),
+        "up_proj": (hf.intermediate_size, hidden),
+        "down_proj": (hidden, hf.intermediate_size),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, projection in itertools.product(settings.layers, settings.projections):
+        outputs, inputs = sizes[projection]
+        key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
+        shapes[_tensor_name(key + "lora_a")] = (settings.rank, inputs)
+        shapes[_tensor_name(key + "lora_b")] = (outputs, settings.rank)
+    return shapes
+
+
+def _tensor_name(key: str) -> str:
+    """Return PEFT's name of an adapter's tensor, whose name in the sharded state dict is `key`."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])", key)
+    assert match is not None, key
+    layer, block, projection, kind = match.groups()
+    block = {"self_attention": "self_attn", "mlp": "mlp"}[block]
+    return f"base_model.model.model.layers.{layer}.{block}.{projection}.lora_{kind.upper()}.weight"
+
+
+def _place(name: str) -> tuple[int, str] | None:
+    """Return (layer, projection) of PEFT's tensor `name`; None if it is of no projection known here."""
+    match = _TENSOR.fullmatch(name)
+    return (int(match[1]), match[2]) if match and match[2] in LINEAR_OF else None
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter folder, from the file's header."""
+    file = folder / WEIGHTS_FILE
+    try:
+        with safe_open(file, framework="pt") as source:
+            return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Save the adapter with PEFT as safetensors.") from error

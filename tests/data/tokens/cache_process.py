@@ -1,0 +1,64 @@
+"""Started as a process by test_token_cache.py: tokenises a file into a cache and prints what it found and did.
+
+    cache_process.py FILE FOLDER KIND WORKERS LOCKS SECONDS
+
+KIND is the encoder: `slow` takes SECONDS for a call, `sleeping` never returns, `killed` kills its process. LOCKS is 0
+where the file system has none. It prints `ready`, goes on when a line arrives, and prints `<samples> <calls>`.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nemo_kto.data.reading.sources import Source
+from nemo_kto.data.tokens import cache as token_cache
+from nemo_kto.data.tokens.cache import TokenCache
+from nemo_kto.data.tokens.rendering import TokenizationSettings
+from nemo_kto.data.tokens.tokenization import Encoder
+from tests.data.conftest import train_byte_level
+
+CALLS: list[int] = []
+
+
+class Slow(Encoder):
+    seconds = 0.0
+
+    def encode(self, records):
+        CALLS.append(1)
+        time.sleep(self.seconds)
+        return super().encode(records)
+
+
+class Sleeping(Encoder):
+    def encode(self, records):
+        time.sleep(600)
+
+
+class Killed(Encoder):
+    def encode(self, records):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse_lock(*arguments):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def main(file, folder, kind, workers, locks, seconds):
+    token_cache._ROWS, token_cache._FEW = 1024, 2
+    if locks == "0":
+        token_cache.fcntl.flock = refuse_lock
+    Slow.seconds = float(seconds)
+    encoder = {"slow": Slow, "sleeping": Sleeping, "killed": Killed}[kind](train_byte_level(), TokenizationSettings())
+    print("ready", flush=True)
+    sys.stdin.readline()
+    store = TokenCache(Path(folder), encoder, workers=int(workers)).tokens_of(Source(file), skip_bad=False)
+    print(len(store), len(CALLS), flush=True)
+
+
+if __name__ == "__main__":
+    import cache_process  # under the name by which worker processes find its encoders
+
+    cache_process.main(*sys.argv[1:])

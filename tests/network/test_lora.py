@@ -1,0 +1,394 @@
+"""Adapters: PEFT computes the same from the same files, in both directions and under every division of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from nemo_kto.algorithms.dropout import keep_mask, token_keys
+from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt
+from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.lora import (
+    LoRASettings,
+    _Adapted,
+    adapters_merged,
+    adapters_off,
+    add_adapters,
+    clear_adapters,
+    initialize_adapters,
+    projections_of,
+)
+from nemo_kto.runtime import parallel
+from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.export_hf import export_hf
+from nemo_kto.weights.import_hf import import_hf
+from nemo_kto.weights.peft_adapter import (
+    adapter_config,
+    check_adapter,
+    check_projections,
+    export_adapter,
+    import_adapter,
+    read_adapter_settings,
+)
+from tests.network import tiny_hf
+
+LAYOUTS: dict[str, Layout] = {
+    "TP1": Layout(world_size=1),
+    "TP2": Layout(world_size=2, tensor=2),
+    "TP2SP": Layout(world_size=2, tensor=2, sequence=True),
+    "PP2": Layout(world_size=2, pipeline=2),
+}
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "all": ("llama", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+    # biases, tied embeddings; k has no adapters, the last layer alone has none
+    "some": (
+        "qwen2_tied",
+        {
+            "r": 4,
+            "lora_alpha": 2,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "layers_to_transform": [0, 1, 2],
+        },
+    ),
+    # heads whose channels do not make up the hidden size, norms of queries and keys
+    "attention": ("qwen3", {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
+}
+"""Adapter -> the family of its model, and PEFT's settings."""
+
+
+def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
+    """Save an adapter made by PEFT, with random A and B, and return PEFT's logits `[T, vocab]` of the documents."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1, **settings)).eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    adapted.save_pretrained(folder)
+    return peft_logits(base, folder)
+
+
+@torch.no_grad()
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    return torch.cat([adapted(document[None]).logits[0] for document in tiny_hf.documents()])
+
+
+# what the ranks do
+
+
+def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
+    """Import every adapter, save its logits, and export it again, alone and merged."""
+    enable_cpu()
+    for layout in layouts:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel.initialize(LAYOUTS[layout], seed=1)
+        for name in PEFT:
+            if name == "experts" and layout == "TP2":
+                continue  # Megatron's experts need sequence parallelism beside tensor parallelism
+            use_adapter(source, results / layout / name, name, LAYOUTS[layout])
+
+
+def use_adapter(source: Path, target: Path, name: str, layout: Layout) -> None:
+    base = source / PEFT[name][0]
+    hf_config = load_hf_config(base)
+    settings = read_adapter_settings(source / name)
+    check_adapter(source / name, settings, hf_config)
+    model = build_gpt(hf_config, layout)
+    import_hf(model, base)
+    model.requires_grad_(False)  # torch multiplies by a matrix that needs a gradient with another kernel
+    plain = tiny_hf.packed_logits(model)
+    frozen = {key: parameter.clone() for key, parameter in model.named_parameters()}
+    add_adapters(model, settings)
+
+    initialize_adapters(model, seed=5)
+    parallel.run_on_rank_zero(lambda: target.mkdir(parents=True), "")
+    untrained = tiny_hf.packed_logits(model)
+    describe(target / "source", settings, base, hf_config)
+    export_adapter([model], target / "source", target / "initial")
+
+    import_adapter(model, source / name)
+    adapted = tiny_hf.packed_logits(model)
+    export_adapter([model], target / "source", target / "exported")
+    with adapters_off([model]):
+        off = tiny_hf.packed_logits(model)
+    with adapters_merged([model]):
+        merged = tiny_hf.packed_logits(model)
+        export_hf([model], hf_config, target / "merged", tokenizer_folder=base)
+    again = tiny_hf.packed_logits(model)
+    clear_adapters(model)
+    cleared = tiny_hf.packed_logits(model)
+    if adapted is not None and parallel.position().tp_rank == 0:
+        logits = {"plain": plain, "untrained": untrained, "adapted": adapted, "off": off, "merged": merged}
+        torch.save({**logits, "again": again, "cleared": cleared}, target / "logits.pt")
+    kept = {key: parameter for key, parameter in model.named_parameters() if key in frozen}
+    assert kept.keys() == frozen.keys()
+    assert all(torch.equal(frozen[key], kept[key]) and not kept[key].requires_grad for key in frozen)
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(".adapters." in key for key in trained)
+
+
+def describe(folder: Path, settings: LoRASettings, base: Path, hf_config: PretrainedConfig) -> None:
+    """Write the `adapter_config.json` that exports copy."""
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        config = adapter_config(settings, base_folder=base, num_layers=hf_config.num_hidden_layers)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    dist.barrier()
+
+
+# the tests
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the models and the adapters that PEFT made for them, logits beside them."""
+    folder = tmp_path_factory.mktemp("source")
+    families = tiny_hf.families()
+    for name, (family, settings) in PEFT.items():
+        base = tiny_hf.make_folder(folder / family, families[family])
+        torch.save(make_adapter(folder / name, base, settings), folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Path:
+    """Return a folder with what every layout made of every adapter."""
+    folder = tmp_path_factory.mktemp("results")
+    run_ranks(use_adapters, 1, source, folder, ["TP1"])
+    run_ranks(use_adapters, 2, source, folder, ["TP2", "TP2SP", "PP2"])
+    return folder
+
+
+CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if (layout, name) != ("TP2", "experts")]
+every_case = pytest.mark.parametrize(("layout", "name"), CASES)
+
+
+@every_case
+def test_logits_of_an_imported_adapter_are_pefts(source: Path, results: Path, layout: str, name: str) -> None:
+    logits, expected = torch.load(results / layout / name / "logits.pt"), torch.load(source / f"{name}.pt")
+    torch.testing.assert_close(logits["adapted"], expected, rtol=1e-4, atol=2e-5)
+    assert (logits["plain"] - expected).abs().max() > 0.1
+
+
+@every_case
+def test_an_adapter_comes_back_bit_by_bit(source: Path, results: Path, layout: str, name: str) -> None:
+    ours = load_file(results / layout / name / "exported" / "adapter_model.safetensors")
+    theirs = load_file(source / name / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_peft_loads_an_exported_adapter_with_the_same_logits(source: Path, results: Path, name: str) -> None:
+    expected = torch.load(source / f"{name}.pt")
+    ours = peft_logits(source / PEFT[name][0], results / "TP2SP" / name / "exported")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@every_case
+def test_without_trained_or_with_switched_off_adapters_it_is_the_base_model(
+    results: Path, layout: str, name: str
+) -> None:
+    logits = torch.load(results / layout / name / "logits.pt")
+    for kind in ("untrained", "off", "cleared"):
+        assert torch.equal(logits[kind], logits["plain"]), kind
+
+
+@every_case
+def test_merging_keeps_the_logits_and_is_undone_exactly(source: Path, results: Path, layout: str, name: str) -> None:
+    folder = results / layout / name
+    logits, expected = torch.load(folder / "logits.pt"), torch.load(source / f"{name}.pt")
+    torch.testing.assert_close(logits["merged"], expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(tiny_hf.transformers_logits(folder / "merged"), expected, rtol=1e-4, atol=2e-5)
+    assert torch.equal(logits["again"], logits["adapted"])
+
+
+@every_case
+def test_initial_values_do_not_depend_on_the_layout(results: Path, layout: str, name: str) -> None:
+    ours, whole = (
+        load_file(results / each / name / "initial" / "adapter_model.safetensors") for each in (layout, "TP1")
+    )
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_initial_values_are_distributed_as_pefts(results: Path) -> None:
+    """A uniform between -1/sqrt(i) and 1/sqrt(i), no two alike; B zero."""
+    tensors = load_file(results / "TP1" / "all" / "initial" / "adapter_model.safetensors")
+    inner = {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
+    assert not any(tensor.any() for key, tensor in tensors.items() if key not in inner)
+    for tensor in inner.values():
+        scaled = tensor * tensor.shape[1] ** 0.5
+        assert 0.9 < scaled.abs().max() <= 1 and abs(scaled.mean()) < 0.25
+    values = torch.cat([tensor.flatten() * tensor.shape[1] ** 0.5 for tensor in inner.values()])
+    assert values.std().item() == pytest.approx(3**-0.5, rel=0.05) and values.unique().numel() > 0.99 * values.numel()
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("names", "projections"),
+    [
+        (["attention_qkv"], "q_proj k_proj v_proj"),
+        (["attention_dense"], "o_proj"),
+        (["mlp_fc1"], "gate_proj up_proj"),
+        (["mlp_fc2"], "down_proj"),
+        (["attention"], "q_proj k_proj v_proj o_proj"),
+        (["mlp"], "gate_proj up_proj down_proj"),
+        (["all"], "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        (["v_proj", "mlp_fc2", "q_proj", "v_proj"], "q_proj v_proj down_proj"),
+    ],
+)
+def test_names_of_target_modules(names: list[str], projections: str) -> None:
+    assert projections_of(names) == tuple(projections.split())
+
+
+@pytest.mark.parametrize(("names", "word"), [(["attention_kv"], "attention_kv is unknown"), ([], "empty")])
+def test_target_modules_that_do_not_exist(names: list[str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        projections_of(names)
+
+
+def test_scales_by_hand() -> None:
+    plain = LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8)
+    assert plain.scale == 0.5
+    assert LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8, rslora=True).scale == 2
+
+
+def test_experts_cannot_have_adapters_but_dense_layers_can() -> None:
+    mixed = tiny_hf.families()["qwen3_moe_mixed"]  # experts in the last of its four layers only
+    settings = {"projections": ("q_proj", "up_proj"), "rank": 2, "alpha": 2}
+    with pytest.raises(ConfigError, match=r"layers \[4\] consist of them"):
+        check_projections(LoRASettings(**settings, layers=(0, 1, 2, 3)), mixed)
+    check_projections(LoRASettings(**settings, layers=(0, 1, 2)), mixed)
+    check_projections(LoRASettings(**{**settings, "projections": ("q_proj", "o_proj")}, layers=(0, 1, 2, 3)), mixed)
+
+
+def changed(source: Path, folder: Path, **fields: Any) -> Path:
+    """Return a copy of the adapter "all" with other fields in its configuration."""
+    shutil.copytree(source / "all", folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"peft_type": "IA3"}, "is IA3, not LORA"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all", "rank_pattern": {"q_proj": 8}}, "uses rank_pattern, bias"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
+        ({"r": "many"}, "adapter_config.json cannot be used"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(source: Path, tmp_path: Path, fields: dict[str, Any], word: str) -> None:
+    with pytest.raises(CheckpointError, match=word):
+        read_adapter_settings(changed(source, tmp_path / "adapter", **fields))
+
+
+def test_an_adapter_of_another_shape_says_what_to_set(source: Path) -> None:
+    settings = LoRASettings(projections=("q_proj", "k_proj", "v_proj"), layers=(0, 1), rank=8, alpha=7)
+    with pytest.raises(ConfigError) as error:
+        check_adapter(source / "some", settings, tiny_hf.families()["qwen2_tied"])
+    prefix = "model.peft.lora_tuning."
+    assert str(error.value).endswith(
+        f"Set {prefix}target_modules=[q_proj, v_proj, up_proj] {prefix}adapter_dim=4 {prefix}alpha=2.0 "
+        f"{prefix}rslora=true {prefix}layer_selection=[1, 2, 3]."
+    )
+
+
+def test_tensors_that_do_not_fit_the_model_are_named(source: Path, tmp_path: Path) -> None:
+    hf_config = tiny_hf.families()["llama"]
+    settings = read_adapter_settings(source / "all")
+    folder = changed(source, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.2.self_attn.k_proj.lora_B.weight"
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file)
+    with pytest.raises(CheckpointError, match=r"layers.2.self_attn.k_proj.lora_B.weight has the shape \[15, 3\]"):
+        check_adapter(folder, settings, hf_config)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+    with pytest.raises(CheckpointError, match=r"k_proj.lora_B.weight is missing"):
+        check_adapter(folder, settings, hf_config)
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match=r"no projection known here: base_model.model.lm_head.lora_A.weight"):
+        read_adapter_settings(folder)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors cannot be read"):
+        read_adapter_settings(folder)
+
+
+def test_adapters_of_a_model_of_eight_billion_take_megabytes(run_ranks: Callable[..., Any]) -> None:
+    """Llama 3 8B, every projection, rank 16: 16 * (i + o) numbers each, 41,943,040 together, as PEFT counts them."""
+    ((numbers, names),) = run_ranks(count_trained, 1)
+    assert numbers == 41_943_040 and names == 2 * 7 * 32
+
+
+def count_trained() -> tuple[int, int]:
+    """Return the numbers and tensors a checkpoint of a large model's adapters holds, without making the model."""
+    from transformers import LlamaConfig
+
+    from nemo_kto.runtime.checkpoint import sharded_trained, sharding_metadata
+
+    enable_cpu()
+    parallel.initialize(Layout(world_size=1), seed=1)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    hf_config = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8)
+    with torch.device("meta"):
+        model: KTOGPTModel = build_gpt(hf_config, Layout(world_size=1))
+    add_adapters(model, LoRASettings(projections=projections_of(["all"]), layers=tuple(range(32)), rank=16, alpha=16))
+    state = sharded_trained(model, sharding_metadata())
+    return sum(tensor.data.numel() for tensor in state.values()), len(state)
+
+
+def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
+    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
+    run_ranks(compare_dropout, 1)
+
+
+def compare_dropout() -> None:
+    enable_cpu()
+    parallel.initialize(Layout(world_size=1), seed=1)
+    model = build_gpt(tiny_hf.families()["llama"], Layout(world_size=1))
+    add_adapters(
+        model, LoRASettings(projections=projections_of(["all"]), layers=(0, 1), rank=3, alpha=6, dropout=0.25)
+    )
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layers = [module for module in model.modules() if isinstance(module, _Adapted)]
+    keys = token_keys(torch.arange(50), torch.zeros(50, dtype=torch.int64), step=4)
+    for layer in layers:
+        inputs = torch.randn(50, 1, layer.weight.shape[1], requires_grad=True)
+        kept = keep_mask(keys, range(inputs.shape[-1]), salt=layer._dropout_salt, probability=0.25)
+        expected = inputs @ layer.weight.T + (inputs * kept[:, None] / 0.75) @ layer.weight_change().T
+        layer._switch.dropout_keys = keys
+        dropped, _ = layer(inputs)
+        torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
+        ours, theirs = (torch.autograd.grad(output.square().sum(), inputs)[0] for output in (dropped, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        layer._switch.dropout_keys = None
+        whole, _ = layer(inputs)
+        torch.testing.assert_close(whole, inputs @ (layer.weight + layer.weight_change()).T, rtol=1e-4, atol=1e-4)
+    assert len({layer._dropout_salt for layer in layers}) == len(layers) == 8

@@ -1,0 +1,168 @@
+"""Tiny random Hugging Face models of every supported family, transformers' logits for them, and ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.runtime import parallel
+
+VOCAB_SIZE = 131
+DOCUMENT_LENGTHS = (9, 1, 24, 40)  # 74 tokens: two ranks can divide them
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# frequencies that matter within 40 tokens are scaled, with factors Megatron's own option cannot express
+_LLAMA3_OTHER = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 3.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 6.5,
+}
+_QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def families() -> dict[str, PretrainedConfig]:
+    """Return a configuration for each family and each feature that changes what is computed."""
+    return {
+        "llama": LlamaConfig(**SIZES),
+        "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+        "llama3_rope": LlamaConfig(**SIZES, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 8192}),
+        "llama3_rope_other": LlamaConfig(
+            **SIZES, rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32}
+        ),
+        "linear_rope": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+        "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+        "mistral_window": MistralConfig(**SIZES, sliding_window=7),
+        "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+        "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+        "qwen3": Qwen3Config(**SIZES, head_dim=16),
+        "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
+        "qwen3_moe": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True),
+        "qwen3_moe_mixed": Qwen3MoeConfig(
+            **SIZES, **_QWEN3_EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], decoder_sparse_step=2
+        ),
+        "qwen3_moe_one": Qwen3MoeConfig(
+            **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
+    }
+
+
+def make_folder(
+    folder: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
+) -> Path:
+    """Save a model of `config` with random weights, biases and norms included, and return its folder."""
+    config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def documents() -> list[torch.Tensor]:
+    """Return token sequences of different lengths, one of a single token."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator) for length in DOCUMENT_LENGTHS]
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return transformers' logits `[T, vocab]` of `documents()`, each scored alone, by its plain attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return torch.cat([model(document[None]).logits[0] for document in documents()])
+
+
+@torch.no_grad()
+def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
+    """Return our logits `[T, vocab]` of `documents()` as one packed row through all stages; None but on the last."""
+    place = parallel.position()
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iter([documents()]),
+        model=[model],
+        num_microbatches=1,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    if not place.is_last_stage:
+        return None
+    hidden = outputs[0]
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    hidden = hidden[:, 0]
+    shard = hidden @ model.output_weight().T
+    shards = [torch.empty_like(shard) for _ in range(place.tp_group.size())]
+    dist.all_gather(shards, shard, group=place.tp_group)
+    return torch.cat(shards, dim=1)[:, : model.vocab_size]
+
+
+def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
+    """Return Megatron's description of a row of documents."""
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _forward_step(rows: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    row = next(rows)
+    positions = torch.cat([torch.arange(len(document)) for document in row])
+    hidden = model(
+        input_ids=torch.cat(row)[None],
+        position_ids=positions[None],
+        attention_mask=None,
+        packed_seq_params=packed_params([len(document) for document in row]),
+    )
+    return hidden, _keep
+
+
+def _keep(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.new_zeros(()), hidden
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder, read by safetensors itself."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(folder / "model.safetensors")
+    files = set(json.loads(index.read_text())["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
