@@ -48,19 +48,19 @@ def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     return output
 
 
-def rotate(values: Tensor, angles: Tensor) -> Tensor:
+def rotate(values: Tensor, table: Tensor) -> Tensor:
     """Return queries or keys with the rotary embedding applied (arXiv 2104.09864, in the form of Llama).
 
-    Channel i is rotated together with channel i + d/2.
+    Channel i is rotated together with channel i + r/2; channels from r on stay as they are.
 
     Args:
         values: `[T, 1, a, d]`.
-        angles: `[T, 1, 1, d]` float32, radians; the second half of the channels repeats the first.
+        table: `[T, 1, 1, r]` float32, r <= d: the cosines of the r/2 pairs' angles, then the sines.
 
     Returns:
         `[T, 1, a, d]` in the dtype of `values`.
     """
-    output: Tensor = _Rotation.apply(values, angles)  # type: ignore[no-untyped-call]
+    output: Tensor = _Rotation.apply(values, table)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -118,22 +118,24 @@ class _SwiGLU(torch.autograd.Function):
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, angles: Tensor) -> Tensor:
-        ctx.save_for_backward(angles)
-        return _rotated(values, angles.cos(), angles.sin())
+    def forward(ctx: Any, values: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        cos, sin = table.chunk(2, dim=-1)
+        return _rotated(values, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (angles,) = ctx.saved_tensors
-        return _rotated(grad, angles.cos(), -angles.sin()), None  # back by the same angles, as a pair's are equal
+        (table,) = ctx.saved_tensors
+        cos, sin = table.chunk(2, dim=-1)
+        return _rotated(grad, cos, -sin), None  # back by the same angles
 
 
 def _rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.to(values.dtype), sin.to(values.dtype)
-    output = values * cos
-    (first, second), (sin_first, sin_second) = values.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-    output_first, output_second = output.chunk(2, dim=-1)
-    output_first.addcmul_(second, sin_first, value=-1)
-    output_second.addcmul_(first, sin_second)
+    cos, sin, half = cos.to(values.dtype), sin.to(values.dtype), cos.shape[-1]
+    first, second = values[..., :half], values[..., half : 2 * half]
+    output = torch.empty_like(values, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=output[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=output[..., half : 2 * half]).addcmul_(first, sin)
+    output[..., 2 * half :] = values[..., 2 * half :]
     return output

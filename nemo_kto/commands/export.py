@@ -15,7 +15,7 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_merged
-from nemo_kto.network.weight_rules import ADAPTERS
+from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import (
     SOURCE_FOLDER,

@@ -16,7 +16,8 @@ from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.errors import ConfigError
 from nemo_kto.generation.decoding import Sampling, generate
 from nemo_kto.generation.prompts import prompt_tokens, read_prompts, stop_token_ids
-from nemo_kto.network.hf_config import load_hf_config, model_sizes
+from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import PARAMS_DTYPES
 from nemo_kto.runtime import parallel
@@ -119,7 +120,7 @@ def _layout(source: Path, *, tensor: int, pipeline: int) -> Layout:
             f"multiple, and there are {processes}. Start the command with torchrun --nproc-per-node "
             f"{tensor * pipeline} --no-python nemo-kto generate ..."
         )
-    sizes = model_sizes(load_hf_config(source))
+    sizes = dimensions_of(load_hf_config(source)).divided
     # experts are only shared with sequence parallelism
     layout = Layout(
         world_size=processes, tensor=tensor, pipeline=pipeline, sequence=tensor > 1 and sizes.num_experts > 0

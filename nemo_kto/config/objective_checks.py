@@ -5,6 +5,14 @@ from __future__ import annotations
 from nemo_kto.config.schema import KTOConfig, KTOLossConfig, ModelConfig
 from nemo_kto.errors import ConfigError
 
+_WITHOUT_KL_SET = ("apo_zero_unpaired", "bco")
+"""Values of `model.kto.loss` whose baseline is not formed from a KL set."""
+
+
+def has_kl_set(kto: KTOLossConfig) -> bool:
+    """Return whether the loss is given a baseline from the KL set."""
+    return kto.loss not in _WITHOUT_KL_SET
+
 
 def check_objective(config: KTOConfig) -> None:
     """Raise a ConfigError for an objective, or micro-batches that it depends on, that make no sense."""
@@ -40,7 +48,7 @@ def _check_micro_batches(model: ModelConfig) -> None:
 
 def _check_loss(kto: KTOLossConfig) -> None:
     prefix = "model.kto."
-    if kto.loss != "kto":
+    if not has_kl_set(kto):
         without = f"cannot be used with {prefix}loss={kto.loss}, which has no KL set. Leave it out."
         if kto.kl_scope != "global_batch":
             raise ConfigError(f"{prefix}kl_scope={kto.kl_scope} {without}")
@@ -81,7 +89,7 @@ def _check_kl_set(kto: KTOLossConfig) -> None:
 
 def _check_monitor(config: KTOConfig) -> None:
     monitor, loss = config.exp_manager.checkpoint_callback_params.monitor, config.model.kto.loss
-    if monitor == "val_kl" and loss != "kto":
+    if monitor == "val_kl" and not has_kl_set(config.model.kto):
         raise ConfigError(
             f"exp_manager.checkpoint_callback_params.monitor=val_kl cannot be used with model.kto.loss={loss}, which "
             "has no KL set. Use val_loss."

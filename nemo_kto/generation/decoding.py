@@ -39,10 +39,6 @@ from nemo_kto.runtime.parallel import RankPosition
 _AT_ONCE = 64
 """Prompts a replica works on together: enough to fill it, few enough for the memory of keys and values."""
 
-_TABLE_STEP = 256
-"""The table of rotary embeddings is made anew when documents have grown by this many tokens, not for each token."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.
@@ -128,7 +124,8 @@ def _answer(
     place, longest = scorer.place, unwrapped(scorer.chunks[0]).max_sequence_length
     texts: list[list[int]] = [prompt.tolist() for prompt in prompts]
     limits = [min(len(text) + sampling.max_new_tokens, longest) for text in texts]
-    rows = _deal(texts, scorer.layout, place, cached=cached)
+    rotary = unwrapped(scorer.chunks[0]).rotary
+    rows = _deal(texts, scorer.layout, place, cached=cached, switch=None if rotary is None else rotary.switch)
     unfinished = set(range(len(texts)))
     while unfinished:
         logits = scorer.logits(rows)
@@ -187,11 +184,13 @@ def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int) -> None:
             )
 
 
-def _deal(texts: list[list[int]], layout: Layout, place: RankPosition, *, cached: bool) -> list[_Row]:
+def _deal(
+    texts: list[list[int]], layout: Layout, place: RankPosition, *, cached: bool, switch: int | None
+) -> list[_Row]:
     """Return this replica's rows, one a stage, for that is also the least number interleaved stages can work on."""
     mine = range(place.dp_rank, len(texts), place.dp_size)
     shares = [mine[first :: layout.pipeline] for first in range(layout.pipeline)]
-    return [_Row(texts, list(share), KeyValueCache() if cached else None) for share in shares]
+    return [_Row(texts, list(share), KeyValueCache() if cached else None, switch) for share in shares]
 
 
 @dataclass
@@ -202,12 +201,15 @@ class _Row:
         texts: All prompts with their answers so far, of this row and of others.
         numbers: Which of them are in this row, ascending; there may be none.
         cache: Their keys and values; None to score whole documents each time.
+        switch: Longest document, in tokens, with the model's first rotary embedding, see `RotaryEmbedding`; None
+            without another.
         whole: Whether the next pass is of whole documents, rather than of their newest tokens.
     """
 
     texts: list[list[int]]
     numbers: list[int]
     cache: KeyValueCache | None
+    switch: int | None
     whole: bool = True
 
     def pack(self, device: torch.device) -> PackedRow:
@@ -216,11 +218,12 @@ class _Row:
         The "responses" are the tokens to come: `response_positions` `[b]` are the documents' last tokens.
         """
         texts = [self.texts[number] for number in self.numbers]
+        if not self.whole and any(len(text) - 1 == self.switch for text in texts):
+            self.whole, self.cache = True, KeyValueCache()  # keys that are kept have the other rotary embedding
         starts = [0 if self.whole else len(text) - 1 for text in texts]
         longest = max(map(len, texts), default=1)
         if self.cache is not None:
             self.cache.begin([len(text) for text in texts], device)
-            longest = -(-longest // _TABLE_STEP) * _TABLE_STEP
         parts = [torch.tensor(text[start:]) for text, start in zip(texts, starts, strict=True)]
         positions = [torch.arange(start, len(text)) for text, start in zip(texts, starts, strict=True)]
         dummy = torch.zeros(1, dtype=torch.int64)

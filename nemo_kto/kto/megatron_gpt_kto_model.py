@@ -36,9 +36,9 @@ from nemo_kto.kto.objective import Objective
 from nemo_kto.kto.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
 from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
 from nemo_kto.kto.starting_weights import Weights
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt
 from nemo_kto.network.lora import LoRASettings, add_adapters
-from nemo_kto.network.moe import expert_layers
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
@@ -257,8 +257,10 @@ class MegatronGPTKTOModel(LightningModule):
         metrics = sums.means()
         self.objective.finish_metrics(metrics, learn=True)
         if self.config.model.moe_aux_loss_coeff:
+            mixture = dimensions_of(self.hf_config).mixture
+            assert mixture is not None, "a dense model has no such loss"
             metrics["moe_aux_loss"] = router_loss.take_mean(
-                num_layers=sum(expert_layers(self.hf_config)), num_micro_batches=len(rows), place=scorer.place
+                num_layers=len(mixture.sparse_layers), num_micro_batches=len(rows), place=scorer.place
             )
         seconds = time.perf_counter() - started
         metrics |= {

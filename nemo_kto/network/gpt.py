@@ -1,4 +1,4 @@
-"""Megatron GPT models described by Hugging Face configurations: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
+"""Megatron GPT models described by Hugging Face configurations of the families in `families/`.
 
 Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the padded vocabulary on this rank.
 """
@@ -22,25 +22,17 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_kto.errors import ConfigError
 from nemo_kto.network import moe
-from nemo_kto.network.hf_config import check_hf_config, hf_config_from_sizes, load_hf_config, rope_parameters
+from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Dimensions, Family
+from nemo_kto.network.hf_config import check_hf_config
 from nemo_kto.network.layer_specs import attends_by_document, block_spec, check_transformer_impl
-from nemo_kto.network.weight_rules import PaddedVocab, match, rules_for, sharded_leaves
+from nemo_kto.network.rotary import RotaryEmbedding, rope_parameters
+from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.layout import Layout
-
-__all__ = [
-    "KTOGPTModel",
-    "Recompute",
-    "build_gpt",
-    "hf_config_from_sizes",
-    "initialize_weights",
-    "load_hf_config",
-    "padded_vocabulary",
-]
+from nemo_kto.runtime.layout import Layout, padded_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +70,29 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
     Attributes:
         vocab_size: Number of real tokens; rows of the output weight from there on are padding.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
-        family: Hugging Face's name of the architecture.
-        attends_by_document: Whether its attention is `DocumentAttention` rather than Transformer Engine's.
+        hf_config: Its configuration.
+        rotary: Its rotary embedding, where attention is `DocumentAttention`; None with Transformer Engine's, which
+            takes Megatron's.
     """
 
     def __init__(
-        self, *args: Any, real_vocab_size: int, family: str, attends_by_document: bool, **kwargs: Any
+        self, *args: Any, hf_config: PretrainedConfig, rotary: RotaryEmbedding | None, cp_rank: int, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.family = family
+        self.hf_config = hf_config
         self.padded_vocab_size: int = self.vocab_size
-        self.vocab_size = real_vocab_size
-        self.attends_by_document = attends_by_document
+        self.vocab_size: int = hf_config.vocab_size
+        self.rotary = rotary
+        self._cp_rank = cp_rank
+
+    @property
+    def attends_by_document(self) -> bool:
+        """Whether its attention is `DocumentAttention` rather than Transformer Engine's."""
+        return self.rotary is not None
+
+    def rules(self) -> list[Rule]:
+        """Return its table of weights, of all layers of all stages."""
+        return family_of(self.hf_config).rules(self.hf_config)
 
     def forward(self, *args: Any, packed_seq_params: PackedSeqParams, **kwargs: Any) -> torch.Tensor:
         """Return hidden states `[T, 1, h]`.
@@ -125,9 +128,19 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         decoder_input, rotary, *rest = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=described, padding_mask=padding_mask, **kwargs
         )
-        if self.attends_by_document:
-            rotary = rotary[position_ids[0]]
+        if self.rotary is not None:
+            rotary = self.rotary.table(position_ids[0], self._document_lengths(position_ids[0], packed_seq_params))
         return (decoder_input, rotary, *rest)
+
+    def _document_lengths(self, positions: torch.Tensor, row: PackedSeqParams) -> torch.Tensor:
+        """Return how many tokens `[T]` the document of each of this rank's tokens has.
+
+        Where keys and values are kept, a row has the newest token of each document only: its position tells.
+        """
+        boundaries = row.cu_seqlens_q
+        in_row = torch.arange(len(positions), device=positions.device) + self._cp_rank * len(positions)
+        documents = torch.bucketize(in_row, boundaries[1:], right=True).clamp_(max=len(boundaries) - 2)
+        return torch.maximum(boundaries.diff()[documents], positions + 1)
 
     def output_weight(self) -> torch.nn.Parameter:
         """Return this rank's shard `[v/t, h]` of the output layer's weight, shared with the embedding if tied."""
@@ -181,6 +194,8 @@ def build_gpt(
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
     """
     check_hf_config(hf_config)
+    family = family_of(hf_config)
+    sizes = family.dimensions(hf_config)
     use_transformer_engine = check_transformer_impl(transformer_impl)
     padded_vocab_size = padded_vocabulary(
         hf_config.vocab_size, multiple=vocab_pad_multiple, tensor_model_parallel_size=layout.tensor
@@ -188,55 +203,47 @@ def build_gpt(
     config = TransformerConfig(
         **_division(layout),
         **_precision(params_dtype),
-        **_architecture(hf_config),
-        **moe.transformer_fields(hf_config, grouped_gemm=use_transformer_engine, aux_loss_coeff=moe_aux_loss_coeff),
+        **_architecture(hf_config, family, sizes),
+        **_experts(sizes, grouped_gemm=use_transformer_engine, aux_loss_coeff=moe_aux_loss_coeff),
         **_execution(recompute),
     )
+    rotary = RotaryEmbedding(hf_config, sizes.head_channels)
+    by_document = attends_by_document(config, use_transformer_engine) or rotary.depends_on_length
     # like `bias_activation_fusion` one of the functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; it
     # is for what `DocumentAttention` takes, not for Transformer Engine's rows
-    config.apply_rope_fusion = attends_by_document(config, use_transformer_engine)
+    config.apply_rope_fusion = by_document
     place = parallel.position()
-    pre_process = place.is_first_stage and chunk == 0
-    post_process = place.is_last_stage and chunk == layout.virtual - 1
     chunk_number = chunk if layout.virtual > 1 else None
-    rope = rope_parameters(hf_config)
     model = KTOGPTModel(
         config,
-        block_spec(config, use_transformer_engine=use_transformer_engine, chunk=chunk_number, unfused=unfused),
-        attends_by_document=attends_by_document(config, use_transformer_engine),
+        block_spec(
+            config,
+            use_transformer_engine=use_transformer_engine,
+            by_document=by_document,
+            chunk=chunk_number,
+            unfused=unfused,
+        ),
+        hf_config=hf_config,
+        rotary=rotary if by_document else None,
+        cp_rank=place.cp_rank,
         vocab_size=padded_vocab_size,
-        real_vocab_size=hf_config.vocab_size,
-        family=hf_config.model_type,
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
+        pre_process=place.is_first_stage and chunk == 0,
+        post_process=place.is_last_stage and chunk == layout.virtual - 1,
         parallel_output=True,
-        position_embedding_type="rope",
-        rotary_base=rope["rope_theta"],
-        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+        position_embedding_type="none" if by_document else "rope",
+        rotary_base=rope_parameters(hf_config)["rope_theta"],
+        rotary_percent=2 * len(rotary.inverse_frequencies) / sizes.head_channels,
+        share_embeddings_and_output_weights=sizes.tied,
         vp_stage=chunk_number,
     )
     _mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
     _clear_vocabulary(model)
-    rope_type = rope.get("rope_type", "default")
-    if rope_type != "default":
+    if not by_document:
         # Megatron knows Llama 3's scaling with one set of parameters only; the frequencies say everything
-        model.rotary_pos_emb.inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+        model.rotary_pos_emb.inv_freq = rotary.inverse_frequencies
     return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
-
-
-def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_size: int) -> int:
-    """Return `vocab_size` rounded up to `multiple`; a ConfigError if the tensor-parallel ranks cannot share that."""
-    padded = -(-vocab_size // multiple) * multiple
-    if padded % tensor_model_parallel_size:
-        raise ConfigError(
-            f"The vocabulary of {vocab_size} tokens, padded to {padded} by "
-            f"model.make_vocab_size_divisible_by={multiple}, cannot be divided by "
-            f"model.tensor_model_parallel_size={tensor_model_parallel_size}. "
-            f"Set the former to a multiple of {tensor_model_parallel_size}."
-        )
-    return padded
 
 
 @torch.no_grad()
@@ -246,7 +253,7 @@ def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
     Matrices are normal with mean 0 and standard deviation `std`, norms one, biases and padding rows zero. Each full
     tensor is drawn in float32 from a generator of its own, seeded by (`seed`, its name), and sliced: one at a time.
     """
-    rules = rules_for(model)
+    rules = model.rules()
     for leaf in sharded_leaves(model):
         layout = match(rules, leaf.key).layout
         if len(leaf.global_shape) == 1:
@@ -265,27 +272,33 @@ def tensor_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
-def _architecture(hf: PretrainedConfig) -> dict[str, Any]:
+def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> dict[str, Any]:
     """Return the TransformerConfig fields that say what the model computes."""
-    heads = hf.num_attention_heads
     return {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": heads,
-        "num_query_groups": getattr(hf, "num_key_value_heads", None) or heads,
-        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": sizes.feed_forward,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.groups,
+        "kv_channels": sizes.head_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": hf.model_type == "qwen2",
-        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **_sliding_window(hf),
+        **family.fields(hf),
     }
+
+
+def _experts(sizes: Dimensions, *, grouped_gemm: bool, aux_loss_coeff: float) -> dict[str, Any]:
+    """Return the TransformerConfig fields of the mixtures of experts, if there are any."""
+    if sizes.mixture is None:
+        return {}
+    return moe.transformer_fields(
+        sizes.mixture, sizes.layers, grouped_gemm=grouped_gemm, aux_loss_coeff=aux_loss_coeff
+    )
 
 
 def _mark_tensor_parallel_weights(model: KTOGPTModel) -> None:
@@ -313,18 +326,6 @@ def _clear_vocabulary(model: KTOGPTModel) -> None:
     for parameter in model.parameters():
         if getattr(parameter, "is_embedding_or_output_parameter", False):
             parameter.zero_()
-
-
-def _sliding_window(hf: PretrainedConfig) -> dict[str, Any]:
-    size = getattr(hf, "sliding_window", None)
-    if not size or not getattr(hf, "use_sliding_window", True):
-        return {}
-    # Hugging Face counts the token itself among the `size` visible ones, Megatron only those before it
-    fields: dict[str, Any] = {"window_size": (size - 1, 0)}
-    layer_types = getattr(hf, "layer_types", None)
-    if layer_types:
-        fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in layer_types]
-    return fields
 
 
 def _division(layout: Layout) -> dict[str, Any]:

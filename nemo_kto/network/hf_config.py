@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network import moe
-from nemo_kto.runtime.layout import ModelSizes
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-_SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+from nemo_kto.network import moe, rotary
+from nemo_kto.network.families import family_of
 
 
 def load_hf_config(path: str | Path) -> PretrainedConfig:
@@ -27,10 +24,10 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json. Name the folder of a Hugging Face model.")
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        named = SimpleNamespace(model_type=json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
-    _check_model_type(model_type, file)
+    family_of(named, file)  # before transformers: it may not know the architecture either
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # its checks of single fields raise classes with no common base
@@ -42,31 +39,23 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 def check_hf_config(config: PretrainedConfig) -> None:
     """Raise a ConfigError that names the field when Megatron-Core cannot express the model of `config`."""
     source = getattr(config, "name_or_path", "") or "the model's configuration"
-    _check_model_type(config.model_type, source)
+    family = family_of(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
+    mixture = family.mixture(config)
     unsupported = {
-        "attention_bias": bool(getattr(config, "attention_bias", False)),  # biased o_proj: no Megatron field
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "hidden_act": config.hidden_act != "silu",
-        "rope_parameters.rope_type": rope_parameters(config).get("rope_type", "default") not in _SUPPORTED_ROPE_TYPES,
-        "partial_rotary_factor": rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0,
-        **moe.unsupported_fields(config),
+        **{name: True for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)},
+        **({"hidden_act": config.hidden_act} if config.hidden_act != "silu" else {}),
+        **rotary.unsupported_fields(config, partial=family.partial_rotary),
+        **(moe.unsupported_fields(mixture) if mixture is not None else {}),
+        **family.unsupported(config),
     }
-    for field, found in unsupported.items():
-        if found:
-            value = getattr(config, field.split(".")[0], None)
-            raise ConfigError(
-                f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
-                f"output and feed-forward biases, hidden_act=silu, rope types {', '.join(_SUPPORTED_ROPE_TYPES)}, and "
-                "experts chosen without noise, two or more for each token where their probabilities are normalised."
-            )
-
-
-def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the rotary embedding's parameters; transformers 4 kept them in `rope_scaling` and `rope_theta`."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", 10000.0), **found}
+    for field, value in unsupported.items():
+        raise ConfigError(
+            f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
+            f"output and feed-forward biases, hidden_act=silu, rope types {', '.join(rotary.SUPPORTED_TYPES)}, and "
+            "experts chosen without noise, two or more for each token where their probabilities are normalised."
+        )
 
 
 def hf_config_from_sizes(
@@ -125,26 +114,4 @@ def hf_config_from_sizes(
         tie_word_embeddings=share_embeddings_and_output_weights,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
-    )
-
-
-def _check_model_type(model_type: str | None, source: str | Path) -> None:
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"{source}: the architecture {model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-
-
-def model_sizes(hf: PretrainedConfig) -> ModelSizes:
-    """Return the sizes that decide how a model can be divided."""
-    sparse = moe.expert_layers(hf)
-    return ModelSizes(
-        num_layers=hf.num_hidden_layers,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        ffn_hidden_size=None if all(sparse) else hf.intermediate_size,
-        num_experts=moe.num_experts(hf),
-        expert_layers=[layer for layer, is_sparse in enumerate(sparse) if is_sparse],
-        expert_ffn_hidden_size=moe.expert_ffn_hidden_size(hf),
     )

@@ -58,13 +58,19 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    config: TransformerConfig, *, use_transformer_engine: bool, chunk: int | None, unfused: bool = False
+    config: TransformerConfig,
+    *,
+    use_transformer_engine: bool,
+    by_document: bool,
+    chunk: int | None,
+    unfused: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the layers of one chunk of a pipeline stage.
 
     Args:
         config: Megatron's configuration.
         use_transformer_engine: Whether layers come from Transformer Engine.
+        by_document: Whether attention is `DocumentAttention`.
         chunk: Which one; None unless stages are interleaved.
         unfused: See `build_gpt`.
     """
@@ -76,12 +82,20 @@ def block_spec(
     first = get_transformer_layer_offset(config, vp_stage=chunk)
     last = first + get_num_layers_to_build(config, vp_stage=chunk)
     experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
-    layers = {number: _layer_spec(config, use_transformer_engine, number, unfused) for number in set(experts)}
+    layers = {
+        number: _layer_spec(config, use_transformer_engine, number, unfused=unfused, by_document=by_document)
+        for number in set(experts)
+    }
     return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
 
 
 def _layer_spec(
-    config: TransformerConfig, use_transformer_engine: bool, num_experts: int | None, unfused: bool
+    config: TransformerConfig,
+    use_transformer_engine: bool,
+    num_experts: int | None,
+    *,
+    unfused: bool,
+    by_document: bool,
 ) -> ModuleSpec:
     """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
     engine = None
@@ -105,7 +119,7 @@ def _layer_spec(
                 engine.submodules.self_attention.submodules.core_attention
             )
             layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
-    if attends_by_document(config, use_transformer_engine):
+    if by_document:
         layer.submodules.self_attention.module = SeparateValueAttention
         layer.submodules.self_attention.submodules.core_attention = DocumentAttention
     return layer

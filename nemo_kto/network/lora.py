@@ -40,7 +40,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
-from nemo_kto.network.weight_rules import sharded_leaves
+from nemo_kto.network.sharded import sharded_leaves
 
 PROJECTIONS = {
     "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),

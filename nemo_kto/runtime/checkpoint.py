@@ -10,7 +10,6 @@ random numbers.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kto.errors import CheckpointError, DivergenceError
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.checkpoint_folders import is_finished
+from nemo_kto.runtime.checkpoint_folders import newest_last as newest_last
 
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
@@ -38,35 +39,7 @@ SOURCE_FOLDER = "hf"
 IDENTITY_FILE = "identity.json"
 """File in that folder that says which run the checkpoint is of: key -> value or digest."""
 
-_UNFINISHED_SUFFIX = "-unfinished"
 _NO_PARAMETER = "no parameter"
-_STEP = re.compile(r".*step=(\d+)")  # the last one, should the run's name hold another
-
-
-def is_finished(folder: Path) -> bool:
-    """Return whether `folder` holds a checkpoint that was written to its end."""
-    return (folder / "metadata.json").is_file() and not folder.with_name(folder.name + _UNFINISHED_SUFFIX).exists()
-
-
-def newest_last(folder: Path) -> Path | None:
-    """Return the finished `*-last` checkpoint of the highest step in `folder`, or None.
-
-    Two may be there when a run was killed after it wrote the new one and before it removed the old one.
-    """
-    found = [path for path in folder.glob("*step=*-last") if is_finished(path)] if folder.is_dir() else []
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of steps that were taken before `checkpoint` was written, from its name.
-
-    Raises:
-        CheckpointError: The name holds no step.
-    """
-    match = _STEP.match(checkpoint.name)
-    if match is None:
-        raise CheckpointError(f"{checkpoint} is no checkpoint of a run: its name holds no step=<number>.")
-    return int(match[1])
 
 
 class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]

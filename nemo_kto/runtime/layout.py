@@ -216,6 +216,19 @@ def _stages(layout: Layout, num_layers: int) -> list[list[int]]:
     return stages
 
 
+def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_size: int) -> int:
+    """Return `vocab_size` rounded up to `multiple`; a ConfigError if the tensor-parallel ranks cannot share that."""
+    padded = -(-vocab_size // multiple) * multiple
+    if padded % tensor_model_parallel_size:
+        raise ConfigError(
+            f"The vocabulary of {vocab_size} tokens, padded to {padded} by "
+            f"model.make_vocab_size_divisible_by={multiple}, cannot be divided by "
+            f"model.tensor_model_parallel_size={tensor_model_parallel_size}. "
+            f"Set the former to a multiple of {tensor_model_parallel_size}."
+        )
+    return padded
+
+
 def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
     """Raise a ConfigError when groups of `group` layers do not fit into the chunks of a checked `layout`."""
     for layers in sorted({size // layout.virtual for size in _stage_sizes(layout, num_layers)}):

@@ -65,9 +65,9 @@ def _weighted_swiglu(
     return pointwise.swiglu(projected, weights)
 
 
-def _rotate(values: torch.Tensor, angles: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+def _rotate(values: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     assert not interleaved, "no model of this package has its channels in that order"
-    return pointwise.rotate(values, angles)
+    return pointwise.rotate(values, table)
 
 
 def _communicate_shapes(

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from nemo_kto.errors import CheckpointError, ConfigError, KTOError
+from nemo_kto.errors import CheckpointError, KTOError
 from nemo_kto.runtime import cpu_megatron, megatron_fixes
+from nemo_kto.runtime.launch import known_device_count
 from nemo_kto.runtime.layout import Layout
 
 
@@ -26,20 +27,10 @@ def device_count(devices: int | str, accelerator: str) -> int:
 
     "auto" means what torchrun started here, else every GPU, else one CPU process.
     """
-    if devices != "auto":
-        return int(devices)
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    known = known_device_count(devices)
+    if known is not None:
+        return known
     return torch.cuda.device_count() if accelerator == "gpu" else 1
-
-
-def check_launched(layout: Layout) -> None:
-    """Raise a ConfigError when torchrun started another number of processes than the configuration names."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.world_size:
-        raise ConfigError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, but trainer.devices x trainer.num_nodes is "
-            f"{layout.world_size}. Set trainer.devices=auto and trainer.num_nodes to what torchrun was given."
-        )
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.weight_rules import Leaf, match, rules_for, sharded_leaves
+from nemo_kto.network.sharded import Leaf, sharded_leaves
+from nemo_kto.network.weight_rules import Piece, match
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.folder import INDEX_FILE, WEIGHTS_FILE, NewFolder, configured_dtype, copy_companions
 
@@ -68,12 +69,12 @@ def export_hf(
         new.finish()
 
     parallel.run_on_rank_zero(new.start, failure)
-    rules = rules_for(chunks[0])
+    rules = chunks[0].rules()
     for key, full in gathered_tensors(chunks):
         if full is not None:
             rule = match(rules, key)
-            for name, tensor in zip(rule.names, rule.layout.split(full), strict=True):
-                writer.add(name, tensor.to(device="cpu", dtype=dtype))
+            for piece, tensor in zip(rule.pieces, rule.layout.split(full), strict=True):
+                writer.add(piece, tensor.to(device="cpu", dtype=dtype))
     parallel.run_on_rank_zero(finish, failure)
 
 
@@ -127,27 +128,36 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 @dataclass
 class _ShardWriter:
-    """Collects tensors and writes a file whenever the next one would make it larger than `max_bytes`.
+    """Joins pieces to tensors, and writes a file whenever the next tensor would make it larger than `max_bytes`.
 
     A file that cannot be written is an error of `finish` only: until then the other ranks go on sending.
     """
 
     folder: Path
     max_bytes: int
+    _pieces: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _pending_bytes: int = 0
     _total_bytes: int = 0
     _files: list[list[str]] = field(default_factory=list)
     _error: OSError | None = None
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, piece: Piece, values: torch.Tensor) -> None:
+        """Take a piece of a tensor; the tensor is written once all its rows are there."""
+        pieces = self._pieces.setdefault(piece.name, {})
+        pieces[piece.first_row] = values
+        if sum(map(len, pieces.values())) < piece.tensor_shape[0]:
+            return
+        parts = [part for _, part in sorted(self._pieces.pop(piece.name).items())]
+        tensor = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        self._pending[piece.name] = tensor
         self._pending_bytes += tensor.nbytes
 
     def finish(self) -> None:
         """Write what is left, give the files their final names and write the index if there are several."""
+        assert not self._pieces, f"the table lacks rows of {list(self._pieces)}"
         self._flush()
         if self._error is not None:
             raise self._error

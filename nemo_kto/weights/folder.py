@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError
-from nemo_kto.network.weight_rules import Region
+from nemo_kto.network.weight_rules import Piece, Region
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -85,9 +85,9 @@ class SafetensorsFolder:
         """Return the shape of a tensor, from the file's header."""
         return tuple(self._slice_of(name).get_shape())
 
-    def read(self, name: str, region: Region) -> torch.Tensor:
-        """Return one block of a tensor in the file's dtype; nothing else of the tensor is read."""
-        block: torch.Tensor = self._slice_of(name)[region]
+    def read(self, piece: Piece, region: Region) -> torch.Tensor:
+        """Return one block of a piece of a tensor in the file's dtype; nothing else of the tensor is read."""
+        block: torch.Tensor = self._slice_of(piece.name)[piece.within(region)]
         return block
 
     def _slice_of(self, name: str) -> Any:

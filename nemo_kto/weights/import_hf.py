@@ -9,7 +9,8 @@ import torch
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.weight_rules import expected_shapes, match, rules_for, sharded_leaves
+from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.weight_rules import expected_shapes, match
 from nemo_kto.weights.folder import SafetensorsFolder, listed
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old folders store; computed from the configuration
@@ -24,19 +25,19 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     Raises:
         CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes.
     """
-    rules = rules_for(model)
+    rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
-            block = rule.layout.read(rule.names, leaf.region, source.read)
+            block = rule.layout.read(rule.pieces, leaf.region, source.read)
             leaf.data[: len(block)].copy_(block)
             leaf.data[len(block) :].zero_()
 
 
 def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
     """Raise a CheckpointError unless the folder holds exactly the model's tensors in the right shapes."""
-    expected = expected_shapes(model)
+    expected = expected_shapes(model.rules())
     missing = sorted(expected.keys() - source.names)
     if missing:
         raise CheckpointError(

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network import moe
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.lora import LINEAR_OF, PROJECTIONS, LoRASettings, projections_of
-from nemo_kto.network.weight_rules import sharded_leaves
+from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.export_hf import gathered_tensors
 from nemo_kto.weights.folder import NewFolder, copy_companions, listed
@@ -67,7 +67,8 @@ def is_adapter(folder: Path) -> bool:
 def check_projections(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
     """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts instead."""
     in_mlp = set(settings.projections) & {*PROJECTIONS["mlp.linear_fc1"], *PROJECTIONS["mlp.linear_fc2"]}
-    sparse = [layer + 1 for layer in settings.layers if moe.expert_layers(hf_config)[layer]]
+    dense = dimensions_of(hf_config).dense_layers
+    sparse = [layer + 1 for layer in settings.layers if layer not in dense]
     if in_mlp and sparse:
         raise ConfigError(
             f"model.peft.lora_tuning.target_modules: experts cannot have adapters, and layers {sparse} consist of "
@@ -246,16 +247,17 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
 
 def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the adapters, by PEFT's name."""
-    hidden, channels = hf.hidden_size, getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    queries, keys = hf.num_attention_heads * channels, hf.num_key_value_heads * channels
+    model = dimensions_of(hf)
+    hidden, inner = model.hidden, model.feed_forward
+    queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
     sizes = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
-        "gate_proj": (hf.intermediate_size, hidden),
-        "up_proj": (hf.intermediate_size, hidden),
-        "down_proj": (hidden, hf.intermediate_size),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
     }
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):

@@ -32,7 +32,14 @@ def half_angles() -> torch.Tensor:
     return torch.arange(TOKENS)[:, None, None, None] * torch.logspace(0, -2, CHANNELS // 2, dtype=torch.float64)
 
 
-ANGLES = torch.cat([half_angles()] * 2, dim=-1).float()
+TABLE = torch.cat([half_angles().cos(), half_angles().sin()], dim=-1).float()
+
+
+def partial_rotation_expression(values: torch.Tensor) -> torch.Tensor:
+    """The channels that the table has no angles for stay as they are."""
+    rotated, rest = values.split([CHANNELS, 3], dim=-1)
+    return torch.cat([rotation_expression(rotated), rest], dim=-1)
+
 
 # name -> (function, expression, shapes of what both take)
 CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
@@ -49,7 +56,12 @@ CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "swiglu": (swiglu, swiglu_expression, [(TOKENS, 1, 2 * CHANNELS)]),
     "swiglu of an expert": (swiglu, swiglu_expression, [(TOKENS, 2 * CHANNELS), (TOKENS, 1)]),
     "swiglu of an expert without tokens": (swiglu, swiglu_expression, [(0, 2 * CHANNELS), (0, 1)]),
-    "rotation": (lambda values: rotate(values, ANGLES), rotation_expression, [(TOKENS, 1, HEADS, CHANNELS)]),
+    "rotation": (lambda values: rotate(values, TABLE), rotation_expression, [(TOKENS, 1, HEADS, CHANNELS)]),
+    "rotation of some channels": (
+        lambda values: rotate(values, TABLE),
+        partial_rotation_expression,
+        [(TOKENS, 1, HEADS, CHANNELS + 3)],
+    ),
 }
 
 cases = pytest.mark.parametrize("name", CASES)
@@ -86,7 +98,7 @@ def test_little_is_kept_for_the_backward_pass(name: str) -> None:
     """What goes in; of a norm a number for each vector besides."""
     function, _, shapes = CASES[name]
     leaves = inputs(shapes, torch.float32)
-    known = {tensor.data_ptr() for tensor in (*leaves, ANGLES)}
+    known = {tensor.data_ptr() for tensor in (*leaves, TABLE)}
     others: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,15 @@ from torch._dynamo.utils import counters as dynamo_counters
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network import gpt, moe
+from nemo_kto.network import gpt
 from nemo_kto.network.attention import DocumentAttention
-from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt, initialize_weights, padded_vocabulary
+from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
 from nemo_kto.network.layer_specs import SequenceParallelRMSNorm
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
-from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.layout import Layout, padded_vocabulary
 from tests.network import tiny_hf
 
 # a Llama 3.1 configuration as transformers 4 wrote it
@@ -74,7 +75,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
-        ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+        ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, mixtral, phi3, qwen2, qwen3"
     ):
         load_hf_config(write_config(tmp_path, {**OLD_STYLE, "model_type": model_type}))
 
@@ -128,8 +129,10 @@ def test_unsupported_feature_of_a_router_is_named(tmp_path: Path, field: str, va
 def test_which_layers_of_qwen3_moe_hold_experts(fields: dict[str, Any], expected: list[bool]) -> None:
     """As Qwen3MoeDecoderLayer of transformers chooses."""
     config = Qwen3MoeConfig(**tiny_hf.SIZES, **fields)
-    assert list(moe.expert_layers(config)) == expected
-    assert moe.num_experts(config) == (128 if any(expected) else 0)
+    sizes = dimensions_of(config)
+    sparse = () if sizes.mixture is None else sizes.mixture.sparse_layers
+    assert [layer in sparse for layer in range(4)] == expected
+    assert sizes.divided.num_experts == (128 if any(expected) else 0)
 
 
 def test_configuration_of_qwen3_moe_as_published_is_understood(tmp_path: Path) -> None:
@@ -144,7 +147,8 @@ def test_configuration_of_qwen3_moe_as_published_is_understood(tmp_path: Path) -
         "mlp_only_layers": [],
     }
     config = load_hf_config(write_config(tmp_path, published))
-    assert (moe.num_experts(config), moe.expert_ffn_hidden_size(config)) == (16, 24)
+    sizes = dimensions_of(config).divided
+    assert (sizes.num_experts, sizes.expert_ffn_hidden_size) == (16, 24)
 
 
 # making
@@ -306,7 +310,8 @@ def check_shard_marks(config: Any) -> None:
 def check_experts(config: Any, *, norms_chosen: bool) -> None:
     """Every layer scores documents apart; sparse ones route in float32, without dropping tokens."""
     layers = build(config, moe_aux_loss_coeff=0.1).decoder.layers
-    assert [isinstance(layer.mlp, MoELayer) for layer in layers] == list(moe.expert_layers(config))
+    sparse = dimensions_of(config).divided.expert_layers
+    assert tuple(layer.layer_number - 1 for layer in layers if isinstance(layer.mlp, MoELayer)) == sparse
     for layer in layers:
         assert isinstance(layer.self_attention.core_attention, DocumentAttention)
         assert isinstance(layer.pre_mlp_layernorm, SequenceParallelRMSNorm)

@@ -18,10 +18,12 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from nemo_kto.network.gpt import KTOGPTModel
@@ -48,6 +50,15 @@ _LLAMA3_OTHER = {
     "low_freq_factor": 2.0,
     "high_freq_factor": 6.5,
 }
+# documents of up to 16 tokens have the short factors, longer ones the long
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 1.7, 2.9, 4.5],
+    "original_max_position_embeddings": 16,
+}
+_PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
@@ -73,6 +84,34 @@ def families() -> dict[str, PretrainedConfig]:
         ),
         "qwen3_moe_one": Qwen3MoeConfig(
             **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
+        "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
+        "phi3_partial": Phi3Config(
+            **SIZES, **_PHI3, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        ),
+        "phi3_longrope": Phi3Config(**SIZES, **_PHI3, rope_parameters=_LONGROPE, original_max_position_embeddings=16),
+        "phi3_longrope_partial": Phi3Config(
+            **SIZES,
+            **_PHI3,
+            rope_parameters={
+                **_LONGROPE,
+                "short_factor": [1.0, 1.2, 1.4],
+                "long_factor": [1.0, 2.1, 3.3],
+                "partial_rotary_factor": 0.75,
+            },
+            original_max_position_embeddings=16,
+            tie_word_embeddings=True,
+        ),
+        "smollm3": SmolLM3Config(**SIZES, pad_token_id=None, bos_token_id=None, eos_token_id=2),
+        "smollm3_pattern": SmolLM3Config(
+            **SIZES,
+            no_rope_layers=[0, 1, 1, 0],
+            use_sliding_window=True,
+            sliding_window=7,
+            tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=2,
         ),
     }
 

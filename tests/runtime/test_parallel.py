@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nemo_kto.errors import ConfigError
+from nemo_kto.runtime.launch import check_launched
 from nemo_kto.runtime.layout import Layout
-from nemo_kto.runtime.parallel import check_launched, device_count
+from nemo_kto.runtime.parallel import device_count
 
 
 def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

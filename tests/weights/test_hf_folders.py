@@ -12,9 +12,10 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from nemo_kto.errors import CheckpointError
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
-from nemo_kto.network.moe import num_experts
+from nemo_kto.network.weight_rules import Piece
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
@@ -32,7 +33,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "ETP2": {"expert_tensor": 2},
 }
 FOLDERS = [*tiny_hf.families(), "llama_files", "llama_bf16"]
-SPARSE = [name for name, config in tiny_hf.families().items() if num_experts(config)]
+SPARSE = [name for name, config in tiny_hf.families().items() if dimensions_of(config).mixture]
 
 
 def folders_of(layout: str) -> list[str]:
@@ -58,7 +59,7 @@ def divide(layout: str) -> None:
 
 def build(hf_config: Any, layout: str) -> KTOGPTModel:
     """Make this rank's part of a model, filled with NaN; its groups exist."""
-    sequence = "tensor" in LAYOUTS[layout] and num_experts(hf_config) > 0
+    sequence = "tensor" in LAYOUTS[layout] and dimensions_of(hf_config).mixture is not None
     model = build_gpt(hf_config, division(layout, sequence=sequence))
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
@@ -125,9 +126,9 @@ class count_reads:
         reads: dict[str, int] = {}
         self.original = read = SafetensorsFolder.read
 
-        def counting(self: SafetensorsFolder, name: str, region: tuple[slice, ...]) -> torch.Tensor:
-            block = read(self, name, region)
-            reads[name] = reads.get(name, 0) + block.numel()
+        def counting(self: SafetensorsFolder, piece: Piece, region: tuple[slice, ...]) -> torch.Tensor:
+            block = read(self, piece, region)
+            reads[piece.name] = reads.get(piece.name, 0) + block.numel()
             return block
 
         SafetensorsFolder.read = counting

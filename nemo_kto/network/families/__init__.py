@@ -1,1 +1,56 @@
-"""x."""
+"""One file for each family of models, named as Hugging Face names it (`model_type`); `family.py` says what is in it.
+
+A new file is a new family: nothing else has to name it. Start with `llama.py`, which the others vary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_kto.errors import ConfigError
+from nemo_kto.network.family import Dimensions, Family
+from nemo_kto.runtime.layout import ModelSizes
+
+SUPPORTED_MODEL_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def family_of(hf: Any, source: str | Path = "") -> Family:
+    """Return the family of a model's configuration.
+
+    Args:
+        hf: The configuration, of which `model_type` is read.
+        source: Where it comes from, for the message.
+
+    Raises:
+        ConfigError: The family is not supported.
+    """
+    if hf.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            f"{source or 'The model'}: the architecture {hf.model_type!r} is not supported. "
+            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    family: Family = importlib.import_module(f"{__name__}.{hf.model_type}").FAMILY
+    return family
+
+
+def dimensions_of(hf: Any) -> Dimensions:
+    """Return the sizes of the model of a configuration."""
+    return family_of(hf).dimensions(hf)
+
+
+def sizes_of_folder(folder: Path) -> ModelSizes | None:
+    """Return what a layout has to divide of the model in a folder, without loading torch or transformers.
+
+    None where its config.json does not say enough, or cannot be read: that is for whoever loads it to judge.
+    """
+    try:
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
+        return dimensions_of(hf).divided
+    except (OSError, ValueError, TypeError, AttributeError, ConfigError):
+        return None

@@ -1,0 +1,19 @@
+"""Llama 1 to 3, and what is built like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_kto.network import tables
+from nemo_kto.network.family import Dimensions, Family
+from nemo_kto.network.weight_rules import Rule
+
+
+def weights(sizes: Dimensions) -> Iterator[Rule]:
+    """Yield the table of weights."""
+    yield from tables.outer(sizes)
+    yield from tables.attention(sizes)
+    yield from tables.feed_forward(sizes)
+
+
+FAMILY = Family(weights=weights)

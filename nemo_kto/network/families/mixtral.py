@@ -1,0 +1,36 @@
+"""Mixtral: Mistral with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_kto.network import tables
+from nemo_kto.network.family import Dimensions, Family, Mixture, sliding_window
+from nemo_kto.network.weight_rules import Rule
+
+
+def mixture(hf: Any) -> Mixture:
+    """Return the mixture of experts."""
+    return Mixture(
+        experts=hf.num_local_experts,
+        chosen=hf.num_experts_per_tok,
+        feed_forward=hf.intermediate_size,
+        sparse_layers=tuple(range(hf.num_hidden_layers)),
+        normalized=True,
+    )
+
+
+def unsupported(hf: Any) -> dict[str, Any]:
+    """Return what cannot be expressed: transformers makes noise in the router while it trains."""
+    return {"router_jitter_noise": hf.router_jitter_noise} if hf.router_jitter_noise > 0 else {}
+
+
+def weights(sizes: Dimensions) -> Iterator[Rule]:
+    """Yield the table of weights."""
+    yield from tables.outer(sizes)
+    yield from tables.attention(sizes)
+    yield from tables.experts(sizes, block="block_sparse_moe", gate="w1", up="w3", down="w2")
+
+
+FAMILY = Family(weights=weights, fields=sliding_window, mixture=mixture, unsupported=unsupported)

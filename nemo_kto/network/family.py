@@ -1,0 +1,143 @@
+"""What is said of a family of models, in its file `families/<model_type>.py`.
+
+A family says which of its configurations are supported, what its fields are to Megatron, and which of its tensors
+become which. What it leaves out is as in Llama: RMS norms before attention and feed-forward part, SwiGLU, rotary
+embedding over whole heads, no biases.
+
+The files of families import no torch, Megatron or transformers at module level: a layout is judged before those are
+loaded. `hf` is a model's configuration, transformers' or, until that is loaded, the plain keys of its config.json; a
+key that config.json leaves out then raises an AttributeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_kto.network.weight_rules import Rule
+from nemo_kto.runtime.layout import ModelSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The mixtures of experts in a model.
+
+    Attributes:
+        experts: Number of experts of each layer that has some.
+        chosen: How many of them a token goes through.
+        feed_forward: Channels inside an expert.
+        sparse_layers: Numbers of the layers that have some, from 0.
+        normalized: Whether the probabilities of the chosen experts are made to sum to one.
+    """
+
+    experts: int
+    chosen: int
+    feed_forward: int
+    sparse_layers: tuple[int, ...]
+    normalized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """The sizes of a model.
+
+    Attributes:
+        layers: Transformer layers.
+        hidden: Channels of the hidden states.
+        feed_forward: Channels inside a dense feed-forward part.
+        heads: Query heads.
+        groups: Key/value heads.
+        head_channels: Channels of a head.
+        vocabulary: Tokens, without padding.
+        tied: Whether the output layer is the embedding.
+        mixture: The mixtures of experts; None for a dense model.
+    """
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    groups: int
+    head_channels: int
+    vocabulary: int
+    tied: bool
+    mixture: Mixture | None
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers without experts."""
+        sparse = () if self.mixture is None else self.mixture.sparse_layers
+        return tuple(layer for layer in range(self.layers) if layer not in sparse)
+
+    @property
+    def divided(self) -> ModelSizes:
+        """What a layout has to divide."""
+        mixture = self.mixture
+        return ModelSizes(
+            num_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_query_groups=self.groups,
+            ffn_hidden_size=self.feed_forward if self.dense_layers else None,
+            num_experts=0 if mixture is None else mixture.experts,
+            expert_layers=() if mixture is None else mixture.sparse_layers,
+            expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
+        )
+
+
+def _nothing(hf: Any) -> dict[str, Any]:
+    return {}
+
+
+def _dense(hf: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        weights: Returns the table of weights of a model with these sizes, see `tables.py`.
+        fields: Returns the fields of Megatron's TransformerConfig that differ from Llama's.
+        mixture: Returns the mixtures of experts; None for a dense model.
+        unsupported: Returns field of the configuration -> value, of those values that Megatron cannot express.
+        partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
+    """
+
+    weights: Callable[[Dimensions], Iterable[Rule]]
+    fields: Callable[[Any], dict[str, Any]] = _nothing
+    mixture: Callable[[Any], Mixture | None] = _dense
+    unsupported: Callable[[Any], dict[str, Any]] = _nothing
+    partial_rotary: bool = False
+
+    def dimensions(self, hf: Any) -> Dimensions:
+        """Return the sizes of a model."""
+        return Dimensions(
+            layers=hf.num_hidden_layers,
+            hidden=hf.hidden_size,
+            feed_forward=hf.intermediate_size,
+            heads=hf.num_attention_heads,
+            groups=hf.num_key_value_heads or hf.num_attention_heads,
+            head_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            vocabulary=hf.vocab_size,
+            tied=bool(hf.tie_word_embeddings),
+            mixture=self.mixture(hf),
+        )
+
+    def rules(self, hf: Any) -> list[Rule]:
+        """Return the table of weights of a model."""
+        return list(self.weights(self.dimensions(hf)))
+
+
+def sliding_window(hf: Any) -> dict[str, Any]:
+    """Return Megatron's fields of a model with windows of `sliding_window` tokens, on the layers of `layer_types`."""
+    size = getattr(hf, "sliding_window", None)
+    if not size or not getattr(hf, "use_sliding_window", True):
+        return {}
+    # Hugging Face counts the token itself among the `size` visible ones, Megatron only those before it
+    fields: dict[str, Any] = {"window_size": (size - 1, 0)}
+    layer_types = getattr(hf, "layer_types", None)
+    if layer_types:
+        fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in layer_types]
+    return fields
