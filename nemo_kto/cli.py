@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `nemo-kto`."""
+    """Entry point of `nemo-kto`.
+
+    Args:
+        arguments: What follows the command's name; None for what this process was called with, which is then the
+            command's own.
+    """
     options = _parser().parse_args(arguments)
+    options.own_process = arguments is None
     run_guarded(lambda: options.run(options))
 
 
@@ -172,6 +178,9 @@ def run_script(command: str, overrides: Sequence[str]) -> None:
     from nemo_kto.config.compose import run_configured  # Hydra only where it is needed: --help stays instant
 
     def run(config: KTOConfig) -> None:
+        from nemo_kto.runs.early import check_early
+
+        check_early(config, command)
         _imported(command, command)(config)
 
     run_configured(run, overrides)

@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.config.checks import check_data, check_least
 from nemo_kto.config.reader import build
@@ -31,6 +30,9 @@ from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.errors import ConfigError, DataError, KTOError
 from nemo_kto.runs.records import sources, tokenization_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1000
 _MODEL_OPTIONS = ("seed", "global_batch_size")
@@ -62,7 +64,8 @@ def _field(text: str) -> tuple[str, str]:
 
 
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
-    return Encoder(load_tokenizer(options.tokenizer), tokenization_settings(data))
+    tokenizer = load_tokenizer(options.tokenizer, without_torch=options.own_process)
+    return Encoder(tokenizer, tokenization_settings(data))
 
 
 def _seed(options: argparse.Namespace) -> int:

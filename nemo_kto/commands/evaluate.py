@@ -23,13 +23,15 @@ from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.config.folders import log_directory, model_folder
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.packed_rows import KTOBatch
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import ConfigError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.checkpoints import checkpoint_to_evaluate
+from nemo_kto.runs.records import without_training
 from nemo_kto.runs.resume import check_scored_like_trained
 from nemo_kto.runs.run import prepare
 from nemo_kto.runs.trainer import strategy, trainer_settings
-from nemo_kto.runtime.checkpoint import is_finished, newest_last, step_of
+from nemo_kto.runtime.checkpoint_folders import step_of
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar
 
 OUTPUT_FILE = "evaluation.json"
@@ -64,7 +66,7 @@ def evaluate(config: KTOConfig) -> None:
     """
     checkpoint = checkpoint_to_evaluate(config)
     output = Path(config.evaluation.output or log_directory(config) / OUTPUT_FILE).absolute()
-    run = prepare(_without_training(config), trains=False)
+    run = prepare(without_training(config), trains=False)
     if checkpoint is not None:
         check_scored_like_trained(checkpoint, run.config, run.hf_config, lora=run.lora, reference=run.reference)
     names, file_of = run.data.files_of("validation")
@@ -82,44 +84,6 @@ def evaluate(config: KTOConfig) -> None:
         place["step"] = step_of(checkpoint) if checkpoint else None
         _print_table(collector.results)
         print(f"Results: {write_results(output, place | collector.results)}", flush=True)
-
-
-def checkpoint_to_evaluate(config: KTOConfig) -> Path | None:
-    """Return the checkpoint that is scored; None for the model that training starts from.
-
-    Raises:
-        ConfigError: That model would be its own reference.
-        CheckpointError: `evaluation.checkpoint` is no finished checkpoint of a run.
-    """
-    if config.evaluation.checkpoint is not None:
-        named = Path(config.evaluation.checkpoint).absolute()
-        if not is_finished(named):
-            raise CheckpointError(
-                f"evaluation.checkpoint={named} is not a finished checkpoint. Name one of the folders in "
-                "<log dir>/checkpoints."
-            )
-        step_of(named)  # raises for a name without a step, now rather than when everything has been scored
-        return named
-    folder = log_directory(config) / "checkpoints"
-    newest = newest_last(folder)
-    adapters = config.model.peft.lora_tuning.restore_from_path
-    if newest is None and config.model.kto.reference.checkpoint is None and adapters is None:
-        raise ConfigError(
-            f"There is nothing to evaluate: {folder} holds no finished checkpoint, and without one the model is its "
-            "own reference. Set exp_manager.explicit_log_dir or evaluation.checkpoint to what was trained, or "
-            "model.kto.reference.checkpoint to what pretrained_checkpoint.restore_from_path is to be compared with."
-        )
-    return newest
-
-
-def _without_training(config: KTOConfig) -> KTOConfig:
-    """Return the configuration without what only training needs: its data, if nothing depends on it, and a cache."""
-    kto, data = config.model.kto, config.model.data
-    if kto.reference.mode == "cached":  # its log-probs are kept for a whole run, training data included
-        kto = dataclasses.replace(kto, reference=dataclasses.replace(kto.reference, mode="auto", cache_dir=None))
-    if data.data_prefix.validation and "auto" not in (kto.desirable_loss_weight, kto.undesirable_loss_weight):
-        data = dataclasses.replace(data, data_prefix=dataclasses.replace(data.data_prefix, train=None))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, kto=kto, data=data))
 
 
 class Collector(Callback):

@@ -25,13 +25,14 @@ from nemo_kto.generation.answers import AnswerPrompts
 from nemo_kto.generation.decoding import Sampling
 from nemo_kto.generation.prompts import stop_token_ids
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.checkpoints import resumable_checkpoint
 from nemo_kto.runs.data import prompts_to_answer
 from nemo_kto.runs.facts import run_facts, write_facts
-from nemo_kto.runs.resume import check_same_run, resumable_checkpoint, run_identity, write_identity
+from nemo_kto.runs.resume import check_same_run, run_identity, write_identity
 from nemo_kto.runs.run import Run, prepare
 from nemo_kto.runs.schedule import Schedule, warn_about_rates
 from nemo_kto.runs.trainer import finishes, graceful_stop, training_trainer
-from nemo_kto.runtime.checkpoint import step_of
+from nemo_kto.runtime.checkpoint_folders import step_of
 from nemo_kto.weights.source_folder import write_source_folder
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError
 
 FACTS_FILE = "run.json"
 """What a run is; also in the folder that every checkpoint gets a copy of."""
@@ -61,3 +61,15 @@ def model_folder(config: KTOConfig) -> Path | None:
     """Return the Hugging Face folder training starts from; None for random weights."""
     folder = config.pretrained_checkpoint.restore_from_path
     return Path(folder) if folder else None
+
+
+def check_named_folders(config: KTOConfig) -> None:
+    """Raise a CheckpointError when the reference or the adapter to go on from is no folder; their files come later."""
+    model = config.model
+    adapter = model.peft.lora_tuning.restore_from_path
+    for key, folder, file in (
+        ("model.kto.reference.checkpoint", model.kto.reference.checkpoint, "config.json or adapter_config.json"),
+        ("model.peft.lora_tuning.restore_from_path", adapter, "adapter_config.json"),
+    ):
+        if folder is not None and not Path(folder).is_dir():
+            raise CheckpointError(f"{key}={folder} is not a folder. Name the one that {file} is in.")

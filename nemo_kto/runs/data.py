@@ -17,7 +17,7 @@ from nemo_kto.data.batches.dealing import Division
 from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.layout import kl_fraction
-from nemo_kto.runs.records import sources, tokenization_settings
+from nemo_kto.runs.records import check_named, sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,7 @@ def read_data(
         DataError: It cannot be used.
     """
     model, data = config.model, config.model.data
-    if not trains and not data.data_prefix.validation and not data.validation_fraction:
-        raise ConfigError(
-            "There is no held-out data. Set model.data.data_prefix.validation to a file with feedback, or several."
-        )
-    if not data.data_prefix.train and (trains or data.validation_fraction):
-        raise ConfigError(
-            "There is no training data. Set model.data.data_prefix.train to a file with feedback, or several."
-        )
+    check_named(data, trains=trains)
     if data.prompt_template and "\\n" in data.prompt_template and is_global_rank_zero():
         logger.warning(
             "model.data.prompt_template=%s has a backslash and an n in it, not a line break. In bash, write the whole "

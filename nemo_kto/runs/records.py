@@ -1,14 +1,16 @@
-"""What the keys of `model.data` mean for reading and tokenising; without Megatron, so that a look at data is quick."""
+"""What the keys of `model.data` mean for reading and tokenising; without torch, so that a look at data is quick."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nemo_kto.config.schema import DataConfig
+from nemo_kto.config.schema import DataConfig, KTOConfig
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import Source, parse_source
 from nemo_kto.data.tokens.rendering import TokenizationSettings
+from nemo_kto.errors import ConfigError
 
 
 def sources(data: DataConfig, entries: Sequence[str | Mapping[str, Any]]) -> list[Source]:
@@ -20,3 +22,30 @@ def sources(data: DataConfig, entries: Sequence[str | Mapping[str, Any]]) -> lis
 def tokenization_settings(data: DataConfig) -> TokenizationSettings:
     """Return how records become tokens."""
     return TokenizationSettings(data.append_eod, data.prompt_template, data.special_tokens)
+
+
+def check_named(data: DataConfig, *, trains: bool) -> None:
+    """Raise a ConfigError unless the configuration names the data that a command needs.
+
+    Args:
+        data: `model.data`.
+        trains: Whether there has to be data to train on; otherwise, to validate on.
+    """
+    if not trains and not data.data_prefix.validation and not data.validation_fraction:
+        raise ConfigError(
+            "There is no held-out data. Set model.data.data_prefix.validation to a file with feedback, or several."
+        )
+    if not data.data_prefix.train and (trains or data.validation_fraction):
+        raise ConfigError(
+            "There is no training data. Set model.data.data_prefix.train to a file with feedback, or several."
+        )
+
+
+def without_training(config: KTOConfig) -> KTOConfig:
+    """Return the configuration without what only training needs: its data, if nothing depends on it, and a cache."""
+    kto, data = config.model.kto, config.model.data
+    if kto.reference.mode == "cached":  # its log-probs are kept for a whole run, training data included
+        kto = replace(kto, reference=replace(kto.reference, mode="auto", cache_dir=None))
+    if data.data_prefix.validation and "auto" not in (kto.desirable_loss_weight, kto.undesirable_loss_weight):
+        data = replace(data, data_prefix=replace(data.data_prefix, train=None))
+    return replace(config, model=replace(config.model, kto=kto, data=data))

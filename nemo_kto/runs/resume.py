@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether that checkpoint is this run's."""
+"""Whether the checkpoint that a run goes on from, or that is scored, is this run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.lora import LoRASettings
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER, newest_last
+from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER
 from nemo_kto.weights.folder import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -42,32 +42,6 @@ _OBJECTIVE = (
     "sft_average_log_probs",
 )
 """Keys of `model.kto` that say what is optimised."""
-
-
-def resumable_checkpoint(config: KTOConfig, log_dir: Path) -> Path | None:
-    """Return the checkpoint the run goes on from, if there is one.
-
-    It is found here rather than by NeMo's exp_manager, which refuses to choose when a kill left two.
-
-    Raises:
-        ConfigError: There has to be one, or there must be none, by the keys of `exp_manager`.
-    """
-    manager, folder = config.exp_manager, log_dir / "checkpoints"
-    last = newest_last(folder)
-    if manager.resume_if_exists:
-        if last is None and not manager.resume_ignore_no_checkpoint:
-            raise ConfigError(
-                f"exp_manager.resume_if_exists is set, but {folder} holds no finished checkpoint. Set "
-                "exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
-            )
-        return last
-    if last is not None:
-        # a later resume could not tell the two runs' checkpoints apart
-        raise ConfigError(
-            f"exp_manager.resume_if_exists=false, but {folder} holds the checkpoints of another run. Name another "
-            "folder in exp_manager.explicit_log_dir, or remove it."
-        )
-    return None
 
 
 def run_identity(

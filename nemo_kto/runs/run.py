@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_kto.config.folders import tokenizer_folder
+from nemo_kto.config.folders import check_named_folders, tokenizer_folder
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
@@ -63,6 +63,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
     tokenizer = load_tokenizer(tokenizer_folder(config))
+    check_named_folders(config)
     hf_config = hf_config_of(config, tokenizer)
     layout = layout_of(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)

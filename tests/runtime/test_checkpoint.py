@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nemo_kto.errors import CheckpointError
-from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, is_finished, newest_last, separate_step_counters, step_of
+from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, separate_step_counters
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last, step_of
 
 
 def make(folder: Path, name: str, *, metadata: bool = True, marker: bool = False) -> Path:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.store import TokenStore
@@ -53,6 +52,8 @@ class Samples(Sequence[TokenizedSample]):
 
     def __getitem__(self, index: int) -> TokenizedSample:  # type: ignore[override]  # slices are of no use
         """One sample, read from disk."""
+        import torch  # only what is trained on needs it: a look at data is quicker without
+
         store = self.stores[self.store_of[index]]
         row = store.samples[self.place[index]]
         middle = int(row["start"]) + int(row["prompt"])

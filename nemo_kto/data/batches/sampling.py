@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from nemo_kto.data.batches.dealing import DocumentIndex
 from nemo_kto.errors import DataError
@@ -82,7 +81,7 @@ def kl_set_size(global_batch_size: int, kl_fraction: float) -> int:
     return max(1, round(kl_fraction * global_batch_size)) if kl_fraction else 0
 
 
-class GlobalBatchSampler(Sampler[list[DocumentIndex]]):
+class GlobalBatchSampler:
     """Deals one rank's share of every global batch of a run, epoch after epoch; a `batch_sampler` for DataLoader.
 
     What a step trains on is a function of (data, seed, step), so it is the same for every number of ranks and for a
@@ -169,7 +168,7 @@ class GlobalBatchSampler(Sampler[list[DocumentIndex]]):
         return order[: self._steps_per_epoch * size].reshape(-1, size)[batches].ravel()
 
 
-class ValidationBatchSampler(Sampler[list[DocumentIndex]]):
+class ValidationBatchSampler:
     """Deals one rank's share of batches that hold every sample exactly once, in the order of the data.
 
     `N` samples make `ceil(N / global_batch_size)` batches whose numbers of real samples differ by at most one (a last

@@ -57,18 +57,28 @@ def read_rows(path: Path) -> Rows:
     Raises:
         DataError: The file is missing, damaged, of an unknown kind, or what is wrong leaves the rest unreadable.
     """
-    reader = _READERS.get(data_suffix(path))
-    if reader is None and not path.exists():
-        raise DataError(f"{path}: no such file or folder.")
-    if reader is None:
-        raise DataError(f"{path}: files of this kind are not read; expected one of {', '.join(_READERS)}.")
+    check_kind(path)
     try:
-        yield from reader(path)
+        yield from _READERS[data_suffix(path)](path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
+        raise no_such_file(path) from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{path}: the file cannot be read ({reason}).") from error
+
+
+def check_kind(path: Path) -> None:
+    """Raises a DataError for a file whose name does not say how it is read; it need not be there."""
+    if data_suffix(path) in _READERS:
+        return
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder.")
+    raise DataError(f"{path}: files of this kind are not read; expected one of {', '.join(_READERS)}.")
+
+
+def no_such_file(path: Path) -> DataError:
+    """The error for a file that is not there."""
+    return DataError(f"{path}: no such file.")
 
 
 def count_rows(path: Path) -> int | None:

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 from nemo_kto.data.reading.containers import (
     Row,
     Rows,
+    check_kind,
     count_rows,
     dataset_rows,
     is_data_file,
     is_saved_dataset,
+    no_such_file,
     read_rows,
 )
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError, json_type
@@ -129,6 +131,23 @@ def expected_rows(source: Source) -> int | None:
     counts = [part.count() for part in _parts(source)]
     known = [number for number in counts if number is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+def check_there(source: Source) -> None:
+    """Raises what reading a source would, where a look at names tells; opens no file and loads no data set.
+
+    Raises:
+        DataError: There is no such file, nothing in the folder or of the pattern, or a file is of no known kind.
+        ConfigError: The source has a key that files have none of.
+    """
+    try:
+        files = None if is_saved_dataset(Path(source.path)) else _files(source)
+        for file in files or ():
+            if not file.exists():
+                raise no_such_file(file)
+            check_kind(file)
+    except OSError as error:
+        raise _unreadable(source, error) from error
 
 
 class Chunk(NamedTuple):
@@ -243,13 +262,24 @@ def _parts(source: Source) -> list[_Part]:
     try:
         return _find_parts(source)
     except OSError as error:
-        raise DataError(f"{source.path}: it cannot be read ({error.strerror}: {error.filename}).") from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Source, error: OSError) -> DataError:
+    return DataError(f"{source.path}: it cannot be read ({error.strerror}: {error.filename}).")
 
 
 def _find_parts(source: Source) -> list[_Part]:
     path = Path(source.path)
     if is_saved_dataset(path):
         return [_saved_part(path, source)]
+    files = _files(source)
+    return [_hub_part(source)] if files is None else [_file_part(file) for file in files]
+
+
+def _files(source: Source) -> list[Path] | None:
+    """The files of a source that is no saved data set; None for one of the hub. A single one need not be there."""
+    path = Path(source.path)
     for key in ("split", "name"):
         if getattr(source, key) is not None and (path.exists() or not _may_be_on_hub(source.path)):
             raise ConfigError(f"{source.path}: {key}={getattr(source, key)} is for data sets; files have none.")
@@ -257,15 +287,13 @@ def _find_parts(source: Source) -> list[_Part]:
         files = sorted(_files_below(path))
         if not files:
             raise DataError(f"{path}: the folder holds no data file (.jsonl, .json, .parquet, .csv ...).")
-        return [_file_part(file) for file in files]
+        return files
     if not path.exists() and glob.has_magic(source.path):
         found = [Path(name) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
         if not found:
             raise DataError(f"{source.path}: no file has a name like this.")
-        return [_file_part(file) for file in found]
-    if path.exists() or not _may_be_on_hub(source.path):
-        return [_file_part(path)]
-    return [_hub_part(source)]
+        return found
+    return [path] if path.exists() or not _may_be_on_hub(source.path) else None
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -296,7 +324,7 @@ def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
                 while piece := handle.read(1 << 20):
                     yield piece
         except FileNotFoundError:
-            raise DataError(f"{file}: no such file.") from None
+            raise no_such_file(file) from None
         except OSError as error:
             raise DataError(f"{file}: the file cannot be read ({error.strerror}).") from error
 

@@ -11,15 +11,19 @@ Dates. A chat template that names today's date is given a fixed one: a run that 
 starts after midnight, must see the same tokens.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.reading.records import FeedbackRecord, RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHAT = "chat"
 """Value of `prompt_template` that makes messages of strings."""

@@ -15,17 +15,22 @@ Special tokens that people wrote (see rendering.py) become the tokens of their c
 Shapes: `p` tokens of the prompt, `r` tokens of the response.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.tokens.rendering import Renderer, Spans, Text, TokenizationSettings
 from nemo_kto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 # A text of several tokens in any vocabulary, to see what a tokenizer puts in front of it.
 _PROBE = "a b c 0 1 2"

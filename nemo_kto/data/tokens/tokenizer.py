@@ -1,30 +1,68 @@
 """The tokenizer of a Hugging Face folder: loaded, and told apart from others."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from nemo_kto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # One of these is present wherever transformers can build a tokenizer from files.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local Hugging Face folder; never looks anywhere else.
+def import_without_torch() -> None:
+    """Imports transformers as if torch were not installed, in a process that looks at data and does nothing else.
 
-    Raises:
-        ConfigError: `path` is no folder, has no tokenizer files, or transformers cannot read them.
+    Tokenizers and chat templates need none of it, yet transformers imports torch, its compiler and its distributed
+    tensors before it loads one: two thirds of the time of `nemo-kto data check`. It looks for torch once and keeps the
+    answer, so the process can use no model of transformers afterwards. Does nothing where either is loaded already.
     """
-    folder = Path(path)
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it says that models will not be available
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way of saying that there is no such module
+    try:
+        from transformers.utils.import_utils import is_torch_available
+
+        assert not is_torch_available()
+    finally:
+        del sys.modules["torch"]
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Raises a ConfigError if there is no such folder, or no tokenizer in it; loads nothing."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; the tokenizer is read from a local Hugging Face folder.")
     # Checked here because transformers may build an empty tokenizer from a config.json alone.
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise ConfigError(f"{folder}: the folder has no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}.")
+
+
+def load_tokenizer(path: str | Path, *, without_torch: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a local Hugging Face folder; never looks anywhere else.
+
+    Args:
+        path: The folder.
+        without_torch: See `import_without_torch`.
+
+    Raises:
+        ConfigError: `path` is no folder, has no tokenizer files, or transformers cannot read them.
+    """
+    folder = Path(path)
+    check_tokenizer_folder(folder)
+    if without_torch:
+        import_without_torch()
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase  # only now: it takes longer than small data does
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the readers behind it raise anything from KeyError to bare Exception

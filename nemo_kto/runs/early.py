@@ -1,0 +1,75 @@
+"""What can be judged of a run by its configuration and by names of files, before torch is imported.
+
+Every rule is another module's, and holds again, on what was really loaded, when the run is prepared: here it is only
+asked early, so that a mistake costs a second. What cannot be known yet (devices, weights, what is in the data, where a
+run that is resumed stands) is left to then.
+"""
+
+from __future__ import annotations
+
+from nemo_kto.config.folders import check_named_folders, export_folder, log_directory, model_folder, tokenizer_folder
+from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
+from nemo_kto.data.reading.sources import check_there
+from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
+from nemo_kto.errors import DataError
+from nemo_kto.network.families import sizes_of_folder
+from nemo_kto.runs.checkpoints import checkpoint_to_evaluate, resumable_checkpoint
+from nemo_kto.runs.layout import check_division, known_layout
+from nemo_kto.runs.records import check_named, sources, without_training
+from nemo_kto.runtime.layout import ModelSizes
+
+
+def check_early(config: KTOConfig, command: str) -> None:
+    """Raise what a command would raise later, as far as it is certain by now.
+
+    Args:
+        config: The configuration.
+        command: Name of a module of `nemo_kto.commands`.
+
+    Raises:
+        ConfigError: The layout cannot work, or something that has to be named is not, or is in the way.
+        DataError: Data is not there.
+        CheckpointError: A folder or a checkpoint is not there.
+    """
+    trains = command != "evaluate"
+    if command == "evaluate":
+        checkpoint_to_evaluate(config)
+        config = without_training(config)
+    check_tokenizer_folder(tokenizer_folder(config))
+    check_named_folders(config)
+    check_known_layout(config)
+    check_named(config.model.data, trains=trains)
+    check_sources(config.model.data)
+    # a run that is resumed may have taken all its steps, and then what it exported is in nobody's way
+    if command == "train" and resumable_checkpoint(config, log_directory(config)) is None:
+        export_folder(config, resumes=False)
+
+
+def check_known_layout(config: KTOConfig) -> None:
+    """Raise a ConfigError when the layout cannot work, where processes and model are known by now."""
+    layout, folder = known_layout(config), model_folder(config)
+    sizes = _sizes_of_keys(config.model) if folder is None else sizes_of_folder(folder)
+    if layout is not None and sizes is not None:
+        check_division(config, layout, sizes)
+
+
+def _sizes_of_keys(model: ModelConfig) -> ModelSizes | None:
+    """Return the sizes of a model with random weights, which is dense; None if some are missing."""
+    if model.num_layers is None or model.num_attention_heads is None:
+        return None
+    return ModelSizes(
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+    )
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise a DataError, or a ConfigError, for data that is named and not there."""
+    for split in ("train", "validation"):
+        try:
+            for source in sources(data, getattr(data.data_prefix, split) or ()):
+                check_there(source)
+        except DataError as error:
+            raise DataError(f"{split} data: {error}") from error
