@@ -102,6 +102,7 @@ class Family:
         fields: Returns the fields of Megatron's TransformerConfig that differ from Llama's.
         mixture: Returns the mixtures of experts; None for a dense model.
         unsupported: Returns field of the configuration -> value, of those values that Megatron cannot express.
+        fused_projections: Projections that return several parts of Megatron's linear layers, see `lora.py`.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
     """
 
@@ -109,6 +110,7 @@ class Family:
     fields: Callable[[Any], dict[str, Any]] = _nothing
     mixture: Callable[[Any], Mixture | None] = _dense
     unsupported: Callable[[Any], dict[str, Any]] = _nothing
+    fused_projections: tuple[str, ...] = ()
     partial_rotary: bool = False
 
     def dimensions(self, hf: Any) -> Dimensions:

@@ -1,8 +1,9 @@
 """LoRA (arXiv 2106.09685) beside Megatron's column- and row-parallel projections, as PEFT defines it.
 
-Megatron computes query, key and value as one projection, gate and up as another. Each of the projections they are
-made of has adapters A and B of its own, as in a Hugging Face model with PEFT. So every PEFT adapter can be continued
-exactly (a shared A could not hold three different ones), and one trained here is one PEFT could have trained.
+Megatron computes query, key and value as one projection, gate and up as another. Adapters are those that PEFT gives
+the Hugging Face model all the same: where it has one projection for each of these parts, each has an A and a B of its
+own (a shared A could not hold three different ones); where its projections are fused too, their parts have one A
+together. So every PEFT adapter can be continued exactly, and one trained here is one PEFT could have trained.
 
 An adapted projection computes `W x + scale * B A dropout(x)` (eq. 3 of the paper), W frozen. With tensor parallelism
 A and B are divided as W is: of a column-parallel projection B's rows, of a row-parallel one A's columns. The other of
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,19 +37,24 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.errors import ConfigError
+from nemo_kto.network.families import family_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
 from nemo_kto.network.sharded import sharded_leaves
 
-PROJECTIONS = {
+PARTS = {
     "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "self_attention.linear_proj": ("o_proj",),
     "mlp.linear_fc1": ("gate_proj", "up_proj"),
     "mlp.linear_fc2": ("down_proj",),
 }
-"""Megatron's linear layer of a transformer layer -> the projections it is made of, by their names in Hugging Face."""
+"""Megatron's linear layer of a transformer layer -> the parts its rows are made of, in the order of a fused one."""
+
+_FUSED = {"qkv_proj": "self_attention.linear_qkv", "gate_up_proj": "mlp.linear_fc1"}
+"""Projection that returns all parts of a linear layer -> that layer."""
 
 _GROUPS = {
     "attention_qkv": ("self_attention.linear_qkv",),
@@ -57,12 +63,24 @@ _GROUPS = {
     "mlp_fc2": ("mlp.linear_fc2",),
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
-    "all": tuple(PROJECTIONS),
+    "all": tuple(PARTS),
 }
 """NeMo's names of target modules -> linear layers."""
 
-LINEAR_OF = {name: linear for linear, names in PROJECTIONS.items() for name in names}
-"""Projection -> Megatron's linear layer that it is part of, in the order of `PROJECTIONS`."""
+LINEAR_OF = {part: linear for linear, parts in PARTS.items() for part in parts} | _FUSED
+"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of."""
+
+
+def parts_of(projection: str) -> tuple[str, ...]:
+    """Return the parts of Megatron's linear layer that a projection returns, in its order."""
+    return PARTS[_FUSED[projection]] if projection in _FUSED else (projection,)
+
+
+def projections_of_model(hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the projections of a model's layers."""
+    fused = family_of(hf_config).fused_projections
+    instead = {part for projection in fused for part in parts_of(projection)}
+    return tuple(name for name in LINEAR_OF if name in fused or (name not in _FUSED and name not in instead))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +88,7 @@ class LoRASettings:
     """Which projections have adapters, and of what kind.
 
     Attributes:
-        projections: Hugging Face's names, in the order of `PROJECTIONS`.
+        projections: Hugging Face's names, in the order of `LINEAR_OF`.
         layers: Numbers of the layers, from 0, ascending.
         rank: Rows of A and columns of B.
         alpha: The adapters' output is multiplied by `scale`: alpha / rank, or alpha / sqrt(rank) with `rslora`.
@@ -91,24 +109,31 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def projections_of(target_modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the projections that NeMo's or PEFT's names of target modules mean.
+def projections_of(target_modules: Iterable[str], hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the projections of a model that NeMo's or PEFT's names of target modules mean.
 
     Raises:
-        ConfigError: A name is unknown, or there is none.
+        ConfigError: The model has none of a name, or there is no name.
     """
+    known = projections_of_model(hf_config)
     chosen: set[str] = set()
     for name in target_modules:
         if name in _GROUPS:
-            chosen.update(projection for linear in _GROUPS[name] for projection in PROJECTIONS[linear])
-        elif name in LINEAR_OF:
+            chosen.update(projection for projection in known if LINEAR_OF[projection] in _GROUPS[name])
+        elif name in known:
             chosen.add(name)
         else:
             raise ConfigError(
-                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *LINEAR_OF))}."
+                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *known))}."
             )
     if not chosen:
         raise ConfigError("model.peft.lora_tuning.target_modules is empty. Name at least one, like attention_qkv.")
+    return ordered(chosen)
+
+
+def ordered(projections: Iterable[str]) -> tuple[str, ...]:
+    """Return projections in the order of `LINEAR_OF`."""
+    chosen = set(projections)
     return tuple(name for name in LINEAR_OF if name in chosen)
 
 
@@ -142,17 +167,27 @@ class Adapter(torch.nn.Module):
 
     Attributes:
         lora_a: `[r, i]`.
-        lora_b: `[o, r]`.
+        lora_b: `[o, r]`; of a fused projection `lora_b_<part>` for each part, `o` being that part's channels.
     """
 
-    def __init__(self, like: torch.Tensor, *, inputs: int, outputs: int, rank: int) -> None:
+    def __init__(self, like: torch.Tensor, *, inputs: int, outputs: Mapping[str, int], rank: int) -> None:
         super().__init__()
         self.lora_a = torch.nn.Parameter(like.new_zeros(rank, inputs))
-        self.lora_b = torch.nn.Parameter(like.new_zeros(outputs, rank))
+        self.b_names = {part: f"lora_b_{part}" if len(outputs) > 1 else "lora_b" for part in outputs}
+        for part, name in self.b_names.items():
+            self.register_parameter(name, torch.nn.Parameter(like.new_zeros(outputs[part], rank)))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B. They are had by a call, as Megatron hooks to that what has their values gathered first."""
-        return self.lora_a, self.lora_b
+    @property
+    def lora_bs(self) -> dict[str, torch.nn.Parameter]:
+        """Part -> its B."""
+        return {part: getattr(self, name) for part, name in self.b_names.items()}
+
+    def forward(self) -> tuple[torch.Tensor, dict[str, torch.nn.Parameter]]:
+        """Return A and each part's B.
+
+        They are had by a call, as Megatron hooks to that what has their values gathered first.
+        """
+        return self.lora_a, self.lora_bs
 
 
 class _Adapted:
@@ -184,11 +219,16 @@ class _Adapted:
 
     def _adapter_output(self, input_: torch.Tensor) -> torch.Tensor:
         """Return the adapters' part of the output `[T, o]` for an input `[T, i]`, not scaled."""
-        matrices = {name: adapter() for name, adapter in self.adapters.items()}
-        inner = F.linear(self._dropped(input_), torch.cat([lora_a for lora_a, _ in matrices.values()]))
+        matrices = [adapter() for adapter in self.adapters.values()]
+        inner = F.linear(self._dropped(input_), torch.cat([lora_a for lora_a, _ in matrices]))
         inners = self._exchange(inner).split(self._settings.rank, dim=-1)
-        parts = zip(matrices.items(), inners, strict=True)
-        return self._join({name: F.linear(inner, lora_b) for (name, (_, lora_b)), inner in parts})
+        return self._join(
+            {
+                part: F.linear(inner, lora_b)
+                for (_, lora_bs), inner in zip(matrices, inners, strict=True)
+                for part, lora_b in lora_bs.items()
+            }
+        )
 
     def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
         """Return `A x` as B needs it, from what this rank has of it."""
@@ -203,7 +243,7 @@ class _Adapted:
         return 0
 
     def _join(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the projections' parts `[..., o]` in the order of the fused layer's outputs; missing ones are 0."""
+        """Return the parts `[..., o]` in the order of the fused layer's outputs; missing ones are 0."""
         like = next(iter(parts.values()))
         pieces = [
             parts[name].unflatten(-1, (self._groups, rows))
@@ -216,7 +256,9 @@ class _Adapted:
     def weight_change(self) -> torch.Tensor:
         """Return `scale * B A` `[o, i]` float32, with the rows in the order of this layer's weight."""
         changes = {
-            name: (adapter.lora_b.float() @ adapter.lora_a.float()).T for name, adapter in self.adapters.items()
+            part: (lora_b.float() @ lora_a.float()).T
+            for lora_a, lora_bs in (adapter() for adapter in self.adapters.values())
+            for part, lora_b in lora_bs.items()
         }
         return self._join(changes).T * self._settings.scale
 
@@ -290,8 +332,8 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         number = layer.layer_number - 1
         if number not in settings.layers:
             continue
-        for name, projections in PROJECTIONS.items():
-            chosen = [projection for projection in projections if projection in settings.projections]
+        for name in PARTS:
+            chosen = [projection for projection in settings.projections if LINEAR_OF[projection] == name]
             if chosen:
                 _adapt(layer.get_submodule(name), name, chosen=chosen, settings=settings, switch=switch, layer=number)
         layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
@@ -326,7 +368,7 @@ def _adapt(
     is_column = isinstance(linear, ColumnParallelLinear)
     outputs, inputs = linear.weight.shape
     linear._groups = 1
-    rows = dict.fromkeys(PROJECTIONS[name], outputs // len(PROJECTIONS[name]))
+    rows = dict.fromkeys(PARTS[name], outputs // len(PARTS[name]))
     if name == "self_attention.linear_qkv":  # Megatron keeps each key/value head with those of its queries
         linear._groups = config.num_query_groups // tp_size
         per_group = config.num_attention_heads // config.num_query_groups
@@ -334,17 +376,18 @@ def _adapt(
     linear._parts = tuple(rows.items())
     linear._switch, linear._settings = switch, settings
     linear._dropout_salt = zlib.crc32(f"{layer}.{name}".encode())
-    linear._sharded_dim = {
-        f"{projection}.lora_b" if is_column else f"{projection}.lora_a": 0 if is_column else 1 for projection in chosen
-    }
+    linear._sharded_dim = {}
     adapters = torch.nn.ModuleDict()
     for projection in chosen:
-        own = rows[projection] * linear._groups
+        own = {part: rows[part] * linear._groups for part in parts_of(projection)}
         adapter = Adapter(linear.weight, inputs=inputs, outputs=own, rank=settings.rank)
-        divided, whole = (adapter.lora_b, adapter.lora_a) if is_column else (adapter.lora_a, adapter.lora_b)
-        set_tensor_model_parallel_attributes(divided, is_parallel=True, dim=0 if is_column else 1, stride=1)
-        # under sequence parallelism each rank has the gradient of its tokens only
-        whole.sequence_parallel = linear.sequence_parallel  # type: ignore[attr-defined]
+        a_name, b_names = ["lora_a"], list(adapter.b_names.values())
+        divided, whole, dim = (b_names, a_name, 0) if is_column else (a_name, b_names, 1)
+        for matrix in divided:
+            linear._sharded_dim[f"{projection}.{matrix}"] = dim
+            set_tensor_model_parallel_attributes(getattr(adapter, matrix), is_parallel=True, dim=dim, stride=1)
+        for matrix in whole:  # under sequence parallelism each rank has the gradient of its tokens only
+            getattr(adapter, matrix).sequence_parallel = linear.sequence_parallel
         adapters[projection] = adapter
     linear.adapters = adapters
 
@@ -356,7 +399,7 @@ def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
     A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own.
     """
     for leaf in sharded_leaves(model, adapters=True):
-        if leaf.key.endswith("lora_b"):
+        if ".lora_b" in leaf.key:
             leaf.data.zero_()
             continue
         full = torch.rand(leaf.global_shape, generator=tensor_generator(seed, leaf.key), device="cpu")

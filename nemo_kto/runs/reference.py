@@ -55,7 +55,7 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
             f"model.peft.lora_tuning.layer_selection={lora.layer_selection} must name layers from 1 to {num_layers}."
         )
     settings = LoRASettings(
-        projections=projections_of(lora.target_modules),
+        projections=projections_of(lora.target_modules, hf_config),
         layers=tuple(sorted({layer - 1 for layer in chosen})),
         rank=lora.adapter_dim,
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,

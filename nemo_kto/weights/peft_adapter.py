@@ -1,7 +1,8 @@
 """Adapter folders of PEFT: read to go on from, written to be loaded by `peft` or `transformers`.
 
-A folder is `adapter_config.json` and `adapter_model.safetensors`, whose tensors are this package's one by one, under
-other names. Reading involves no communication; writing gathers the adapters on rank 0.
+A folder is `adapter_config.json` and `adapter_model.safetensors`, whose tensors are this package's, under other names;
+the B of a fused projection is those of its parts, one below the other. Reading involves no communication; writing
+gathers the adapters on rank 0.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.lora import LINEAR_OF, PROJECTIONS, LoRASettings, projections_of
+from nemo_kto.network.lora import LINEAR_OF, LoRASettings, ordered, parts_of
 from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.weight_rules import Piece, stacked
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.export_hf import gathered_tensors
 from nemo_kto.weights.folder import NewFolder, copy_companions, listed
@@ -66,7 +68,7 @@ def is_adapter(folder: Path) -> bool:
 
 def check_projections(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
     """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts instead."""
-    in_mlp = set(settings.projections) & {*PROJECTIONS["mlp.linear_fc1"], *PROJECTIONS["mlp.linear_fc2"]}
+    in_mlp = [name for name in settings.projections if LINEAR_OF[name].startswith("mlp.")]
     dense = dimensions_of(hf_config).dense_layers
     sparse = [layer + 1 for layer in settings.layers if layer not in dense]
     if in_mlp and sparse:
@@ -131,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any], projections: Iterable[str], layers: Iterable[int]) -> LoRASettings:
     return LoRASettings(
-        projections=projections_of(projections),
+        projections=ordered(projections),
         layers=tuple(sorted(layers)),
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
@@ -164,9 +166,11 @@ def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedCon
 @torch.no_grad()
 def import_adapter(model: KTOGPTModel, folder: Path) -> None:
     """Fill this rank's part of the adapters; `check_adapter` has been passed. Values are cast to their dtype."""
+    sizes = _sizes(model.hf_config)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
         for leaf in sharded_leaves(model, adapters=True):
-            leaf.data.copy_(source.get_slice(_tensor_name(leaf.key))[leaf.region])
+            piece = _piece(leaf.key, sizes, rank=leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1])
+            leaf.data.copy_(source.get_slice(piece.name)[piece.within(leaf.region)])
 
 
 @torch.no_grad()
@@ -203,9 +207,8 @@ def write_adapter(
     new.start()
     copy_companions(source_folder, new.partial)
     shutil.copyfile(source_folder / CONFIG_FILE, new.partial / CONFIG_FILE)
-    named = {_tensor_name(key): tensor.contiguous() for key, tensor in tensors.items()}
     try:
-        save_file(named, new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(_joined(tensors), new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     if card is not None:
@@ -245,12 +248,12 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the adapters, by PEFT's name."""
+def _sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Return part of a linear layer -> (its outputs, its inputs)."""
     model = dimensions_of(hf)
     hidden, inner = model.hidden, model.feed_forward
     queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
-    sizes = {
+    return {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
@@ -259,22 +262,52 @@ def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, 
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
+
+
+def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the adapters, by PEFT's name."""
+    sizes = _sizes(hf)
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):
-        outputs, inputs = sizes[projection]
         key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
-        shapes[_tensor_name(key + "lora_a")] = (settings.rank, inputs)
-        shapes[_tensor_name(key + "lora_b")] = (outputs, settings.rank)
+        for matrix in ("lora_a", "lora_b"):
+            piece = _piece(key + matrix, sizes, rank=settings.rank)
+            shapes[piece.name] = piece.tensor_shape
     return shapes
 
 
-def _tensor_name(key: str) -> str:
-    """Return PEFT's name of an adapter's tensor, whose name in the sharded state dict is `key`."""
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])", key)
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])(?:_(\w+))?")
+_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
+
+
+def _named(key: str) -> tuple[str, str, str]:
+    """Return (PEFT's name, projection, part or "") of an adapter's matrix named `key` in the sharded state dict."""
+    match = _KEY.fullmatch(key)
     assert match is not None, key
-    layer, block, projection, kind = match.groups()
-    block = {"self_attention": "self_attn", "mlp": "mlp"}[block]
-    return f"base_model.model.model.layers.{layer}.{block}.{projection}.lora_{kind.upper()}.weight"
+    layer, block, projection, kind, part = match.groups()
+    name = f"base_model.model.model.layers.{layer}.{_BLOCKS[block]}.{projection}.lora_{kind.upper()}.weight"
+    return name, projection, part or ""
+
+
+def _piece(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int) -> Piece:
+    """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors."""
+    name, projection, part = _named(key)
+    parts = parts_of(projection)
+    if name.endswith("lora_A.weight"):
+        return Piece(name, (rank, sizes[parts[0]][1]))
+    pieces = stacked(name, *((sizes[part][0], rank) for part in parts))
+    return pieces[parts.index(part) if part else 0]
+
+
+def _joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    for key, tensor in tensors.items():
+        name, projection, part = _named(key)
+        found.setdefault(name, {})[part] = tensor
+        orders[name] = parts_of(projection) if part else ("",)
+    return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
 
 
 def _place(name: str) -> tuple[int, str] | None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 
 from nemo_kto.algorithms.dropout import keep_mask, token_keys
 from nemo_kto.errors import CheckpointError, ConfigError
@@ -66,6 +66,8 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # heads whose channels do not make up the hidden size, norms of queries and keys
     "attention": ("qwen3", {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    # one projection for queries, keys and values, one for gate and up
+    "fused": ("phi3_partial", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
@@ -248,6 +250,20 @@ def test_initial_values_are_distributed_as_pefts(results: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "projections"),
     [
+        (["attention_qkv", "mlp_fc2"], "down_proj qkv_proj"),
+        (["all"], "o_proj down_proj qkv_proj gate_up_proj"),
+        (["gate_up_proj", "o_proj"], "o_proj gate_up_proj"),
+    ],
+)
+def test_names_of_target_modules_of_fused_projections(names: list[str], projections: str) -> None:
+    assert projections_of(names, Phi3Config()) == tuple(projections.split())
+    with pytest.raises(ConfigError, match="q_proj is unknown. Use .*qkv_proj"):
+        projections_of(["q_proj"], Phi3Config())
+
+
+@pytest.mark.parametrize(
+    ("names", "projections"),
+    [
         (["attention_qkv"], "q_proj k_proj v_proj"),
         (["attention_dense"], "o_proj"),
         (["mlp_fc1"], "gate_proj up_proj"),
@@ -259,13 +275,13 @@ def test_initial_values_are_distributed_as_pefts(results: Path) -> None:
     ],
 )
 def test_names_of_target_modules(names: list[str], projections: str) -> None:
-    assert projections_of(names) == tuple(projections.split())
+    assert projections_of(names, LlamaConfig()) == tuple(projections.split())
 
 
 @pytest.mark.parametrize(("names", "word"), [(["attention_kv"], "attention_kv is unknown"), ([], "empty")])
 def test_target_modules_that_do_not_exist(names: list[str], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        projections_of(names)
+        projections_of(names, LlamaConfig())
 
 
 def test_scales_by_hand() -> None:
@@ -357,7 +373,9 @@ def count_trained() -> tuple[int, int]:
     hf_config = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8)
     with torch.device("meta"):
         model: KTOGPTModel = build_gpt(hf_config, Layout(world_size=1))
-    add_adapters(model, LoRASettings(projections=projections_of(["all"]), layers=tuple(range(32)), rank=16, alpha=16))
+    add_adapters(
+        model, LoRASettings(projections=projections_of(["all"], hf_config), layers=tuple(range(32)), rank=16, alpha=16)
+    )
     state = sharded_trained(model, sharding_metadata())
     return sum(tensor.data.numel() for tensor in state.values()), len(state)
 
@@ -370,9 +388,11 @@ def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
 def compare_dropout() -> None:
     enable_cpu()
     parallel.initialize(Layout(world_size=1), seed=1)
-    model = build_gpt(tiny_hf.families()["llama"], Layout(world_size=1))
+    hf_config = tiny_hf.families()["llama"]
+    model = build_gpt(hf_config, Layout(world_size=1))
     add_adapters(
-        model, LoRASettings(projections=projections_of(["all"]), layers=(0, 1), rank=3, alpha=6, dropout=0.25)
+        model,
+        LoRASettings(projections=projections_of(["all"], hf_config), layers=(0, 1), rank=3, alpha=6, dropout=0.25),
     )
     torch.manual_seed(2)
     for parameter in model.parameters():

@@ -16,4 +16,9 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.feed_forward(sizes, fused="gate_up_proj")
 
 
-FAMILY = Family(weights=weights, fields=sliding_window, partial_rotary=True)
+FAMILY = Family(
+    weights=weights,
+    fields=sliding_window,
+    fused_projections=("qkv_proj", "gate_up_proj"),
+    partial_rotary=True,
+)
