@@ -151,6 +151,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=COLUMN",
         help="column that holds prompt, response, label ...; may be repeated",
     )
+    parser.add_argument("--reader", metavar="PATH", help="dotted path of a function that reads the files")
     parser.add_argument("--desirable-if", metavar="COMPARISON", help="labels are ratings: '>= 4'")
 
 

@@ -1,4 +1,4 @@
-"""A file imports only from its own layer or those below, in no circle; the lower layers stay free of heavy packages."""
+"""A file imports only from its own layer or those below it, in no circle; the lower layers import nothing heavy."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -212,7 +212,7 @@ def convert(options: argparse.Namespace) -> None:
                     if data.on_bad_record == "error" and len(bad) > MAX_SHOWN:
                         break
                     continue
-                file.write(json.dumps(canonical_row(record), ensure_ascii=False) + "\n")
+                file.write(json.dumps(record.row(), ensure_ascii=False) + "\n")
                 written += 1
         if bad and data.on_bad_record == "error":
             raise DataError(str(bad_records_error(bad)).replace("model.data.on_bad_record=", "--on-bad-record "))
@@ -225,18 +225,6 @@ def convert(options: argparse.Namespace) -> None:
     for one in bad:
         print(f"skipped: {one}", file=sys.stderr)
     print(f"Wrote {written} records to {output}" + (f", skipped {len(bad)}" if bad else ""))
-
-
-def canonical_row(record: FeedbackRecord) -> dict[str, Any]:
-    """Return a record as a row of format `trl`; reading it gives the same record."""
-    row: dict[str, Any] = {"prompt": record.prompt, "completion": record.response, "label": record.desirable}
-    if record.tools is not None:
-        row["tools"] = record.tools
-    if record.template_kwargs is not None:
-        row["chat_template_kwargs"] = record.template_kwargs
-    if record.weight != 1:
-        row["weight"] = record.weight
-    return row
 
 
 def show(options: argparse.Namespace) -> None:

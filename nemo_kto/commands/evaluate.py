@@ -50,7 +50,7 @@ _COLUMNS = {
 """What is printed of the results -> heading."""
 
 
-def evaluate(config: KTOConfig) -> None:
+def evaluate(config: KTOConfig) -> dict[str, Any] | None:
     """Score the validation data with a checkpoint of a run, print a table and write `evaluation.json`.
 
     The checkpoint is `evaluation.checkpoint`, or the newest of the run's log folder. Without any, the model that
@@ -58,6 +58,9 @@ def evaluate(config: KTOConfig) -> None:
 
     Args:
         config: The configuration of the run; its layout may be another.
+
+    Returns:
+        What was written, on the process that speaks for the run; None on the others.
 
     Raises:
         ConfigError: See `train`; also if there is no held-out data, or nothing that differs from the reference.
@@ -78,12 +81,17 @@ def evaluate(config: KTOConfig) -> None:
         what = checkpoint or f"{model_folder(config)} (no checkpoint)"
         print(f"Evaluating {what}, on {run.accelerator}, {run.layout}", flush=True)
     trainer.validate(run.model(), datamodule=run.data, ckpt_path=checkpoint, verbose=False)
-    if is_global_rank_zero():
-        assert collector.results is not None
-        place = {"checkpoint": str(checkpoint) if checkpoint else None}
-        place["step"] = step_of(checkpoint) if checkpoint else None
-        _print_table(collector.results)
-        print(f"Results: {write_results(output, place | collector.results)}", flush=True)
+    if not is_global_rank_zero():
+        return None
+    assert collector.results is not None
+    place = {
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "step": step_of(checkpoint) if checkpoint else None,
+    }
+    results = {**place, **collector.results}
+    _print_table(results)
+    print(f"Results: {write_results(output, results)}", flush=True)
+    return results
 
 
 class Collector(Callback):

@@ -31,7 +31,7 @@ from nemo_kto.runs.facts import run_facts, write_facts
 from nemo_kto.runs.resume import check_same_run, run_identity, write_identity
 from nemo_kto.runs.run import Run, prepare
 from nemo_kto.runs.schedule import Schedule, warn_about_rates
-from nemo_kto.runs.trainer import finishes, graceful_stop, training_trainer
+from nemo_kto.runs.trainer import finishes, graceful_stop, named_callbacks, training_trainer
 from nemo_kto.runtime.checkpoint_folders import step_of
 from nemo_kto.weights.source_folder import write_source_folder
 
@@ -55,6 +55,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         DivergenceError: A gradient is not finite.
     """
     stop = graceful_stop(config)  # its time begins here
+    named = named_callbacks(config)
     run = prepare(config)
     config = run.config
     warn_about_rates(config, run.schedule)
@@ -88,7 +89,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         run.data.list_bad_records(log_dir / "bad_records.jsonl")
         if is_global_rank_zero():
             write_facts(log_dir, facts)
-        trainer.callbacks.extend([stop, *callbacks])  # type: ignore[attr-defined]
+        trainer.callbacks.extend([stop, *named, *callbacks])  # type: ignore[attr-defined]
         if export_to is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_to, source_folder, replace=replace))  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def check_values(config: KTOConfig) -> None:
             f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."
         )
     _check_length(config.trainer.kto)
+    _check_callbacks(config.trainer.callbacks)
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
     _check_lora(config)
@@ -113,6 +114,15 @@ def _check_length(kto: TrainerKTOConfig) -> None:
             raise ConfigError(
                 f"trainer.kto.{name}={value} must be a positive integer (batches) or a fraction above 0 and up to 1.0."
                 + advice
+            )
+
+
+def _check_callbacks(callbacks: Sequence[Mapping[str, Any]] | None) -> None:
+    for callback in callbacks or ():
+        if not isinstance(callback.get("_target_"), str):
+            raise ConfigError(
+                f"trainer.callbacks: {dict(callback)} does not say what it is. Write {{_target_: "
+                "my_package.MyCallback}, with the arguments of its constructor beside it."
             )
 
 

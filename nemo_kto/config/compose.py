@@ -41,21 +41,26 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def load_config(overrides: Sequence[str] = ()) -> KTOConfig:
-    """Return the configuration of conf/gpt_kto.yaml with overrides, as on the command line.
+def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
+    """Return the configuration of conf/gpt_kto.yaml with overrides.
 
     Args:
-        overrides: Such as `["model.optim.lr=1e-6", "trainer.devices=2"]`.
+        overrides: As on the command line, `["model.optim.lr=1e-6", "trainer.devices=2"]`; or key -> value,
+            `{"model.optim.lr": 1e-6, "trainer.devices": 2}`, which nothing has to be quoted for.
 
     Raises:
         ConfigError: See `parse_config`; or an override is not written as Hydra reads it.
     """
     _register_resolvers()
+    written = () if isinstance(overrides, Mapping) else overrides
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
-            raw = hydra.compose(_CONFIG_NAME, [_forced(override) for override in overrides])
+            raw = hydra.compose(_CONFIG_NAME, [_forced(override) for override in written])
     except HydraException as error:
-        raise ConfigError(f"The overrides {list(overrides)} cannot be read: {error}") from error
+        raise ConfigError(f"The overrides {list(written)} cannot be read: {error}") from error
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            OmegaConf.update(raw, key, value, merge=False, force_add=True)
     return parse_config(raw)
 
 

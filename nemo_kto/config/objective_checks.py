@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_kto.config.plugins import LOSSES
 from nemo_kto.config.schema import KTOConfig, KTOLossConfig, ModelConfig
 from nemo_kto.errors import ConfigError
 
@@ -48,6 +49,11 @@ def _check_micro_batches(model: ModelConfig) -> None:
 
 def _check_loss(kto: KTOLossConfig) -> None:
     prefix = "model.kto."
+    if kto.loss not in LOSSES and "." not in kto.loss:
+        raise ConfigError(
+            f"{prefix}loss={kto.loss!r} is not possible. It takes {', '.join(LOSSES)}, or the dotted path of a "
+            "function such as my_package.my_loss."
+        )
     if not has_kl_set(kto):
         without = f"cannot be used with {prefix}loss={kto.loss}, which has no KL set. Leave it out."
         if kto.kl_scope != "global_batch":

@@ -152,6 +152,7 @@ def _describe(kind: Any) -> str:
             "an integer": "an integer or a list of integers",
             "text": "text or a list of texts",
             "text or a mapping": "text, a mapping, or a list of these",
+            "a mapping": "a mapping or a list of mappings",
         }
         return lists[_describe(typing.get_args(kind)[0])]
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}

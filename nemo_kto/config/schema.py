@@ -31,6 +31,7 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: int | str = 32
     log_every_n_steps: int = 1
+    callbacks: list[dict[str, Any]] | None = None
     kto: TrainerKTOConfig = field(default_factory=TrainerKTOConfig)
 
 
@@ -127,7 +128,7 @@ class ReferenceConfig:
 class KTOLossConfig:
     """`model.kto`: the algorithm."""
 
-    loss: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
+    loss: str = "kto"
     ref_policy_kl_penalty: float = 0.2
     desirable_loss_weight: float | Literal["auto"] = 1.0
     undesirable_loss_weight: float | Literal["auto"] = 1.0
@@ -202,6 +203,7 @@ class DataConfig:
     data_prefix: DataPrefixConfig = field(default_factory=DataPrefixConfig)
     validation_fraction: float = 0.0
     format: str = "auto"
+    reader: str | None = None
     fields: dict[str, str] | None = None
     desirable_if: str | None = None
     on_bad_record: Literal["error", "skip"] = "error"

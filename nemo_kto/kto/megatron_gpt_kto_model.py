@@ -4,7 +4,7 @@ One Lightning step is one global batch (KTO, arXiv 2402.01306, section 4.1):
 
 1. the policy scores the KL set (each prompt with another sample's response), forward only;
 2. the reference scores the KL set and the samples, forward only, in the live model, or its scores are looked up
-   (`models/reference.py`);
+   (`reference.py`);
 3. the baseline z is formed from all data-parallel ranks;
 4. Megatron's 1F1B schedule scores the samples again, with gradients, and the optimizer steps.
 

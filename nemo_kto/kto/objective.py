@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from nemo_kto.algorithms.losses import LOSSES
+from nemo_kto.algorithms.losses import LOSSES, Loss
 from nemo_kto.algorithms.metrics import MetricSums, add_kto_metrics
+from nemo_kto.config.plugins import load_loss
 from nemo_kto.config.schema import KTOLossConfig
 from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.errors import ConfigError
 from nemo_kto.kto.baseline import Baseline
 from nemo_kto.kto.scoring import RowScores
 
@@ -38,7 +40,7 @@ class Objective:
         if kto.humanline_clamp is not None:
             low, high = kto.humanline_clamp
             self.interval = (low, high)
-        self._loss = LOSSES[kto.loss]
+        self._loss = LOSSES.get(kto.loss) or Loss(load_loss(kto), "kl")
         self.kl_set = self._loss.baseline == "kl"
         self._mean, self._steps = 0.0, 0
 
@@ -84,7 +86,7 @@ class Objective:
     def _losses(
         self, log_ratios: torch.Tensor, desirable: torch.Tensor, baseline: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._loss.function(
+        losses, rewards = self._loss.function(
             log_ratios,
             desirable,
             baseline,
@@ -92,6 +94,13 @@ class Objective:
             desirable_weight=self._number(self.kto.desirable_loss_weight),
             undesirable_weight=self._number(self.kto.undesirable_loss_weight),
         )
+        if losses.shape != log_ratios.shape or rewards.shape != log_ratios.shape:
+            # a mean, say, would be taken for the loss of every sample without a word
+            raise ConfigError(
+                f"model.kto.loss={self.kto.loss} returned losses of shape {list(losses.shape)} and rewards of shape "
+                f"{list(rewards.shape)} for {len(log_ratios)} samples. It has to return a number for each."
+            )
+        return losses, rewards
 
     @staticmethod
     def _number(weight: float | str) -> float:

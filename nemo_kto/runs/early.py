@@ -8,6 +8,7 @@ run that is resumed stands) is left to then.
 from __future__ import annotations
 
 from nemo_kto.config.folders import check_named_folders, export_folder, log_directory, model_folder, tokenizer_folder
+from nemo_kto.config.plugins import check_plugins
 from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
 from nemo_kto.data.reading.sources import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
@@ -27,11 +28,13 @@ def check_early(config: KTOConfig, command: str) -> None:
         command: Name of a module of `nemo_kto.commands`.
 
     Raises:
-        ConfigError: The layout cannot work, or something that has to be named is not, or is in the way.
+        ConfigError: The layout cannot work, code that is named is not there, or something that has to be named is
+            not, or is in the way.
         DataError: Data is not there.
         CheckpointError: A folder or a checkpoint is not there.
     """
     trains = command != "evaluate"
+    check_plugins(config)
     if command == "evaluate":
         checkpoint_to_evaluate(config)
         config = without_training(config)

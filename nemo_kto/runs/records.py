@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nemo_kto.config.plugins import load_function
 from nemo_kto.config.schema import DataConfig, KTOConfig
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import Source, parse_source
@@ -16,7 +17,8 @@ from nemo_kto.errors import ConfigError
 def sources(data: DataConfig, entries: Sequence[str | Mapping[str, Any]]) -> list[Source]:
     """Return what some entries of `data_prefix` mean; a ConfigError if that is nothing."""
     reader = RowReader(data.format, data.fields or {}, data.desirable_if)
-    return [parse_source(entry, reader) for entry in entries]
+    function = None if data.reader is None else load_function(data.reader, key="model.data.reader")
+    return [parse_source(entry, reader, function) for entry in entries]
 
 
 def tokenization_settings(data: DataConfig) -> TokenizationSettings:

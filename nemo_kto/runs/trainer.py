@@ -7,12 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_kto.config.folders import log_directory
+from nemo_kto.config.plugins import load_object
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.errors import StoppedEarly
+from nemo_kto.errors import ConfigError, StoppedEarly
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runs.run import Run
@@ -63,6 +66,27 @@ def finishes(action: Callable[[], Any]) -> bool:
             print(f"Stopped after {done}; run the same command to continue.", flush=True)
         return False
     return True
+
+
+def named_callbacks(config: KTOConfig) -> list[Callback]:
+    """Return the Lightning callbacks that `trainer.callbacks` names, as Hydra makes them.
+
+    Raises:
+        ConfigError: One cannot be made, or is no callback.
+    """
+    made = []
+    for number, settings in enumerate(config.trainer.callbacks or ()):
+        key = f"trainer.callbacks[{number}]"
+        load_object(settings["_target_"], key=f"{key}._target_")  # says better than Hydra what is not there
+        try:
+            callback = instantiate(settings)
+        except InstantiationException as error:
+            raise ConfigError(f"{key} cannot be made: {error}") from error
+        if not isinstance(callback, Callback):
+            kind = type(callback).__name__
+            raise ConfigError(f"{key} is of type {kind}, no Callback of lightning.pytorch.")
+        made.append(callback)
+    return made
 
 
 def graceful_stop(config: KTOConfig) -> GracefulStop:

@@ -33,6 +33,26 @@ def device_count(devices: int | str, accelerator: str) -> int:
     return torch.cuda.device_count() if accelerator == "gpu" else 1
 
 
+_joined = 0
+"""Default groups that Lightning's trainers have made in this process."""
+
+
+def join_again(backend: str, *, address: str, port: int, rank: int, world_size: int) -> None:
+    """Make torch's default group where this process has been in one before; the first one is Lightning's to make.
+
+    A script may train and then evaluate. torch keeps the store of the first group, and with gloo the second would look
+    for its processes at the addresses that they had in the first: it gets a part of the store of its own.
+    """
+    global _joined
+    _joined += 1
+    if _joined == 1 or dist.is_initialized():
+        return
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    store, rank, world_size = next(dist.rendezvous("env://", rank=rank, world_size=world_size))
+    store = dist.PrefixStore(f"nemo_kto {_joined}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
 @contextmanager
 def default_group() -> Iterator[None]:
     """Provide the default process group of a command that runs without Lightning: torchrun's processes, or this one.

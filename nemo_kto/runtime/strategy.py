@@ -82,6 +82,16 @@ class MegatronStrategy(DDPStrategy):
 
     def setup_distributed(self) -> None:
         """Create torch's default group and Megatron's groups, and tell NeMo's callbacks about them."""
+        environment = self.cluster_environment
+        assert environment is not None
+        self.set_world_ranks()
+        parallel.join_again(
+            self._get_process_group_backend(),
+            address=environment.main_address,
+            port=environment.main_port,
+            rank=environment.global_rank(),
+            world_size=environment.world_size(),
+        )
         super().setup_distributed()
         parallel.initialize(self.layout, seed=self.seed)
         place = parallel.position()

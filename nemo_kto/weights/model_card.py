@@ -51,6 +51,11 @@ _METHODS = {
     "bco": "Binary Classifier Optimization ([BCO](https://arxiv.org/abs/2404.04656))",
 }
 
+
+def _method(loss: str) -> str:
+    return _METHODS.get(loss, f"KTO with the loss `{loss}`")
+
+
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,7 +110,7 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
     sections = [
         _front_matter(config, adapter=adapter),
         f"# {facts['name']}\n",
-        f"A {kind} aligned from thumbs up and thumbs down by {_METHODS[config['model']['kto']['loss']]}.\n",
+        f"A {kind} aligned from thumbs up and thumbs down by {_method(config['model']['kto']['loss'])}.\n",
         f"* Base model: {f'`{Path(base).name}`' if base else 'none; training began with random weights'}",
         f"* Steps: {step}, of {config['model']['global_batch_size']} samples each\n",
         "## Data\n",

@@ -1,7 +1,7 @@
 """`kto_custom_collate`, NeMo-Aligner's public batch form, for scripts that build their own loaders.
 
 Keys, shapes and padding are those of NeMo-Aligner's `nemo_aligner/algorithms/kto.py` (af2b3bd96a). The trainer of this
-package works on packed rows instead (`batching.py`).
+package works on packed rows instead (`packed_rows.py`).
 
 Shapes: `b` samples, `s` tokens of the longest sequence in the batch, `p` / `r` tokens of one prompt / response.
 """

@@ -45,6 +45,17 @@ class FeedbackRecord:
         """`file:line`, the way error messages name the record."""
         return f"{self.source}:{self.line}"
 
+    def row(self) -> dict[str, Any]:
+        """The record as a row of format `trl`; reading that gives the same record."""
+        row: dict[str, Any] = {"prompt": self.prompt, "completion": self.response, "label": self.desirable}
+        if self.tools is not None:
+            row["tools"] = self.tools
+        if self.template_kwargs is not None:
+            row["chat_template_kwargs"] = self.template_kwargs
+        if self.weight != 1:
+            row["weight"] = self.weight
+        return row
+
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from nemo_kto.data.reading.containers import (
     Row,
-    Rows,
     check_kind,
     count_rows,
     dataset_rows,
@@ -26,10 +25,13 @@ from nemo_kto.data.reading.containers import (
 )
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError, json_type
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.errors import ConfigError, DataError, KTOError
 
 MAX_SHOWN = 10
 """Bad records that an error lists."""
+
+
+RecordsFunction = Callable[[str], Iterable[Mapping[str, Any] | FeedbackRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,9 @@ class Source:
         split: Which split of a data set; None for "train", or for the only one.
         name: Which configuration of a data set on the hub.
         reader: How its rows are read.
+        function: What yields its rows from `path`, whatever that names: a function of other people, which takes the
+            path and returns records as mappings or as `FeedbackRecord`; None for the files, or the data set, of that
+            name.
     """
 
     path: str
@@ -52,6 +57,7 @@ class Source:
     split: str | None = None
     name: str | None = None
     reader: RowReader = field(default_factory=RowReader)
+    function: RecordsFunction | None = None
 
 
 _READER_KEYS = ("format", "fields", "desirable_if")
@@ -68,19 +74,22 @@ _KINDS: dict[str, tuple[type, ...]] = {
 """Key of an entry -> types of its value."""
 
 
-def parse_source(entry: str | Path | Mapping[str, Any], reader: RowReader) -> Source:
+def parse_source(
+    entry: str | Path | Mapping[str, Any], reader: RowReader, function: RecordsFunction | None = None
+) -> Source:
     """Returns the source that an entry means: a path, or a mapping with `path` and other attributes of `Source`.
 
     Args:
         entry: The entry; `format`, `fields` and `desirable_if` in it count before those of `reader`.
         reader: How rows are read unless the entry says so.
+        function: See `Source`.
 
     Raises:
         ConfigError: A key or a value is impossible.
     """
     reader.check()
     if not isinstance(entry, Mapping):
-        return Source(str(entry), reader=reader)
+        return Source(str(entry), reader=reader, function=function)
     where = f"model.data.data_prefix: in {dict(entry)}"
     for key, value in entry.items():
         if key not in _KINDS:
@@ -98,7 +107,8 @@ def parse_source(entry: str | Path | Mapping[str, Any], reader: RowReader) -> So
         **{"format": reader.format, "fields": reader.fields, "desirable_if": reader.desirable_if, **own}
     )
     chosen.check()
-    return Source(**{key: value for key, value in entry.items() if key not in own}, reader=chosen)
+    others = {key: value for key, value in entry.items() if key not in own}
+    return Source(**others, reader=chosen, function=function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +116,7 @@ class _Part:
     """A file or a data set: its name, its rows, bytes that change with what is in it, about how many rows it has."""
 
     name: str
-    rows: Callable[[], Rows]
+    rows: Callable[[], Iterator[Row | BadRecord | FeedbackRecord]]
     content: Callable[[], Iterator[bytes]]
     count: Callable[[], int | None]
 
@@ -140,6 +150,8 @@ def check_there(source: Source) -> None:
         DataError: There is no such file, nothing in the folder or of the pattern, or a file is of no known kind.
         ConfigError: The source has a key that files have none of.
     """
+    if source.function is not None:
+        return
     try:
         files = None if is_saved_dataset(Path(source.path)) else _files(source)
         for file in files or ():
@@ -160,7 +172,7 @@ class Chunk(NamedTuple):
     """
 
     reader: RowReader
-    rows: list[Row | BadRecord]
+    rows: list[Row | BadRecord | FeedbackRecord]
     file: int = 0
 
 
@@ -181,7 +193,7 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
     """
     for file, part in enumerate(_parts(source)):
         reader: RowReader | None = None
-        chunk: list[Row | BadRecord] = []
+        chunk: list[Row | BadRecord | FeedbackRecord] = []
         empty = True
         for row in part.rows():
             empty = False
@@ -197,6 +209,9 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
             yield Chunk(reader or source.reader, chunk, file)
 
 
+_OF_RECORDS = RowReader("trl")
+
+
 def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
     """Yields the records of some rows, in order."""
     for row in chunk.rows:
@@ -204,7 +219,10 @@ def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
             yield row
             continue
         try:
-            yield from chunk.reader.read(row)
+            if isinstance(row, FeedbackRecord):  # of a function of other people: judged as a row that says the same
+                yield from _OF_RECORDS.read(Row(row.source, row.line, row.row()))
+            else:
+                yield from chunk.reader.read(row)
         except RecordError as error:
             yield error.at(row.source, row.line)
 
@@ -271,6 +289,8 @@ def _unreadable(source: Source, error: OSError) -> DataError:
 
 def _find_parts(source: Source) -> list[_Part]:
     path = Path(source.path)
+    if source.function is not None:
+        return [_function_part(source.path, source.function)]
     if is_saved_dataset(path):
         return [_saved_part(path, source)]
     files = _files(source)
@@ -311,6 +331,32 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _function_part(path: str, function: RecordsFunction) -> _Part:
+    """What a function of other people makes of a path: its content is its rows, as nothing is known of the path."""
+
+    def rows() -> Iterator[Row | BadRecord | FeedbackRecord]:
+        try:
+            for number, record in enumerate(function(path), 1):
+                if isinstance(record, FeedbackRecord):
+                    yield record
+                elif isinstance(record, Mapping):
+                    yield Row(path, number, dict(record))
+                else:
+                    reason = f"is a {json_type(record)}; model.data.reader has to return mappings or FeedbackRecords."
+                    yield BadRecord(path, number, None, reason)
+        except KTOError:
+            raise
+        except Exception as error:  # whatever it does
+            name = f"{function.__module__}.{function.__qualname__}"
+            raise DataError(f"{path}: the reader {name} failed ({type(error).__name__}: {error}).") from error
+
+    def content() -> Iterator[bytes]:
+        for row in rows():
+            yield repr(row).encode("utf-8", "backslashreplace")
+
+    return _Part(path, rows, content, lambda: None)
 
 
 def _file_part(path: Path) -> _Part:
