@@ -12,17 +12,23 @@ import os
 import signal
 import socket
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-DEFAULT_TIMEOUT = 180.0
-_STARTING = 120.0
-"""Seconds the imports may take."""
+from tests.waiting import HANG
+
+_GRACE = 10.0
+"""Seconds without an answer from any rank, once one has failed, after which the others count as hanging.
+
+That the job has failed is known by then: only how many tracebacks its message holds depends on it.
+"""
+
+Rank = tuple[Any, Connection]
+"""A rank's process, and the pipe that its answer comes from."""
 
 
 class RankFailure(AssertionError):
@@ -39,12 +45,16 @@ class RankServer:
         self._process.start()
         theirs.close()
 
-    def run(self, function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...], timeout: float) -> Any:
-        """Return what `function(*arguments)` returned on each rank; raise if one failed or took too long."""
-        self._pipe.send((function, world_size, arguments, timeout))
-        if not self._pipe.poll(timeout + _STARTING):
-            raise RankFailure(f"no answer within {timeout + _STARTING:.0f} s")
-        results, failures = self._pipe.recv()
+    def run(self, function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]) -> list[Any]:
+        """Return what `function(*arguments)` returned on each rank; raise if one failed or hangs."""
+        self._pipe.send((function, world_size, arguments))
+        # twice, as it has to import everything first and then notices itself which rank hangs; and its end is watched
+        # too, as its ranks would keep a dead one's pipe open
+        if not wait([self._pipe, self._process.sentinel], 2 * HANG):
+            raise RankFailure("the process that starts the ranks hangs")
+        if not self._pipe.poll():
+            raise RankFailure("the process that starts the ranks died")
+        results, failures = self._pipe.recv()  # EOFError: it died, and wrote why to stderr
         if failures:
             raise RankFailure("\n".join(failures))
         return results
@@ -52,12 +62,12 @@ class RankServer:
     def close(self) -> None:
         """End the process: it leaves when its pipe is closed."""
         self._pipe.close()
-        self._process.join(10)
+        self._process.join(HANG)
         self._process.kill()
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now."""
+    """Return a TCP port that is free now. No rank listens on it: they have met in a file when Lightning wants one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -79,39 +89,61 @@ def _serve(pipe: Connection) -> None:
 
 
 def _run_ranks(
-    function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...], timeout: float
+    function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]
 ) -> tuple[list[Any], list[str]]:
     """Return (results by rank, failures)."""
     context = multiprocessing.get_context("fork")
-    ranks = []
-    results, failures = [], []
-    with tempfile.TemporaryDirectory() as rendezvous:
-        store = str(Path(rendezvous) / "store")
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank, args=(theirs, rank, world_size, function, arguments, store, timeout)
-            )
-            process.start()
-            theirs.close()
-            ranks.append((process, ours))
-        deadline = time.monotonic() + timeout
-        for rank, (_, pipe) in enumerate(ranks):
-            # once a rank has failed the others hang in their next collective: do not wait for them
-            if not pipe.poll(max(0.0, deadline - time.monotonic()) if not failures else 2.0):
-                failures.append(f"rank {rank} did not answer within {timeout:.0f} s")
-                continue
+    ranks: list[Rank] = []
+    try:
+        with tempfile.TemporaryDirectory() as rendezvous:
+            store = str(Path(rendezvous) / "store")
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_rank, args=(theirs, rank, world_size, function, arguments, store)
+                )
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
+            return _answers(ranks)
+    finally:
+        for process, pipe in ranks:
+            _end(process)
+            process.join()
+            pipe.close()
+
+
+def _answers(ranks: Sequence[Rank]) -> tuple[list[Any], list[str]]:
+    """Return (results by rank, failures in the order in which they came), whichever rank answers first."""
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    silent = dict(enumerate(ranks))
+    while silent:
+        # once a rank has failed the others may hang in their next collective: do not wait long for them
+        ready = wait([pipe for _, pipe in silent.values()], _GRACE if failures else HANG)
+        if not ready:
+            for rank, (process, _) in silent.items():
+                failures.append(f"rank {rank} {'did not answer' if process.is_alive() else 'died'}")
+            break
+        for rank in [rank for rank, (_, pipe) in silent.items() if pipe in ready]:
+            process, pipe = silent.pop(rank)
             try:
                 succeeded, value = pipe.recv()
             except EOFError:
                 succeeded, value = False, f"rank {rank} died"
-            (results if succeeded else failures).append(value)
-        for process, pipe in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            pipe.close()
-    return results, failures
+            if succeeded:
+                results[rank] = value
+            else:
+                failures.append(value)
+                _end(process)  # most of those that wait for it notice, and say where they were
+    return [results[rank] for rank in sorted(results)], failures
+
+
+def _end(process: Any) -> None:
+    """Kill a rank and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that has not come to lead a group yet
 
 
 def _run_rank(
@@ -121,14 +153,13 @@ def _run_rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     store: str,
-    timeout: float,
 ) -> None:
     os.setsid()  # the leader of what it starts, which is ended with it
     import torch.distributed as dist
 
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANG)
         )
         pipe.send((True, function(*arguments)))
     except BaseException:

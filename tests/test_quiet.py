@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG
+
 ROOT = Path(__file__).resolve().parents[1]
 
 IMPORTS = """
@@ -31,7 +33,9 @@ logging.getLogger("nemo_kto.config").warning("our log line")
 def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("NEMO_KTO_VERBOSE", "PYTHONWARNINGS")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=HANG
+    )
 
 
 def test_imports_are_silent_and_own_messages_stay():

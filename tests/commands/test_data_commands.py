@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from nemo_kto.cli import main
 from nemo_kto.data.reading.sources import read_feedback
+from tests.waiting import HANG
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto" / "quickstart" / "model"
 ROWS = [
@@ -172,10 +173,10 @@ def test_the_command_itself(tmp_path: Path) -> None:
     """A process of its own: quiet on stderr, and the exit code a shell sees."""
     path = write(tmp_path / "a.jsonl", *ROWS)
     command = [Path(sys.executable).with_name("nemo-kto"), "data", "check", path, "--tokenizer", MODEL]
-    good = subprocess.run(command, capture_output=True, text=True, check=False)
+    good = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
     assert (good.returncode, good.stderr) == (0, "") and "samples" in good.stdout
     write(path, *ROWS, "{")
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert subprocess.run(command, capture_output=True, check=False, timeout=HANG).returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from tests.integration.assets import (
     train_on_rank,
     write_feedback,
 )
+from tests.waiting import HANG
 
 NEW_TOKENS = 6
 STEPS = 4
@@ -178,7 +179,7 @@ def test_the_command_answers_under_any_layout(
         + ["--max-new-tokens", str(NEW_TOKENS), "--json"],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=HANG,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

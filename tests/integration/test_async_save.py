@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nemo_kto.runtime.checkpoint import is_finished, newest_last
+from nemo_kto.runtime.checkpoint import BackgroundCheckpointIO, is_finished, newest_last
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
+from tests.waiting import HANG
 
 SAVING = {
     "exp_manager__create_checkpoint_callback": True,
@@ -24,8 +25,6 @@ SAVING = {
     "model__optim__sched__name": "Constant",
     "trainer__kto__save_interval": 2,
 }
-SECONDS_TO_WRITE = 0.7
-
 
 Writer = Callable[..., None]
 
@@ -35,28 +34,40 @@ def pass_on(original: Writer, *args: Any, **kwargs: Any) -> None:
     original(*args, **kwargs)
 
 
-def slowly(original: Writer, *args: Any, **kwargs: Any) -> None:
-    """Take longer than a step of training."""
-    time.sleep(SECONDS_TO_WRITE)
-    original(*args, **kwargs)
-
-
 @contextmanager
-def writing(*, choose: Callable[[], Writer]) -> Iterator[None]:
-    """Have the process of each save call `choose()(original, *arguments)` instead of `original(*arguments)`."""
-    schedule = AsyncCallsQueue.schedule_async_request
+def writing(*, choose: Callable[[], Writer] = lambda: pass_on) -> Iterator[None]:
+    """Have the process of each save call `choose()(original, *arguments)` instead of `original(*arguments)`.
 
-    def changed(self: Any, request: Any) -> int:
+    It does so when training waits for it, and not before: however fast either is, a checkpoint is under way for as
+    long as training lets it be.
+    """
+    schedule = AsyncCallsQueue.schedule_async_request
+    finalize = BackgroundCheckpointIO.maybe_finalize_save_checkpoint
+    waited_for = multiprocessing.get_context("fork").Event()  # one at a time is under way
+
+    def schedule_held(self: Any, request: Any) -> int:
         original = request.async_fn
         if original is not None:
-            request = request._replace(async_fn=partial(choose(), original))
+            waited_for.clear()
+            request = request._replace(async_fn=partial(write, choose(), original))
         return schedule(self, request)
 
-    AsyncCallsQueue.schedule_async_request = changed
+    def write(writer: Writer, original: Writer, *args: Any, **kwargs: Any) -> None:
+        waited_for.wait(HANG)
+        writer(original, *args, **kwargs)
+
+    def finalize_and_release(self: Any, blocking: bool = False) -> bool:
+        if blocking:
+            waited_for.set()
+        return finalize(self, blocking)
+
+    AsyncCallsQueue.schedule_async_request = schedule_held
+    BackgroundCheckpointIO.maybe_finalize_save_checkpoint = finalize_and_release  # type: ignore[method-assign]
     try:
         yield
     finally:
         AsyncCallsQueue.schedule_async_request = schedule
+        BackgroundCheckpointIO.maybe_finalize_save_checkpoint = finalize  # type: ignore[method-assign]
 
 
 class Witness(Callback):
@@ -73,24 +84,24 @@ class Witness(Callback):
         self.seen.append((last.name if last else None, unfinished))
 
 
-def slow_run(port: int, overrides: dict[str, Any]) -> list[tuple[str | None, bool]]:
-    """Train with writers that take longer than a step; return what the witness saw."""
+def held_run(port: int, overrides: dict[str, Any]) -> list[tuple[str | None, bool]]:
+    """Train with writers that take until training waits for them; return what the witness saw."""
 
     witness = Witness(Path(overrides["exp_manager.explicit_log_dir"]) / "checkpoints")
-    with writing(choose=lambda: slowly):
+    with writing():
         train_on_rank(port, overrides, callbacks=[witness])
     return witness.seen
 
 
 def test_what_a_checkpoint_replaces_stays_until_it_is_whole(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    """One is begun every second step, and waited for by the next: none is ever missing in between."""
     changes = {**SAVING, "model__optim__overlap_param_sync": True, "trainer__kto__max_steps": 8}
-    seen, _ = run_ranks(slow_run, 2, free_port(), settings(root, tmp_path / "slow", **changes))
-    names = [name for name, _ in seen]
-    assert any(unfinished for _, unfinished in seen), "nothing was written in the background"
-    assert names == sorted(names, key=lambda name: name or "")  # never back to an older one, or to none
-    folders = [path.name for path in (tmp_path / "slow" / "checkpoints").iterdir()]
+    seen, _ = run_ranks(held_run, 2, free_port(), settings(root, tmp_path / "log", **changes))
+    newest = [None, None, "megatron_gpt-step=2-last", "megatron_gpt-step=4-last"]
+    assert seen == [(name, begun > 0) for begun, name in enumerate(newest) for _ in range(2)]
+    folders = [path.name for path in (tmp_path / "log" / "checkpoints").iterdir()]
     assert folders == ["megatron_gpt-step=8-last"]
-    assert is_finished(tmp_path / "slow" / "checkpoints" / folders[0])
+    assert is_finished(tmp_path / "log" / "checkpoints" / folders[0])
 
 
 def test_a_run_resumed_from_it_is_the_uninterrupted_one(root: Path, tmp_path: Path, run_ranks: Any) -> None:
@@ -103,13 +114,12 @@ def test_a_run_resumed_from_it_is_the_uninterrupted_one(root: Path, tmp_path: Pa
 
 
 def failing_run(port: int, overrides: dict[str, Any]) -> str:
-    """Train; the first checkpoint's writer of rank 1 takes its time and dies. Return the error."""
+    """Train; the first checkpoint's writer of rank 1 dies. Return the error."""
     from nemo_kto.errors import CheckpointError
 
     dies = iter([dist.get_rank() == 1])
 
     def fail(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        time.sleep(SECONDS_TO_WRITE)
         os._exit(1)
 
     with writing(choose=lambda: fail if next(dies, False) else pass_on):
@@ -132,10 +142,10 @@ def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
 
 
 def diverging_run(port: int, overrides: dict[str, Any]) -> str:
-    """Train at a ruinous learning rate with slow writers; return the error."""
+    """Train at a ruinous learning rate with writers that are never in time; return the error."""
     from nemo_kto.errors import DivergenceError
 
-    with writing(choose=lambda: slowly):
+    with writing():
         try:
             train_on_rank(port, overrides)
         except DivergenceError as error:

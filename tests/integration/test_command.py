@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_kto.runtime.checkpoint import is_finished, newest_last
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
+from tests.waiting import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
+ENDED = Path(__file__).with_name("killed_run.py")
+"""The same, ended from within."""
 TP2 = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2}
 PP2 = {"trainer__devices": 2, "model__pipeline_model_parallel_size": 2}
 WITH_CHECKPOINTS = {
@@ -43,50 +45,32 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(root: Path, log_dir: Path, **changes: Any) -> list[str]:
-    return [sys.executable, str(SCRIPT), *as_overrides(settings(root, log_dir, **changes))]
+def command(root: Path, log_dir: Path, *, script: Path = SCRIPT, **changes: Any) -> list[str]:
+    return [sys.executable, str(script), *as_overrides(settings(root, log_dir, **changes))]
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, so that it can be killed with all its ranks."""
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    }
-    return subprocess.Popen(
+def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
+    """Return a command's exit code, output and errors, when it and all its ranks have closed them."""
+    ours = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    process = subprocess.Popen(
         arguments,
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        start_new_session=True,  # so that it can be killed with all its ranks
     )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
     try:
-        output, errors = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate(timeout=HANG)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process.returncode, output, errors
-
-
-def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
-    return finish(start(arguments, **environment))
-
-
-def start_until_checkpoint(arguments: list[str], log_dir: Path) -> subprocess.Popen[str]:
-    """Start a run and return it, still running, when its first checkpoint is finished."""
-    process = start(arguments)
-    deadline = time.monotonic() + 200
-    while newest_last(log_dir / "checkpoints") is None:
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
-        time.sleep(0.05)
-    return process
 
 
 def complete_command(root: Path, log_dir: Path) -> list[str]:
@@ -181,16 +165,12 @@ def test_random_weights_under_torchrun(root: Path, tmp_path: Path) -> None:
 def test_a_killed_run_continues_as_if_it_had_not_been(
     root: Path, uninterrupted: Path, tmp_path: Path, async_save: bool
 ) -> None:
-    moment = random.uniform(
-        0, 8
-    )  # in steps: in one of the first eight, in a save, before or after the first checkpoint
+    moment = random.uniform(0, 8)  # in one of the first eight steps, in a save, before or after the first checkpoint
     print(f"killed {moment:.2f} steps after the start")
-    script = [sys.executable, str(Path(__file__).with_name("killed_run.py"))]
-    saving = {**WITH_CHECKPOINTS, "exp_manager__checkpoint_callback_params__async_save": async_save}
-    arguments = command(root, tmp_path, **TP2, **saving)
-    code, output, errors = run([*script, *arguments[2:]], KILL_AFTER_STEPS=str(moment))
+    saving = {**TP2, **WITH_CHECKPOINTS, "exp_manager__checkpoint_callback_params__async_save": async_save}
+    code, output, errors = run(command(root, tmp_path, script=ENDED, **saving), KILL_AFTER_STEPS=str(moment))
     assert code == -signal.SIGKILL, output + errors
-    code, output, errors = run(arguments)
+    code, output, errors = run(command(root, tmp_path, **saving))
     assert code == 0, output + errors
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["megatron_gpt-step=10-last"]
@@ -201,11 +181,9 @@ def test_a_killed_run_continues_as_if_it_had_not_been(
 def test_sigterm_saves_and_another_layout_goes_on(
     root: Path, uninterrupted: Path, tmp_path: Path, second: dict[str, int]
 ) -> None:
-    process = start_until_checkpoint(command(root, tmp_path, **WITH_CHECKPOINTS), tmp_path)
-    os.kill(process.pid, signal.SIGTERM)
-    code, output, errors = finish(process)
+    code, output, errors = run(command(root, tmp_path, script=ENDED, **WITH_CHECKPOINTS), TERMINATE_AT_STEP="4")
     assert code == 0, output + errors
-    assert "run the same command to continue" in output
+    assert "Stopped at step 5 of 10; run the same command to continue" in output
     code, output, errors = run(command(root, tmp_path, **second, **WITH_CHECKPOINTS))
     assert code == 0, output + errors
     assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=False)
@@ -215,13 +193,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(root: Path, tmp_path
     """It ends when its output does: no process of either rank is left that keeps it open."""
     changes = {**TP2, **WITH_CHECKPOINTS, "trainer__kto__save_interval": 1, "model__optim__lr": 1e30}
     code, output, errors = run(command(root, tmp_path, **changes))
-    assert code == 1, output + errors
-    assert [
-        line
-        for line in errors.splitlines()
-        if "gradient of step 2 is not finite" in line and line.startswith("error: ")
-    ]
-    assert "Traceback" not in output + errors
+    check_error(code, output, errors, "gradient of step 2 is not finite", ranks=2)
     last = newest_last(tmp_path / "checkpoints")
     assert last is not None and last.name.endswith("step=1-last")
 
@@ -299,11 +271,11 @@ def test_bad_data_ends_a_run_of_two_ranks_with_one_line(root: Path, tmp_path: Pa
 
 
 def test_weights_of_another_model_end_all_ranks(root: Path, tmp_path: Path) -> None:
-    """Found only when every rank reads its part: both must end, and quickly."""
+    """Found only when every rank reads its part: both must end, though the other one may wait for it."""
     folder = shutil.copytree(root / "hf", tmp_path / "hf")
     edit_json(folder, "config.json", num_hidden_layers=6)
     arguments = command(root, tmp_path / "log", **TP2, pretrained_checkpoint__restore_from_path=str(folder))
-    check_refused(arguments, "layers", str(folder))
+    check_refused(arguments, "layers", str(folder), ranks=2)
 
 
 def test_an_unknown_key_ends_with_one_line(root: Path, tmp_path: Path) -> None:
@@ -316,14 +288,25 @@ def test_an_impossible_layout_is_refused(run_ranks: Any, root: Path, tmp_path: P
     assert kind == "ConfigError" and "1 processes" in message and "multiple of 3" in message, message
 
 
-def check_refused(arguments: list[str], *expected: str) -> None:
-    started = time.monotonic()
+def check_refused(arguments: list[str], *expected: str, ranks: int = 1) -> None:
+    """Run a command that must end with its error and say nothing else."""
     code, output, errors = run(arguments)
-    assert code != 0 and time.monotonic() - started < 90, output + errors
-    lines = [line for line in errors.splitlines() if line.strip()]
-    assert [line.startswith("error: ") for line in lines] == [True], errors
-    assert all(part in lines[0] for part in expected), errors
+    found = check_error(code, output, errors, *expected, ranks=ranks)
+    assert len([line for line in errors.splitlines() if line.strip()]) == found, errors
+
+
+def check_error(code: int, output: str, errors: str, *expected: str, ranks: int) -> int:
+    """Check that a command ended with an error that is a user's to mend; return in how many lines it said so.
+
+    One, but with other ranks that is a matter of speed: where the first takes long to end, another says it too, and
+    then the launcher kills the first, which may not have come to it. tests/test_packaging.py tests what each does.
+    """
+    found = re.findall(r"^(\[rank 1\] )?error: (.*)$", errors, re.MULTILINE)
+    assert 1 <= len(found) <= ranks and len(dict(found)) == len(found), errors
+    assert all(part in message for _, message in found for part in expected), errors
     assert "Traceback" not in output + errors
+    assert code == 1 or (code == -signal.SIGKILL and ("[rank 1] ", found[-1][1]) in found), output + errors
+    return len(found)
 
 
 def test_a_reference_is_cached_by_a_job_of_its_own(root: Path, tmp_path: Path) -> None:

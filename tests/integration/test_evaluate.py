@@ -33,6 +33,7 @@ from tests.integration.assets import (
 )
 from tests.integration.test_objectives import bco
 from tests.integration.test_oracle import BETA, DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT, Pair
+from tests.waiting import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "nlp" / "kto" / "eval_gpt_kto.py"
@@ -486,7 +487,7 @@ def run_command(*overrides: str) -> subprocess.CompletedProcess[str]:
         env={**clean, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
     )
 
 

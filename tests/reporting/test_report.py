@@ -30,6 +30,7 @@ from nemo_kto.reporting.plots import caption, draw_panel, shorten, smooth
 from nemo_kto.reporting.reading import Run, read_runs
 from nemo_kto.reporting.report import write_report
 from nemo_kto.reporting.tables import differences, duration, number
+from tests.waiting import HANG
 
 START = 1_800_000_000.0
 """Time of step 0 (2027-01-15 08:00 UTC); a step takes two seconds."""
@@ -493,7 +494,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_a_folder_without_events_is_one_line(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "nemo_kto.cli", "report", str(tmp_path)]
-    ended = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=HANG)
     assert ended.returncode == 1 and ended.stdout == ""
     assert (
         ended.stderr.startswith(f"error: {tmp_path.resolve()} holds no event files") and ended.stderr.count("\n") == 1
@@ -502,7 +503,8 @@ def test_a_folder_without_events_is_one_line(tmp_path: Path) -> None:
 
 def test_no_heavy_package_is_imported() -> None:
     program = "import sys, nemo_kto.reporting.report; print(sorted(sys.modules))"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    arguments = [sys.executable, "-c", program]
+    shown = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=HANG).stdout
     assert "'matplotlib'" in shown
     assert not [name for name in ("torch", "megatron", "nemo", "lightning", "transformers") if f"'{name}'" in shown]
     assert "matplotlib.pyplot" not in shown  # its figures are global

@@ -28,6 +28,7 @@ from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import import_hf
 from tests.network import tiny_hf
+from tests.waiting import HANG
 
 LAYOUTS = {"one": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "PP2": (2, 1, 2)}  # processes, tensor, pipeline
 SEED = 11
@@ -269,4 +270,4 @@ assert (torch.cuda.current_device, torch.Tensor.cuda, clip_grads.torch, mappings
 assert mlp.torch is torch
 assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=HANG)

@@ -18,7 +18,7 @@ from nemo_kto.runtime.loop import GracefulStop, StartUpTime
 
 def ask_with_one_late_rank(late_rank: int | None) -> bool:
     late = dist.get_rank() == late_rank
-    return GracefulStop(timedelta(microseconds=1) if late else timedelta(days=1)).agreed()
+    return GracefulStop(timedelta(days=-1 if late else 1)).agreed()
 
 
 def ask_with_one_signalled_rank() -> tuple[bool, bool]:
@@ -46,10 +46,10 @@ def test_one_signalled_rank_stops_all(run_ranks: Callable[..., Any]) -> None:
 def test_start_up_time_counts_from_the_process_once(monkeypatch: Any, capsys: Any) -> None:
     """A later run of the same process, as in a notebook, counts from its own start."""
     monkeypatch.setattr(StartUpTime, "_runs", 0)
-    now = time.time()
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: now - 100)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1000.0)
+    monkeypatch.setattr(time, "time", lambda: 1100.0)
     first, second = StartUpTime(), StartUpTime()
-    monkeypatch.setattr(time, "time", lambda: now + 20)
+    monkeypatch.setattr(time, "time", lambda: 1120.0)
     for callback in (first, first, second):
         callback.on_train_batch_end(SimpleNamespace(is_global_zero=True))
     assert capsys.readouterr().out.split("\n") == ["", "First step after 120 s", "", "First step after 20 s", ""]

@@ -79,6 +79,8 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
 
 
 PLACES = {name: [*places(row)] for name, row in VALID.items()}
+IN_A_FOLDER = [*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture]
+"""For tests whose examples write the same file into one folder, each over the last one's."""
 
 
 def check_text(value: Any) -> None:
@@ -124,7 +126,7 @@ def test_there_is_a_valid_row_of_every_format():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_value_at_any_place(name, data):
     path = data.draw(st.sampled_from(PLACES[name]))
@@ -152,7 +154,7 @@ def test_any_place_missing(name):
         check_read(row, RowReader())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(
     row=st.dictionaries(st.sampled_from(COLUMNS) | TEXT, JSON, max_size=6),
     threshold=st.none() | st.just(">= 4"),
@@ -164,7 +166,7 @@ def test_any_row_in_any_format(row, threshold, fields):
         check_read(row, RowReader(name, fields, threshold))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=IN_A_FOLDER)
 @given(
     rows=st.lists(JSON | st.sampled_from([*VALID.values()]), max_size=3), suffix=st.sampled_from([".jsonl", ".json"])
 )
@@ -181,7 +183,7 @@ def test_any_json_in_a_file(tmp_path, rows, suffix):
         assert records
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=IN_A_FOLDER)
 @given(
     data=st.binary(max_size=60) | st.text('{}[]",:\n\r 1ae\t\ufeff', max_size=40).map(str.encode),
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst"]),

@@ -1,16 +1,18 @@
 """Started as a process by test_token_cache.py: tokenises a file into a cache and prints what it found and did.
 
-    cache_process.py FILE FOLDER KIND WORKERS LOCKS SECONDS
+    cache_process.py FILE FOLDER KIND WORKERS LOCKS
 
-KIND is the encoder: `slow` takes SECONDS for a call, `sleeping` never returns, `killed` kills its process. LOCKS is 0
-where the file system has none. It prints `ready`, goes on when a line arrives, and prints `<samples> <calls>`.
+KIND is the encoder: `held` waits, in its first call, for a line on stdin; `endless` never returns. Both print
+`encoding <process>` then. LOCKS is 0 where the file system has none. It prints `ready`, goes on when a line arrives,
+and ends with `<samples> <calls>`; what the cache logs comes in between.
 """
 
 import errno
+import logging
 import os
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 from nemo_kto.data.reading.sources import Source
@@ -23,18 +25,19 @@ from tests.data.conftest import train_byte_level
 CALLS: list[int] = []
 
 
-class Slow(Encoder):
-    seconds = 0.0
-
+class Held(Encoder):
     def encode(self, records):
         CALLS.append(1)
-        time.sleep(self.seconds)
+        if len(CALLS) == 1:
+            print("encoding", os.getpid(), flush=True)
+            sys.stdin.readline()
         return super().encode(records)
 
 
-class Sleeping(Encoder):
+class Endless(Encoder):
     def encode(self, records):
-        time.sleep(600)
+        print("encoding", os.getpid(), flush=True)
+        threading.Event().wait()
 
 
 class Killed(Encoder):
@@ -46,12 +49,13 @@ def refuse_lock(*arguments):
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def main(file, folder, kind, workers, locks, seconds):
+def main(file, folder, kind, workers, locks):
     token_cache._ROWS, token_cache._FEW = 1024, 2
     if locks == "0":
         token_cache.fcntl.flock = refuse_lock
-    Slow.seconds = float(seconds)
-    encoder = {"slow": Slow, "sleeping": Sleeping, "killed": Killed}[kind](train_byte_level(), TokenizationSettings())
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    token_cache.logger.setLevel(logging.INFO)
+    encoder = {"held": Held, "endless": Endless}[kind](train_byte_level(), TokenizationSettings())
     print("ready", flush=True)
     sys.stdin.readline()
     store = TokenCache(Path(folder), encoder, workers=int(workers)).tokens_of(Source(file), skip_bad=False)

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,11 @@ from nemo_kto.data.tokens.store import TokenStore
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.errors import DataError
 from tests.data.conftest import train_byte_level
+from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
+WAITING = "Waiting for another process"
+"""What a process says of a lock that another one holds."""
 
 
 def rows(count):
@@ -143,50 +145,72 @@ def start(source, tmp_path):
     """Starts cache_process.py; processes of their own, as copies of this one could wait for its threads' locks."""
     started = []
 
-    def run(number=1, *, kind="slow", workers=1, locks=True, seconds=0.0):
-        arguments = [source.path, tmp_path / "tokens", kind, workers, int(locks), seconds]
+    def run(number=1, *, kind="held", workers=1, locks=True):
+        arguments = [source.path, tmp_path / "tokens", kind, workers, int(locks)]
         command = [sys.executable, Path(__file__).with_name("cache_process.py"), *map(str, arguments)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        new = [subprocess.Popen(command, env=environment, **pipes) for _ in range(number)]
-        started.extend(new)
+        new = []
+        for _ in range(number):
+            output = tmp_path / f"output{len(started)}.txt"
+            with output.open("w") as stream:
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=stream, text=True)
+            process.output = output
+            started.append(process)
+            new.append(process)
         for process in new:
-            assert process.stdout.readline() == "ready\n"
+            wait_to_say(process, "ready")
         for process in new:
-            process.stdin.write("go\n")
-            process.stdin.flush()
+            go_on(process)
         return new
 
     yield run
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=HANG)
 
 
-def outcome(process):
-    """(samples, calls of the tokenizer) of a process that ended well."""
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    samples, calls = output.split()
-    return int(samples), int(calls)
+def said(process, *beginnings):
+    """The lines that a process has printed, or those of them that begin so."""
+    return [line for line in process.output.read_text().splitlines() if line.startswith(beginnings or "")]
+
+
+def wait_to_say(process, *beginnings, number=1):
+    wait_until(lambda: len(said(process, *beginnings)) >= number, process=process)
+
+
+def go_on(process):
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+
+
+def outcomes(processes):
+    """Sorted (samples, calls of the tokenizer) of processes that end well, once they may go on."""
+    for process in processes:
+        go_on(process)
+    assert [process.wait(HANG) for process in processes] == [0] * len(processes)
+    return sorted(tuple(map(int, said(process)[-1].split())) for process in processes)
 
 
 def test_processes_that_start_at_once_tokenise_once(start, source, tmp_path):
-    assert sorted(map(outcome, start(3, seconds=0.1))) == [(5000, 0), (5000, 0), (5000, 5)]
+    processes = start(3)
+    for process in processes:
+        wait_to_say(process, "encoding", WAITING)
+    assert outcomes(processes) == [(5000, 0), (5000, 0), (5000, 5)]
     (store,) = finished(tmp_path / "tokens")
     assert contents(TokenStore(store)) == contents(cache(tmp_path / "alone").tokens_of(source, skip_bad=False))
 
 
 def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
     """The one that waits goes on from the beginning, with a lock that died with its holder."""
-    (victim,) = start(seconds=60)
-    while not list(tmp_path.glob("tokens/*.partial/tokens.bin")):
-        time.sleep(0.01)
+    (victim,) = start()
+    wait_to_say(victim, "encoding")
+    assert list(tmp_path.glob("tokens/*.partial/tokens.bin"))
     (waiting,) = start()
+    wait_to_say(waiting, WAITING)
     assert not finished(tmp_path / "tokens")
     victim.kill()
-    victim.wait()
-    assert outcome(waiting) == (5000, 5)
+    victim.wait(HANG)
+    assert outcomes([waiting]) == [(5000, 5)]
     assert not list(tmp_path.glob("tokens/*.partial"))
     assert contents(TokenStore(*finished(tmp_path / "tokens"))) == contents(
         cache(tmp_path / "alone").tokens_of(source, skip_bad=False)
@@ -194,15 +218,13 @@ def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
 
 
 def test_workers_end_with_a_killed_parent(start):
-    (parent,) = start(kind="sleeping", workers=2)
-    process, deadline = psutil.Process(parent.pid), time.monotonic() + 60
-    while len(workers := [child for child in process.children() if "popen_loky" in " ".join(child.cmdline())]) < 2:
-        assert time.monotonic() < deadline and parent.poll() is None
-        time.sleep(0.05)
-    time.sleep(5)  # until they have imported what they need
+    (parent,) = start(kind="endless", workers=2)
+    wait_to_say(parent, "encoding", number=2)
+    workers = [psutil.Process(int(line.split()[1])) for line in said(parent, "encoding")]
+    assert len({parent.pid, *(worker.pid for worker in workers)}) == 3
     parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    parent.wait(HANG)
+    _, alive = psutil.wait_procs(workers, timeout=HANG)
     for worker in alive:
         worker.kill()
     assert not alive
@@ -216,7 +238,10 @@ def test_a_killed_worker_is_an_error_not_a_hang(source, tmp_path):
 
 
 def test_without_locks_the_first_complete_store_counts(start, tmp_path):
-    assert list(map(outcome, start(2, locks=False, seconds=0.1))) == [(5000, 5), (5000, 5)]
+    processes = start(2, locks=False)
+    for process in processes:
+        wait_to_say(process, "encoding")
+    assert outcomes(processes) == [(5000, 5), (5000, 5)]
     assert len(finished(tmp_path / "tokens")) == 1 and not list(tmp_path.glob("tokens/*.partial"))
 
 
@@ -239,7 +264,7 @@ def test_what_others_are_writing_stays(write_jsonl, tmp_path):
     source = Source(str(write_jsonl(*rows(9))))
     name = cache(tmp_path).tokens_of(source, skip_bad=False).folder.name
     host, dead = socket.gethostname(), subprocess.Popen(["true"])
-    dead.wait()
+    dead.wait(HANG)
     left = {
         "elsewhere": tmp_path / f"{name}-other-machine-{dead.pid}-0.partial",
         "alive": tmp_path / f"{name}-{host}-{os.getpid()}-0.partial",

@@ -1,0 +1,21 @@
+"""How tests wait: for a condition, never for a time. The clock is read here only, and only to end what hangs."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+HANG = 900.0
+"""Seconds; only catches hangs. So many that nothing else takes them, however busy the machine is."""
+
+
+def wait_until(holds: Callable[[], Any], *, process: subprocess.Popen[str]) -> None:
+    """Return once `holds()` is true; fail if it is not when `process`, which makes it true, has ended or hangs."""
+    end = time.monotonic() + HANG
+    while not holds():
+        ended = process.poll() is not None
+        assert not ended or holds(), f"the process ended with exit code {process.returncode}"
+        assert time.monotonic() < end, f"the process hangs: {HANG:.0f} s have passed"
+        time.sleep(0.02)
