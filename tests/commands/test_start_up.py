@@ -202,3 +202,17 @@ def test_torch_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     import_without_torch()
     assert sys.modules["torch"] is torch and "transformers" not in sys.modules
+
+
+def test_training_leaves_out_what_no_run_uses(tmp_path: Path) -> None:
+    """Before anything is read: each process of a run pays for its imports."""
+    program = "import sys; from nemo_kto import cli; cli._imported('train', 'train'); print(*sys.modules)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=HANG
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"torch", "megatron.core", "lightning.pytorch", "nemo.utils.exp_manager"} <= loaded
+    assert not loaded & {"pandas.core", "wandb.sdk", "scipy.signal._signaltools", "torch._inductor.compile_fx"}
+    assert not loaded & {"datasets", "mlflow", "nemo_kto.reporting.report"}
