@@ -107,9 +107,11 @@ def violations(part: str, source: str) -> list[str]:
 
 
 FILES = sorted((ROOT / "nemo_kto").rglob("*.py"))
+# the list of public names is above everything, and below it what every part may ask for, such as the version
+ROOMS = [file for file in FILES if file != ROOT / "nemo_kto" / "__init__.py"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", ROOMS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_only_from_below(file):
     assert violations(part_of_file(file), file.read_text(encoding="utf-8")) == []
 

@@ -6,7 +6,8 @@ tokens; a log-ratio is r = logp_policy - logp_ref.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +26,8 @@ class KTOLossOutput(NamedTuple):
     rewards: Tensor
 
 
-class LossFunction(Protocol):
-    """A loss: each sample's value from its log-ratio, its label and a baseline."""
-
-    def __call__(
-        self,
-        log_ratios: Tensor,
-        desirable: Tensor,
-        baseline: Tensor,
-        *,
-        beta: float,
-        desirable_weight: float = 1.0,
-        undesirable_weight: float = 1.0,
-    ) -> KTOLossOutput:
-        """Return each sample's loss.
-
-        Args:
-            log_ratios: `[b]` float32, r.
-            desirable: `[b]` bool, the label.
-            baseline: Scalar or `[b]` float32, what r is compared with, in the unit of r; no gradient flows through it.
-            beta: Scale of the rewards; larger keeps the policy closer to the reference.
-            desirable_weight: w_d.
-            undesirable_weight: w_u.
-        """
-        ...
+LossFunction = Callable[..., KTOLossOutput]
+"""A loss: each sample's value from its log-ratio, its label and a baseline; `kto_loss` has the arguments."""
 
 
 def kto_loss(
@@ -67,21 +46,21 @@ def kto_loss(
         desirable:   w_d * (1 - sigmoid(beta * (r - z)))
         undesirable: w_u * (1 - sigmoid(beta * (z - r)))
 
-    Arguments are those of `LossFunction`.
+    Args:
+        log_ratios: `[b]` float32, r.
+        desirable: `[b]` bool, the label.
+        baseline: Scalar or `[b]` float32, what r is compared with, in the unit of r; no gradient flows through it.
+        beta: Scale of the rewards; larger keeps the policy closer to the reference.
+        desirable_weight: w_d.
+        undesirable_weight: w_u.
     """
     advantages = _advantages(log_ratios, desirable, baseline)
-    losses = _class_weights(desirable, desirable_weight, undesirable_weight) * (1.0 - torch.sigmoid(beta * advantages))
-    return KTOLossOutput(losses=losses, rewards=beta * log_ratios.detach())
+    weights = _class_weights(desirable, desirable_weight, undesirable_weight)
+    return KTOLossOutput(losses=weights * (1.0 - torch.sigmoid(beta * advantages)), rewards=beta * log_ratios.detach())
 
 
 def apo_zero_unpaired_loss(
-    log_ratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    log_ratios: Tensor, desirable: Tensor, baseline: Tensor, **settings: float
 ) -> KTOLossOutput:
     """Return each sample's part of APO-zero, arXiv 2408.06266, equation 7, taken apart for samples without a pair.
 
@@ -91,26 +70,13 @@ def apo_zero_unpaired_loss(
     That is KTO whose baseline is zero: it pulls the log-probs of desirable responses up and those of undesirable ones
     down, whatever the policy does elsewhere. As in TRL's `KTOTrainer` (1.16.0, `loss_type="apo_zero_unpaired"`).
 
-    Arguments are those of `LossFunction`; `baseline` is not used.
+    Arguments are those of `kto_loss`; `baseline` is not used.
     """
-    return kto_loss(
-        log_ratios,
-        desirable,
-        torch.zeros_like(baseline),
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )
+    return kto_loss(log_ratios, desirable, torch.zeros_like(baseline), **settings)
 
 
 def bco_loss(
-    log_ratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    log_ratios: Tensor, desirable: Tensor, baseline: Tensor, *, beta: float, **weights: float
 ) -> KTOLossOutput:
     """Return each sample's cross-entropy of a binary classifier whose logit is the shifted reward, arXiv 2404.04656.
 
@@ -121,10 +87,10 @@ def bco_loss(
 
     As in TRL's `BCOTrainer` (f2cd57710a), which however counts the batch itself among the samples seen.
 
-    Arguments are those of `LossFunction`.
+    Arguments are those of `kto_loss`.
     """
     advantages = _advantages(log_ratios, desirable, baseline)
-    losses = -_class_weights(desirable, desirable_weight, undesirable_weight) * F.logsigmoid(beta * advantages)
+    losses = -_class_weights(desirable, **weights) * F.logsigmoid(beta * advantages)
     return KTOLossOutput(losses=losses, rewards=beta * log_ratios.detach())
 
 
@@ -154,7 +120,7 @@ def _advantages(log_ratios: Tensor, desirable: Tensor, baseline: Tensor) -> Tens
     return torch.where(desirable, log_ratios - baseline, baseline - log_ratios)
 
 
-def _class_weights(desirable: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
+def _class_weights(desirable: Tensor, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
     return torch.where(desirable, desirable_weight, undesirable_weight)
 
 

@@ -23,8 +23,9 @@ from nemo_kto.config.reader import build
 from nemo_kto.config.schema import DataConfig, ModelConfig
 from nemo_kto.data.batches.samples import Samples, read_samples
 from nemo_kto.data.batches.statistics import DataStatistics, describe
+from nemo_kto.data.reading.chunks import MAX_SHOWN, bad_records_error, parse_chunk, read_chunks
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
-from nemo_kto.data.reading.sources import MAX_SHOWN, Source, bad_records_error, parse_chunk, read_chunks
+from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import load_tokenizer

@@ -38,7 +38,8 @@ from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
 from nemo_kto.kto.starting_weights import Weights
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt
-from nemo_kto.network.lora import LoRASettings, add_adapters
+from nemo_kto.network.lora import add_adapters
+from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop

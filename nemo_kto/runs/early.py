@@ -10,7 +10,7 @@ from __future__ import annotations
 from nemo_kto.config.folders import check_named_folders, export_folder, log_directory, model_folder, tokenizer_folder
 from nemo_kto.config.plugins import check_plugins
 from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
-from nemo_kto.data.reading.sources import check_there
+from nemo_kto.data.reading.parts import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
 from nemo_kto.errors import DataError
 from nemo_kto.network.families import sizes_of_folder

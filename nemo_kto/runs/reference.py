@@ -16,7 +16,7 @@ from nemo_kto.data.batches.reference_cache import ReferenceCache
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.lora import LoRASettings, projections_of
+from nemo_kto.network.projections import LoRASettings, projections_of
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.weights.folder import SafetensorsFolder, weights_digest
 from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings

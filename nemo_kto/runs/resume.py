@@ -13,7 +13,7 @@ from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import ReferenceSettings
-from nemo_kto.network.lora import LoRASettings
+from nemo_kto.network.projections import LoRASettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER
 from nemo_kto.weights.folder import weights_digest

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.lora import LINEAR_OF, LoRASettings, ordered, parts_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered, parts_of
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.weight_rules import Piece, stacked
 from nemo_kto.runtime import parallel

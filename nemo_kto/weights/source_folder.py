@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from nemo_kto.network.lora import LoRASettings
+from nemo_kto.network.projections import LoRASettings
 from nemo_kto.weights.folder import copy_companions
 from nemo_kto.weights.peft_adapter import CONFIG_FILE, adapter_config
 

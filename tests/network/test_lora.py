@@ -21,15 +21,14 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import (
-    LoRASettings,
     _Adapted,
     adapters_merged,
     adapters_off,
     add_adapters,
     clear_adapters,
     initialize_adapters,
-    projections_of,
 )
+from nemo_kto.network.projections import LoRASettings, projections_of
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout

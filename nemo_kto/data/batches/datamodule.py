@@ -16,7 +16,8 @@ from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
 from nemo_kto.data.batches.packed_rows import KTOBatch, KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.batches.sampling import GlobalBatchSampler, Share, Shuffle, ValidationBatchSampler, epoch_length
-from nemo_kto.data.reading.sources import Source, file_names
+from nemo_kto.data.reading.parts import file_names
+from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.store import copy_bad_records

@@ -29,17 +29,10 @@ import loky
 import psutil
 from tqdm import tqdm
 
+from nemo_kto.data.reading.chunks import MAX_SHOWN, Chunk, bad_records_error, parse_chunk, read_chunks
+from nemo_kto.data.reading.parts import content_digest, expected_rows
 from nemo_kto.data.reading.records import BadRecord
-from nemo_kto.data.reading.sources import (
-    MAX_SHOWN,
-    Chunk,
-    Source,
-    bad_records_error,
-    content_digest,
-    expected_rows,
-    parse_chunk,
-    read_chunks,
-)
+from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.store import StoreWriter, TokenChunk, TokenStore, make_chunk
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import tokenizer_digest

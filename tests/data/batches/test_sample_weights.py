@@ -8,9 +8,10 @@ import pickle
 import pytest
 
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
+from nemo_kto.data.reading.chunks import parse_chunk, read_chunks
 from nemo_kto.data.reading.records import BadRecord
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import Source, parse_chunk, parse_source, read_chunks
+from nemo_kto.data.reading.sources import Source, parse_source
 from tests.integration.assets import make_tokenizer
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kto.data.reading import sources
+from nemo_kto.data.reading import parts
+from nemo_kto.data.reading.chunks import read_chunks
+from nemo_kto.data.reading.parts import check_there, content_digest
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import Source, check_there, content_digest, parse_source, read_chunks
+from nemo_kto.data.reading.sources import Source, parse_source
 from nemo_kto.errors import KTOError
 
 ROW = json.dumps({"prompt": "p", "completion": " a", "label": True}) + "\n"
@@ -64,7 +66,7 @@ def test_a_closed_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(top: Path, onerror: object, followlinks: bool) -> None:
         onerror(PermissionError(13, "Permission denied", str(top)))  # type: ignore[operator]
 
-    monkeypatch.setattr(sources.os, "walk", closed)
+    monkeypatch.setattr(parts.os, "walk", closed)
     given = source(folder, "full")
     with pytest.raises(KTOError) as raised:
         check_there(given)
@@ -84,7 +86,7 @@ def test_what_is_there_is_not_opened(folder: Path, name: str, monkeypatch: pytes
 def test_data_sets_are_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that `datasets` saved nor what may be one of the hub."""
     (folder / "full" / "dataset_info.json").write_text("{}")
-    monkeypatch.setattr(sources, "_saved_part", None)
-    monkeypatch.setattr(sources, "_hub_part", None)
+    monkeypatch.setattr(parts, "_saved_part", None)
+    monkeypatch.setattr(parts, "_hub_part", None)
     check_there(source(folder, "full"))
     check_there(parse_source("somebody/feedback", RowReader()))

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nemo_kto.data.reading.sources import read_feedback
+from nemo_kto.data.reading.chunks import read_feedback
 from nemo_kto.errors import DataError
 
 ROW = {"prompt": "p", "completion": "c", "label": True}

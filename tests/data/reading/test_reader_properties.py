@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nemo_kto.data.reading.chunks import Chunk, parse_chunk, read_feedback
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.formats import FORMATS
 from nemo_kto.data.reading.labels import parse_label
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import Chunk, parse_chunk, read_feedback
 from nemo_kto.errors import DataError
 
 TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(

@@ -9,18 +9,12 @@ from pathlib import Path
 import datasets
 import pytest
 
-from nemo_kto.data.reading import sources
+from nemo_kto.data.reading import parts
+from nemo_kto.data.reading.chunks import bad_records_error, parse_chunk, read_chunks, read_feedback
+from nemo_kto.data.reading.parts import content_digest
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import (
-    Source,
-    bad_records_error,
-    content_digest,
-    parse_chunk,
-    parse_source,
-    read_chunks,
-    read_feedback,
-)
+from nemo_kto.data.reading.sources import Source, parse_source
 from nemo_kto.errors import ConfigError, DataError
 
 ALIGNER_ROW = {"prompt": "p", "response": "r", "preference": "chosen"}
@@ -289,7 +283,7 @@ def test_damaged_saved_dataset(tmp_path, damaged, content):
 @pytest.fixture(autouse=True)
 def nothing_loaded():
     """What one test loads from its hub is not there for the next."""
-    sources._load_dataset.cache_clear()
+    parts._load_dataset.cache_clear()
 
 
 def test_hub(monkeypatch):

@@ -16,8 +16,9 @@ import pytest
 from cache_process import Killed, refuse_lock
 from datasets import Dataset, DatasetDict
 
+from nemo_kto.data.reading.parts import expected_rows
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import Source, expected_rows
+from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens import cache as token_cache
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings

@@ -1,0 +1,123 @@
+"""A source's rows -> records, some at a time.
+
+Bad records are yielded among the good ones, so that whoever reads decides whether one ends the run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nemo_kto.data.reading.containers import Row
+from nemo_kto.data.reading.parts import parts_of
+from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
+from nemo_kto.data.reading.row_reader import RowReader
+from nemo_kto.data.reading.sources import Source, parse_source
+from nemo_kto.errors import DataError
+
+MAX_SHOWN = 10
+"""Bad records that an error lists."""
+
+
+class Chunk(NamedTuple):
+    """Some consecutive rows of a file.
+
+    Attributes:
+        reader: How they are read.
+        rows: The rows.
+        file: Which of the source's files they are in, counted from 0; see `file_names`.
+    """
+
+    reader: RowReader
+    rows: list[Row | BadRecord | FeedbackRecord]
+    file: int = 0
+
+
+def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
+    """Yields a source's rows in order, at most `size` at a time, and how they are read.
+
+    Raises:
+        DataError: Nothing of that name is there, it cannot be read, holds no record, or is of no known format.
+    """
+    for file, part in enumerate(parts_of(source)):
+        reader: RowReader | None = None
+        chunk: list[Row | BadRecord | FeedbackRecord] = []
+        empty = True
+        for row in part.rows():
+            empty = False
+            if reader is None and isinstance(row, Row):
+                reader = source.reader.detect(row)
+            chunk.append(row)
+            if len(chunk) == size:
+                yield Chunk(reader or source.reader, chunk, file)
+                chunk = []
+        if empty:
+            raise DataError(f"{part.name}: the file holds no record.")
+        if chunk:
+            yield Chunk(reader or source.reader, chunk, file)
+
+
+_OF_RECORDS = RowReader("trl")
+
+
+def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
+    """Yields the records of some rows, in order."""
+    for row in chunk.rows:
+        if isinstance(row, BadRecord):
+            yield row
+            continue
+        try:
+            if isinstance(row, FeedbackRecord):  # of a function of other people: judged as a row that says the same
+                yield from _OF_RECORDS.read(Row(row.source, row.line, row.row()))
+            else:
+                yield from chunk.reader.read(row)
+        except RecordError as error:
+            yield error.at(row.source, row.line)
+
+
+def read_feedback(
+    paths: Sequence[str | Path],
+    *,
+    format: str = "auto",
+    fields: Mapping[str, str] | None = None,
+    desirable_if: str | None = None,
+) -> list[FeedbackRecord]:
+    """Returns every record of some sources, in order; for more data than fits into memory, see `read_chunks`.
+
+    Args:
+        paths: See `Source.path`; at least one.
+        format: See `RowReader`; "auto" decides for each file.
+        fields: See `RowReader`.
+        desirable_if: See `RowReader`.
+
+    Raises:
+        DataError: See `read_chunks`; or records are bad: the message names file, line, field and reason of the first
+            ten.
+        ConfigError: A format, a field or the threshold does not exist.
+    """
+    if not paths:
+        raise DataError("No data was given; name at least one file.")
+    reader = RowReader(format, fields or {}, desirable_if)
+    records, bad = [], []
+    for path in paths:
+        for chunk in read_chunks(parse_source(path, reader), 1000):
+            for record in parse_chunk(chunk):
+                if isinstance(record, FeedbackRecord):
+                    records.append(record)
+                else:
+                    bad.append(record)
+            if len(bad) > MAX_SHOWN:
+                raise bad_records_error(bad)
+    if bad:
+        raise bad_records_error(bad)
+    return records
+
+
+def bad_records_error(bad: Sequence[BadRecord]) -> DataError:
+    """The error for records that cannot be used, of which there may be more than those given."""
+    if len(bad) == 1:
+        return DataError(f"{bad[0]} Set model.data.on_bad_record=skip to leave such records out.")
+    shown = "".join(f"\n  {record}" for record in bad[:MAX_SHOWN])
+    count = f"{len(bad)} records" if len(bad) <= MAX_SHOWN else f"More than {MAX_SHOWN} records"
+    return DataError(
+        f"{count} cannot be used:{shown}\nMend them, or set model.data.on_bad_record=skip to leave such records out."
+    )

@@ -1,0 +1,106 @@
+"""Which projections of a model have adapters, by the names that NeMo, PEFT and Hugging Face give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from nemo_kto.errors import ConfigError
+from nemo_kto.network.families import family_of
+
+PARTS = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+"""Megatron's linear layer of a transformer layer -> the parts its rows are made of, in the order of a fused one."""
+
+
+_FUSED = {"qkv_proj": "self_attention.linear_qkv", "gate_up_proj": "mlp.linear_fc1"}
+"""Projection that returns all parts of a linear layer -> that layer."""
+
+
+_GROUPS = {
+    "attention_qkv": ("self_attention.linear_qkv",),
+    "attention_dense": ("self_attention.linear_proj",),
+    "mlp_fc1": ("mlp.linear_fc1",),
+    "mlp_fc2": ("mlp.linear_fc2",),
+    "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
+    "all": tuple(PARTS),
+}
+"""NeMo's names of target modules -> linear layers."""
+
+
+LINEAR_OF = {part: linear for linear, parts in PARTS.items() for part in parts} | _FUSED
+"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of."""
+
+
+def parts_of(projection: str) -> tuple[str, ...]:
+    """Return the parts of Megatron's linear layer that a projection returns, in its order."""
+    return PARTS[_FUSED[projection]] if projection in _FUSED else (projection,)
+
+
+def projections_of_model(hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the projections of a model's layers."""
+    fused = family_of(hf_config).fused_projections
+    instead = {part for projection in fused for part in parts_of(projection)}
+    return tuple(name for name in LINEAR_OF if name in fused or (name not in _FUSED and name not in instead))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Which projections have adapters, and of what kind.
+
+    Attributes:
+        projections: Hugging Face's names, in the order of `LINEAR_OF`.
+        layers: Numbers of the layers, from 0, ascending.
+        rank: Rows of A and columns of B.
+        alpha: The adapters' output is multiplied by `scale`: alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        rslora: See `alpha` (arXiv 2312.03732).
+        dropout: Probability with which the adapters do not see an input channel of a token in training.
+    """
+
+    projections: tuple[str, ...]
+    layers: tuple[int, ...]
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' output is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def projections_of(target_modules: Iterable[str], hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the projections of a model that NeMo's or PEFT's names of target modules mean.
+
+    Raises:
+        ConfigError: The model has none of a name, or there is no name.
+    """
+    known = projections_of_model(hf_config)
+    chosen: set[str] = set()
+    for name in target_modules:
+        if name in _GROUPS:
+            chosen.update(projection for projection in known if LINEAR_OF[projection] in _GROUPS[name])
+        elif name in known:
+            chosen.add(name)
+        else:
+            raise ConfigError(
+                f"model.peft.lora_tuning.target_modules: {name} is unknown. Use {', '.join((*_GROUPS, *known))}."
+            )
+    if not chosen:
+        raise ConfigError("model.peft.lora_tuning.target_modules is empty. Name at least one, like attention_qkv.")
+    return ordered(chosen)
+
+
+def ordered(projections: Iterable[str]) -> tuple[str, ...]:
+    """Return projections in the order of `LINEAR_OF`."""
+    chosen = set(projections)
+    return tuple(name for name in LINEAR_OF if name in chosen)
