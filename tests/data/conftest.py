@@ -80,3 +80,13 @@ def write_jsonl(tmp_path: Path) -> WriteJsonl:
         return path
 
     return write
+
+
+def stored_samples(store: Any) -> list[tuple[list[int], list[int], bool]]:
+    """Return what a store holds: per sample (prompt, response, desirable)."""
+    found = []
+    for row in store.samples:
+        middle = row["start"] + row["prompt"]
+        prompt, response = store.tokens[row["start"] : middle], store.tokens[middle : middle + row["response"]]
+        found.append((prompt.tolist(), response.tolist(), bool(row["desirable"])))
+    return found

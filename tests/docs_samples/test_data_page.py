@@ -11,9 +11,10 @@ import yaml
 from nemo_kto import cli
 from nemo_kto.config.schema import DataConfig, DataPrefixConfig
 from nemo_kto.data.reading import containers, labels, sources
+from nemo_kto.data.reading.chunks import read_feedback
 from nemo_kto.data.reading.formats import FIELDS, FORMATS
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import parse_source, read_feedback
+from nemo_kto.data.reading.sources import parse_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")

@@ -280,6 +280,12 @@ def answered(
 
 # the tests
 
+MORE_CASES: list[tuple[str, tuple[str, ...]]] = [
+    *((layout, DENSE) for layout in ("ONE", "TP2", "PP2", "VPP2", "TP2SP", "CP2", "DP2", "PP2-CP2", "CP4")),
+    *((layout, SPARSE) for layout in ("ONE", "PP2", "TP2SP", "CP2", "DP2", "EP2", "TP2SP-EP2", "PP2-EP2")),
+    ("TP2SP-CP2", ("mistral_window", "qwen3_moe", LENGTH)),
+]
+
 
 def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> None:
     """Compare what every rank answered with transformers."""
@@ -311,28 +317,10 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
         ("TP2SP", ("mistral_window", "qwen3_moe")),
         ("CP2", ("mistral_window",)),
         ("EP2", ("qwen3_moe",)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )
 def test_answers_equal_transformers(
-    source: Path,
-    expected: Callable[[str], Answers],
-    answered: Callable[..., Any],
-    layout: str,
-    families: tuple[str, ...],
-) -> None:
-    check(answered(layout, families), source, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "families"),
-    [
-        *((layout, DENSE) for layout in ("ONE", "TP2", "PP2", "VPP2", "TP2SP", "CP2", "DP2", "PP2-CP2", "CP4")),
-        *((layout, SPARSE) for layout in ("ONE", "PP2", "TP2SP", "CP2", "DP2", "EP2", "TP2SP-EP2", "PP2-EP2")),
-        ("TP2SP-CP2", ("mistral_window", "qwen3_moe", LENGTH)),
-    ],
-)
-def test_answers_equal_transformers_under_more_layouts(
     source: Path,
     expected: Callable[[str], Answers],
     answered: Callable[..., Any],

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
 GLOBAL_BATCH_SIZE = 8
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -45,13 +53,8 @@ def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False, tie
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
+        **TINY_SIZES,
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
         # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,

@@ -28,19 +28,12 @@ from transformers import (
 
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.runtime import parallel
+from tests.integration.assets import TINY_SIZES
 
 VOCAB_SIZE = 131
 DOCUMENT_LENGTHS = (9, 1, 24, 40)  # 74 tokens: two ranks can divide them
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SIZES: dict[str, Any] = {**TINY_SIZES, "vocab_size": VOCAB_SIZE}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # frequencies that matter within 40 tokens are scaled, with factors Megatron's own option cannot express
 _LLAMA3_OTHER = {

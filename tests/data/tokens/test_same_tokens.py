@@ -22,6 +22,7 @@ from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
+from tests.data.conftest import stored_samples
 
 
 @dataclass(frozen=True)
@@ -374,12 +375,7 @@ def read(path, tokenizer, folder, *, format="auto", fields=None, **settings):
     encoder = Encoder(tokenizer, TokenizationSettings(**settings))
     source = Source(str(path), reader=RowReader(format, fields or {}))
     store = TokenCache(folder, encoder, workers=1).tokens_of(source, skip_bad=False)
-    found = []
-    for row in store.samples:
-        middle = row["start"] + row["prompt"]
-        prompt, response = store.tokens[row["start"] : middle], store.tokens[middle : middle + row["response"]]
-        found.append((prompt.tolist(), response.tolist(), bool(row["desirable"])))
-    return found
+    return stored_samples(store)
 
 
 def in_order_of(writing, samples):

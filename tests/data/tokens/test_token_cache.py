@@ -25,7 +25,7 @@ from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.store import TokenStore
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.errors import DataError
-from tests.data.conftest import train_byte_level
+from tests.data.conftest import stored_samples, train_byte_level
 from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,16 +56,6 @@ def cache(folder, *, workers=1, tokenizer=None, **settings):
     )
 
 
-def contents(store):
-    """What a store holds, as plain lists: per sample (prompt, response, desirable)."""
-    found = []
-    for row in store.samples:
-        middle = row["start"] + row["prompt"]
-        prompt, response = store.tokens[row["start"] : middle], store.tokens[middle : middle + row["response"]]
-        found.append((prompt.tolist(), response.tolist(), bool(row["desirable"])))
-    return found
-
-
 def finished(folder):
     return [child for child in folder.iterdir() if child.is_dir() and child.suffix != ".partial"]
 
@@ -82,7 +72,7 @@ def test_the_tokens_of_every_record_in_order(source, tmp_path, tokenizer, worker
         )
         for row in rows(5000)
     ]
-    assert contents(store) == expected
+    assert stored_samples(store) == expected
     assert isinstance(store.tokens, np.memmap) and isinstance(store.samples, np.memmap)
     assert not [child for child in (tmp_path / "tokens").iterdir() if child.suffix == ".partial"]
 
@@ -125,7 +115,7 @@ def test_splits_of_a_data_set_are_stores_of_their_own(tmp_path):
     parts = {name: Dataset.from_list([rows(9)[place]]) for place, name in enumerate(("train", "test"))}
     DatasetDict(parts).save_to_disk(tmp_path / "saved")
     made = [
-        contents(cache(tmp_path / "t").tokens_of(Source(str(tmp_path / "saved"), split=name), skip_bad=False))
+        stored_samples(cache(tmp_path / "t").tokens_of(Source(str(tmp_path / "saved"), split=name), skip_bad=False))
         for name in parts
     ]
     assert made[0] != made[1] and len(finished(tmp_path / "t")) == 2
@@ -198,7 +188,9 @@ def test_processes_that_start_at_once_tokenise_once(start, source, tmp_path):
         wait_to_say(process, "encoding", WAITING)
     assert outcomes(processes) == [(5000, 0), (5000, 0), (5000, 5)]
     (store,) = finished(tmp_path / "tokens")
-    assert contents(TokenStore(store)) == contents(cache(tmp_path / "alone").tokens_of(source, skip_bad=False))
+    assert stored_samples(TokenStore(store)) == stored_samples(
+        cache(tmp_path / "alone").tokens_of(source, skip_bad=False)
+    )
 
 
 def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
@@ -213,7 +205,7 @@ def test_a_killed_writer_leaves_nothing_behind(start, source, tmp_path):
     victim.wait(HANG)
     assert outcomes([waiting]) == [(5000, 5)]
     assert not list(tmp_path.glob("tokens/*.partial"))
-    assert contents(TokenStore(*finished(tmp_path / "tokens"))) == contents(
+    assert stored_samples(TokenStore(*finished(tmp_path / "tokens"))) == stored_samples(
         cache(tmp_path / "alone").tokens_of(source, skip_bad=False)
     )
 
@@ -256,7 +248,7 @@ def test_a_damaged_store_is_made_anew(write_jsonl, tmp_path, name, locks, caplog
     if not locks:
         monkeypatch.setattr(token_cache.fcntl, "flock", refuse_lock)
     again = cache(tmp_path).tokens_of(source, skip_bad=False)
-    assert len(contents(again)) == 9 and "damaged" in caplog.text
+    assert len(stored_samples(again)) == 9 and "damaged" in caplog.text
     assert finished(tmp_path) == [store.folder] and not list(tmp_path.glob("*.partial"))
 
 
@@ -301,7 +293,7 @@ def test_many_bad_records_end_it_early(write_jsonl, tmp_path):
 
 def test_a_file_of_bad_records_only(write_jsonl, tmp_path):
     store = cache(tmp_path / "t").tokens_of(Source(str(write_jsonl("{"))), skip_bad=True)
-    assert (len(store), store.num_bad, contents(store)) == (0, 1, [])
+    assert (len(store), store.num_bad, stored_samples(store)) == (0, 1, [])
 
 
 def test_a_file_in_the_place_of_the_folder(source, tmp_path):
@@ -330,13 +322,13 @@ def test_what_the_progress_bar_counts_to(tmp_path, name, total):
 def test_a_store_travels_by_name(source, tmp_path):
     store = cache(tmp_path).tokens_of(source, skip_bad=False)
     maker, arguments = store.__reduce__()
-    assert arguments == (store.folder,) and contents(maker(*arguments)) == contents(store)
+    assert arguments == (store.folder,) and stored_samples(maker(*arguments)) == stored_samples(store)
 
 
 def test_pairs_become_two_samples(write_jsonl, tmp_path):
     path = write_jsonl({"prompt": "say", "chosen": " yes", "rejected": " no"})
     store = cache(tmp_path).tokens_of(Source(str(path)), skip_bad=False)
-    (chosen, rejected) = contents(store)
+    (chosen, rejected) = stored_samples(store)
     assert chosen[0] == rejected[0] and chosen[1] != rejected[1] and (chosen[2], rejected[2]) == (True, False)
     keys = store.samples["prompt_key"], store.samples["response_key"]
     assert keys[0][0] == keys[0][1] and keys[1][0] != keys[1][1]
