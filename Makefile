@@ -45,5 +45,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)
-	for name in step_time against_trl scaling memory import_memory attention reference_modes kl_fraction; do \
+	for name in start_up step_time against_trl scaling memory import_memory attention reference_modes kl_fraction; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
