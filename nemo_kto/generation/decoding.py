@@ -39,6 +39,7 @@ from nemo_kto.runtime.parallel import RankPosition
 _AT_ONCE = 64
 """Prompts a replica works on together: enough to fill it, few enough for the memory of keys and values."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.

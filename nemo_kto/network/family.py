@@ -89,6 +89,12 @@ def _nothing(hf: Any) -> dict[str, Any]:
     return {}
 
 
+def unlike_llama(hf: Any) -> dict[str, Any]:
+    """Return field -> value of what a family like Llama cannot have here: biases, another activation."""
+    biases = {name: True for name in ("attention_bias", "mlp_bias") if getattr(hf, name, False)}
+    return biases if hf.hidden_act == "silu" else {**biases, "hidden_act": hf.hidden_act}
+
+
 def _dense(hf: Any) -> None:
     return None
 
@@ -101,7 +107,7 @@ class Family:
         weights: Returns the table of weights of a model with these sizes, see `tables.py`.
         fields: Returns the fields of Megatron's TransformerConfig that differ from Llama's.
         mixture: Returns the mixtures of experts; None for a dense model.
-        unsupported: Returns field of the configuration -> value, of those values that Megatron cannot express.
+        unsupported: Returns field of the configuration -> value, of those values that cannot be expressed here.
         fused_projections: Projections that return several parts of Megatron's linear layers, see `lora.py`.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
     """
@@ -109,7 +115,7 @@ class Family:
     weights: Callable[[Dimensions], Iterable[Rule]]
     fields: Callable[[Any], dict[str, Any]] = _nothing
     mixture: Callable[[Any], Mixture | None] = _dense
-    unsupported: Callable[[Any], dict[str, Any]] = _nothing
+    unsupported: Callable[[Any], dict[str, Any]] = unlike_llama
     fused_projections: tuple[str, ...] = ()
     partial_rotary: bool = False
 

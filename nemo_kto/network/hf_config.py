@@ -44,17 +44,16 @@ def check_hf_config(config: PretrainedConfig) -> None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
     mixture = family.mixture(config)
     unsupported = {
-        **{name: True for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)},
-        **({"hidden_act": config.hidden_act} if config.hidden_act != "silu" else {}),
+        **family.unsupported(config),
         **rotary.unsupported_fields(config, partial=family.partial_rotary),
         **(moe.unsupported_fields(mixture) if mixture is not None else {}),
-        **family.unsupported(config),
     }
     for field, value in unsupported.items():
         raise ConfigError(
-            f"{source}: {field} is not supported with the value {value!r}. Supported are models without attention "
-            f"output and feed-forward biases, hidden_act=silu, rope types {', '.join(rotary.SUPPORTED_TYPES)}, and "
-            "experts chosen without noise, two or more for each token where their probabilities are normalised."
+            f"{source}: {field} is not supported with the value {value!r} in a model of the architecture "
+            f"{config.model_type!r}. Supported are rope types {', '.join(rotary.SUPPORTED_TYPES)}, and experts chosen "
+            "without noise, two or more for each token where their probabilities are normalised; biases and other "
+            "activations only where the architecture always has them."
         )
 
 

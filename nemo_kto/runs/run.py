@@ -13,7 +13,7 @@ from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ReferenceSettings
-from nemo_kto.network.lora import LoRASettings
+from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of
