@@ -329,9 +329,9 @@ def time_exchanges(clock: Clock) -> None:
 def fix_length(stack: contextlib.ExitStack) -> None:
     """Let Megatron's schedule know the length of rows beforehand, so that stages do not exchange it."""
     from nemo_kto.kto import scoring
-    from nemo_kto.network import gpt
+    from nemo_kto.network import megatron_config
 
-    execution, schedule_of = gpt._execution, scoring.get_forward_backward_func
+    execution, schedule_of = megatron_config._execution, scoring.get_forward_backward_func
 
     def fixed_execution(*args: Any) -> dict[str, Any]:
         return execution(*args) | {"variable_seq_lengths": False}
@@ -341,7 +341,7 @@ def fix_length(stack: contextlib.ExitStack) -> None:
         (length,) = {row.tokens.numel() for *_, row in rows}
         return schedule(data_iterator=[iter(rows)], seq_length=length, **kwargs)
 
-    stack.enter_context(mock.patch.object(gpt, "_execution", fixed_execution))
+    stack.enter_context(mock.patch.object(megatron_config, "_execution", fixed_execution))
     stack.enter_context(
         mock.patch.object(scoring, "get_forward_backward_func", lambda: partial(fixed_schedule, schedule_of()))
     )

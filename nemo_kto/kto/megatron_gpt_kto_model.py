@@ -37,8 +37,9 @@ from nemo_kto.kto.reference import CachedReference, ExchangedReference, Referenc
 from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
 from nemo_kto.kto.starting_weights import Weights
 from nemo_kto.network.families import dimensions_of
-from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.lora import add_adapters
+from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.gpt import Recompute
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
+from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.weights.folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)

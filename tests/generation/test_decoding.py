@@ -27,9 +27,10 @@ from nemo_kto.generation import decoding
 from nemo_kto.generation.decoding import Sampling, generate, next_tokens
 from nemo_kto.kto.scoring import RowScorer
 from nemo_kto.network.attention import CachedRowParams, DocumentAttention, KeyValueCache
-from nemo_kto.network.gpt import Recompute, build_gpt
+from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_off, add_adapters
+from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout

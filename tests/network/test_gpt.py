@@ -15,9 +15,10 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network import gpt
 from nemo_kto.network.attention import DocumentAttention
 from nemo_kto.network.families import dimensions_of
-from nemo_kto.network.gpt import KTOGPTModel, Recompute, build_gpt, initialize_weights
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
 from nemo_kto.network.layer_specs import SequenceParallelRMSNorm
+from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout, padded_vocabulary

@@ -1,0 +1,141 @@
+"""Megatron's configuration of a model: what it computes, how it is divided, in which dtype, and how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from nemo_kto.network import moe
+from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Dimensions, Family
+from nemo_kto.runtime.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """What the backward pass computes again, to save the memory of keeping it.
+
+    Attributes:
+        granularity: `selective` for attention only, `full` for whole layers.
+        method: With `full`: `uniform`, all layers in groups of `num_layers`; `block`, the first `num_layers` of each
+            stage one by one.
+        num_layers: See `method`.
+    """
+
+    granularity: str
+    method: str | None = None
+    num_layers: int | None = None
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Return Megatron's fields."""
+        fields = {"recompute_granularity": self.granularity}
+        if self.granularity == "full":
+            fields |= {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
+        return fields
+
+
+def megatron_config(
+    hf_config: PretrainedConfig,
+    layout: Layout,
+    *,
+    params_dtype: torch.dtype,
+    recompute: Recompute | None,
+    grouped_gemm: bool,
+    moe_aux_loss_coeff: float,
+) -> TransformerConfig:
+    """Return Megatron's configuration of a model.
+
+    Args:
+        hf_config: The model's configuration.
+        layout: How it is divided.
+        params_dtype: Dtype of parameters and activations.
+        recompute: What is computed again in the backward pass; None for nothing.
+        grouped_gemm: See `moe.transformer_fields`.
+        moe_aux_loss_coeff: See `moe.transformer_fields`.
+    """
+    family = family_of(hf_config)
+    sizes = family.dimensions(hf_config)
+    return TransformerConfig(
+        **_division(layout),
+        **_precision(params_dtype),
+        **_architecture(hf_config, family, sizes),
+        **_experts(sizes, grouped_gemm=grouped_gemm, aux_loss_coeff=moe_aux_loss_coeff),
+        **_execution(recompute),
+    )
+
+
+def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say what the model computes."""
+    return {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": sizes.feed_forward,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.groups,
+        "kv_channels": sizes.head_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **family.fields(hf),
+    }
+
+
+def _experts(sizes: Dimensions, *, grouped_gemm: bool, aux_loss_coeff: float) -> dict[str, Any]:
+    """Return the TransformerConfig fields of the mixtures of experts, if there are any."""
+    if sizes.mixture is None:
+        return {}
+    return moe.transformer_fields(
+        sizes.mixture, sizes.layers, grouped_gemm=grouped_gemm, aux_loss_coeff=aux_loss_coeff
+    )
+
+
+def _division(layout: Layout) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say how the model is divided."""
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
+        # gloo has no batched exchange; with interleaved stages a batch confuses the two directions between two stages
+        "batch_p2p_comm": torch.cuda.is_available() and layout.virtual == 1,
+    }
+
+
+def _precision(params_dtype: torch.dtype) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say in which dtype it is computed."""
+    return {
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "fp16": params_dtype == torch.float16,
+    }
+
+
+def _execution(recompute: Recompute | None) -> dict[str, Any]:
+    """Return the TransformerConfig fields that say how it is computed."""
+    on_cuda = torch.cuda.is_available()
+    recompute_fields = {} if recompute is None else recompute.transformer_config()
+    return {
+        **recompute_fields,
+        "variable_seq_lengths": True,  # packed rows differ in length
+        "moe_token_dispatcher_type": "alltoall",  # Megatron insists on it with variable lengths, experts or not
+        "use_cpu_initialization": not on_cuda,
+        "perform_initialization": False,  # it would make every full tensor on every rank
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": False,
+    }
