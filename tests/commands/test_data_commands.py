@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_kto.cli import main
-from nemo_kto.data.reading.sources import read_feedback
+from nemo_kto.data.reading.chunks import read_feedback
 from tests.waiting import HANG
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto" / "quickstart" / "model"

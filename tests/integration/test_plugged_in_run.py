@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from nemo_kto.data.reading.chunks import parse_chunk, read_chunks
+from nemo_kto.data.reading.parts import content_digest
 from nemo_kto.data.reading.records import FeedbackRecord
 from nemo_kto.data.reading.row_reader import RowReader
-from nemo_kto.data.reading.sources import content_digest, parse_chunk, parse_source, read_chunks
+from nemo_kto.data.reading.sources import parse_source
 from nemo_kto.errors import DataError
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, refusal_on_rank, settings, write_feedback

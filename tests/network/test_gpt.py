@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network import gpt
+from nemo_kto.network import megatron_config
 from nemo_kto.network.attention import DocumentAttention
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
@@ -362,4 +362,4 @@ def test_stages_exchange_in_batches_where_that_is_right(
 ) -> None:
     """In a batch, interleaved stages take each other's activations for gradients, without an error; gloo has none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert gpt._division(Layout(world_size=2, pipeline=2, virtual=virtual))["batch_p2p_comm"] is batched
+    assert megatron_config._division(Layout(world_size=2, pipeline=2, virtual=virtual))["batch_p2p_comm"] is batched

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 from nemo_kto.config.folders import export_folder, log_directory
 from nemo_kto.config.schema import KTOConfig, SchedConfig, TrainerKTOConfig
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.lora import LoRASettings
+from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs import reference
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.schedule import Schedule, plan_schedule, warn_about_rates
