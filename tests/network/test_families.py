@@ -1,0 +1,120 @@
+"""What families say of their models: without torch as with transformers, and frequencies as transformers has them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from nemo_kto.network import families
+from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, sizes_of_folder
+from nemo_kto.network.family import Family
+from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.rotary import RotaryEmbedding
+from nemo_kto.network.weight_rules import Piece, expected_shapes, stacked
+from tests.network import tiny_hf
+
+MODELS = tiny_hf.families()
+cases = pytest.mark.parametrize("name", MODELS)
+
+
+def test_every_file_is_a_family_with_a_model_that_is_tried() -> None:
+    files = {file.stem for file in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(SUPPORTED_MODEL_TYPES) == {config.model_type for config in MODELS.values()}
+    for name in files:
+        assert isinstance(importlib.import_module(f"{families.__name__}.{name}").FAMILY, Family)
+
+
+@cases
+def test_sizes_from_a_file_are_those_of_the_loaded_configuration(tmp_path: Path, name: str) -> None:
+    """transformers writes all that is needed, under its own names or older ones, but for experts of Qwen3-MoE."""
+    MODELS[name].save_pretrained(tmp_path)
+    found, loaded = sizes_of_folder(tmp_path), dimensions_of(load_hf_config(tmp_path)).divided
+    assert found == loaded or (found is None and loaded.num_experts)
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, '
+         '"num_attention_heads": 2, "num_key_value_heads": null, "vocab_size": 9}', True),
+        # transformers' defaults are not known here
+        ('{"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2}', False),
+        ('{"model_type": "llama", "num_hidden_layers": "two", "hidden_size": 8, "intermediate_size": 16}', False),
+        ('{"model_type": "gpt2"}', False),
+        ("[]", False),
+        ("{", False),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_say_enough_is_left_to_transformers(tmp_path: Path, text: str, known: bool) -> None:
+    (tmp_path / "config.json").write_text(text)
+    sizes = sizes_of_folder(tmp_path)
+    assert (sizes is not None) is known
+    assert sizes is None or (sizes.num_query_groups, sizes.ffn_hidden_size) == (2, 16)
+    assert sizes_of_folder(tmp_path / "none") is None
+
+
+@cases
+def test_the_table_names_what_transformers_saves(tmp_path: Path, name: str) -> None:
+    tiny_hf.make_folder(tmp_path, MODELS[name])
+    stored = {key: tuple(tensor.shape) for key, tensor in tiny_hf.stored_tensors(tmp_path).items()}
+    assert expected_shapes(families.family_of(MODELS[name]).rules(MODELS[name])) == stored
+
+
+def test_pieces_of_one_tensor_by_hand() -> None:
+    """Rows 0-1, 2-4 and 5 of a tensor of six rows."""
+    pieces = stacked("w", (2, 7), (3, 7), (1, 7))
+    assert pieces == (Piece("w", (2, 7), 0, 6), Piece("w", (3, 7), 2, 6), Piece("w", (1, 7), 5, 6))
+    assert {piece.tensor_shape for piece in pieces} == {(6, 7)}
+    assert pieces[1].within((slice(1, 3), slice(0, 4))) == (slice(3, 5), slice(0, 4))
+    assert Piece("w", (2, 7)).tensor_shape == (2, 7)
+
+
+def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
+    """Return transformers' cosines and sines `[length, r / 2]` each, side by side, of a document of some length."""
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+    half = cos.shape[-1] // 2
+    return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("llama", "linear", "phi3"))])
+def test_rotary_embedding_is_transformers(name: str) -> None:
+    """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""
+    config = MODELS[name]
+    positions = torch.cat([torch.arange(16), torch.arange(17)])
+    lengths = torch.tensor([16] * 16 + [17] * 17)
+    table = RotaryEmbedding(config, dimensions_of(config).head_channels).table(positions, lengths)
+    assert table.dtype == torch.float32 and table.shape[1:3] == (1, 1)
+    expected = torch.cat([theirs(config, 16), theirs(config, 17)])
+    torch.testing.assert_close(table[:, 0, 0], expected, rtol=0, atol=1e-6)
+    if "longrope" in name:
+        assert not torch.allclose(table[1], table[17])
+
+
+def test_json_of_a_published_folder_is_read_without_defaults(tmp_path: Path) -> None:
+    """Llama 3.1 8B's config.json, as published."""
+    published = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    sizes = sizes_of_folder(tmp_path)
+    assert sizes is not None
+    assert (sizes.num_layers, sizes.num_attention_heads, sizes.num_query_groups) == (32, 32, 8)
+    assert sizes.num_experts == 0
