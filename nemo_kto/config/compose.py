@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import hydra.version
+from hydra._internal.utils import _run_hydra, get_args_parser  # what NeMo's hydra_runner calls too
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -70,16 +72,24 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
     Hydra's own options (`--config-path`, `--config-name`, `--cfg job`, `--multirun` ...) work among the overrides.
     NeMo's `hydra_runner` does the same, but imports NeMo, and PyTorch with it, before a misspelt key is found.
     """
-    command = list(sys.argv)
 
     def act(raw: DictConfig) -> None:
-        sys.argv = command  # Lightning starts the other processes with it
         # Hydra turns exceptions into its own report: ours must not reach it
         run_guarded(lambda: action(parse_config(raw)))
 
     _register_resolvers()
-    sys.argv = [command[0], *(_forced(argument) for argument in overrides), *_HYDRA_SETTINGS]
-    run_guarded(hydra.main(config_path=str(config_dir()), config_name=_CONFIG_NAME, version_base=None)(act))
+    hydra.version.setbase(None)
+    parser = get_args_parser()
+    options = parser.parse_args([_forced(argument) for argument in overrides])
+    # first, so that what a user says of Hydra counts
+    options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={Path(sys.argv[0]).stem}", *options.overrides]
+    _run_hydra(
+        args=options,
+        args_parser=parser,
+        task_function=act,
+        config_path=str(config_dir()),
+        config_name=_CONFIG_NAME,
+    )
 
 
 def _register_resolvers() -> None:
