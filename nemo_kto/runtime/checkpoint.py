@@ -31,7 +31,6 @@ from torch.distributed.checkpoint import CheckpointException
 from nemo_kto.errors import CheckpointError, DivergenceError
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint_folders import is_finished
-from nemo_kto.runtime.checkpoint_folders import newest_last as newest_last
 
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nemo_kto.runtime.checkpoint import BackgroundCheckpointIO, is_finished, newest_last
+from nemo_kto.runtime.checkpoint import BackgroundCheckpointIO
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
 from tests.waiting import HANG

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_kto.runtime.checkpoint import is_finished, newest_last
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
 from tests.waiting import HANG
