@@ -181,14 +181,9 @@ def run_script(command: str, overrides: Sequence[str]) -> None:
 
     def run(config: KTOConfig) -> None:
         from nemo_kto.runs.early import check_early
-        from nemo_kto.runtime.launch import known_device_count
-        from nemo_kto.runtime.standby import standing_by, wait_until_called
 
         check_early(config, command)
-        with standing_by(known_device_count(config.trainer.devices)):
-            action = _imported(command, command)
-            wait_until_called()
-            action(config)
+        _imported(command, command)(config)
 
     run_configured(run, overrides)
 

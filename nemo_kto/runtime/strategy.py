@@ -30,7 +30,6 @@ from nemo.utils import AppState
 from nemo_kto.config.schema import OptimConfig
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.launcher import StandbyLauncher
 from nemo_kto.runtime.layout import Layout
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
@@ -80,10 +79,6 @@ class MegatronStrategy(DDPStrategy):
         self.source_folder = source_folder
 
     # processes and groups
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = StandbyLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:
         """Create torch's default group and Megatron's groups, and tell NeMo's callbacks about them."""
