@@ -31,21 +31,7 @@ COMMAND = str(Path(sys.executable).with_name("nemo-kto"))
 FIRST_STEP = "First step after"
 YARDSTICK = 'python -c "import torch"'
 
-# an error ends the process with os._exit, anything else in the ordinary way
-WRAPPER = """
-import atexit, os, runpy, sys
-leave, file = os._exit, os.environ.pop("MODULES")
-def write():
-    with open(file, "w") as stream:
-        stream.write(str(len(sys.modules)))
-def write_and_leave(code):
-    write()
-    leave(code)
-os._exit = write_and_leave
-atexit.register(write)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+LOADED_MODULES = Path(__file__).resolve().parent.parent / "tests" / "commands" / "loaded_modules.py"
 
 
 @dataclass
@@ -145,10 +131,10 @@ def overrides(log_dir: Path, *, steps: int) -> list[str]:
 def run(measured: Measured, folder: Path) -> float:
     """Run a command to its end; return the seconds to its answer, and keep the number of its modules."""
     modules = folder / "modules.txt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MODULES": str(modules)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LOADED": str(modules)}
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-c", WRAPPER, *measured.arguments],
+        [sys.executable, str(LOADED_MODULES), *measured.arguments],
         env=environment,
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -165,7 +151,7 @@ def run(measured: Measured, folder: Path) -> float:
     ended = time.perf_counter()
     if code != measured.code or (measured.until is not None and answered is None):
         raise SystemExit(f"{measured.arguments} ended with exit code {code}:\n{''.join(output)}")
-    measured.modules = int(modules.read_text(encoding="ascii"))
+    measured.modules = len(modules.read_text(encoding="utf-8").splitlines())
     return (ended if answered is None else answered) - started
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback
 
@@ -72,16 +73,8 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     with tempfile.TemporaryDirectory(prefix="nemo_kto-") as temporary:
         source_folder = Path(temporary)
         if is_global_rank_zero():
-            write_source_folder(
-                source_folder,
-                run.hf_config,
-                model_folder=model_folder(config),
-                tokenizer_folder=tokenizer_folder(config),
-                lora=run.lora,
-            )
-            write_identity(source_folder, identity)
             facts = run_facts(run)
-            write_facts(source_folder, facts)
+            _write_source(source_folder, run, identity, facts)
             steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
             print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
         trainer = training_trainer(run, source_folder=source_folder, resumes=last is not None)
@@ -104,6 +97,20 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         print(f"Logs and checkpoints: {log_dir}", flush=True)
         if trainer.global_step == trainer.max_steps:
             _report(config, log_dir)
+
+
+def _write_source(folder: Path, run: Run, identity: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write what every checkpoint gets a copy of."""
+    config = run.config
+    write_source_folder(
+        folder,
+        run.hf_config,
+        model_folder=model_folder(config),
+        tokenizer_folder=tokenizer_folder(config),
+        lora=run.lora,
+    )
+    write_identity(folder, identity)
+    write_facts(folder, facts)
 
 
 def _answers(run: Run, log_dir: Path) -> AnswerPrompts:

@@ -1,8 +1,7 @@
-"""What a configuration means: model, layout, schedule and folders, checked before any process is started."""
+"""Which model a configuration means, and in which dtype and on what it is computed."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -13,8 +12,6 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.weights.folder import SafetensorsFolder
-
-logger = logging.getLogger(__name__)
 
 _SIZES = (
     "num_layers",

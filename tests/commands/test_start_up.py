@@ -35,21 +35,7 @@ COMMAND = Path(sys.executable).with_name("nemo-kto")
 TRAINING = {"torch", "megatron", "nemo", "lightning"}
 HEAVY = TRAINING | {"transformers", "datasets", "tensorboard", "matplotlib", "pandas"}
 
-# an error ends the process with os._exit, anything else in the ordinary way
-WRAPPER = """
-import atexit, os, runpy, sys
-leave, file = os._exit, os.environ.pop("LOADED")
-def write():
-    with open(file, "w") as stream:
-        stream.write(" ".join({name.split(".")[0] for name in sys.modules if sys.modules[name] is not None}))
-def write_and_leave(code):
-    write()
-    leave(code)
-os._exit = write_and_leave
-atexit.register(write)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+LOADED_MODULES = Path(__file__).with_name("loaded_modules.py")
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[int, str, str, set[str]]]:
         launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
         environment = {name: value for name, value in os.environ.items() if name not in launched}
         done = subprocess.run(
-            [sys.executable, "-c", WRAPPER, *map(str, arguments)],
+            [sys.executable, LOADED_MODULES, *map(str, arguments)],
             env=environment | {"LOADED": str(loaded)},
             cwd=tmp_path,
             capture_output=True,
@@ -69,7 +55,12 @@ def run(tmp_path: Path) -> Callable[..., tuple[int, str, str, set[str]]]:
             check=False,
             timeout=HANG,
         )
-        return done.returncode, done.stdout, done.stderr, set(loaded.read_text().split())
+        return (
+            done.returncode,
+            done.stdout,
+            done.stderr,
+            {name.partition(".")[0] for name in loaded.read_text().split()},
+        )
 
     return run
 
