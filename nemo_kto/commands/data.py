@@ -65,7 +65,9 @@ def _field(text: str) -> tuple[str, str]:
 
 
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
-    tokenizer = load_tokenizer(options.tokenizer, without_torch=options.own_process)
+    # a reader of somebody's own may need torch
+    without_torch = options.own_process and data.reader is None
+    tokenizer = load_tokenizer(options.tokenizer, without_torch=without_torch)
     return Encoder(tokenizer, tokenization_settings(data))
 
 
@@ -113,7 +115,7 @@ def check(options: argparse.Namespace) -> None:
 def _tokenized(options: argparse.Namespace, data: DataConfig, cache_dir: Path) -> Samples:
     encoder = _encoder(options, data)
     return read_samples(
-        sources(data, options.files),
+        sources(data, options.files, reader_key="--reader"),
         partial(TokenCache(cache_dir, encoder).tokens_of, skip_bad=True),
         max_length=data.seq_length,
         overlong=data.overlong,
@@ -207,7 +209,7 @@ def convert(options: argparse.Namespace) -> None:
     written = 0
     try:
         with unfinished.open("w", encoding="utf-8") as file:
-            for record in _records(sources(data, options.files)):
+            for record in _records(sources(data, options.files, reader_key="--reader")):
                 if isinstance(record, BadRecord):
                     bad.append(record)
                     if data.on_bad_record == "error" and len(bad) > MAX_SHOWN:
@@ -234,7 +236,9 @@ def show(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.number}: records are counted from 1.")
     data = _settings(options)
     encoder = _encoder(options, data)
-    record = next(itertools.islice(_records(sources(data, options.files)), options.number - 1, None), None)
+    record = next(
+        itertools.islice(_records(sources(data, options.files, reader_key="--reader")), options.number - 1, None), None
+    )
     if record is None:
         raise DataError(f"There is no record {options.number}; the data ends before.")
     (result,) = encoder.encode([record])

@@ -82,7 +82,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         run.data.list_bad_records(log_dir / "bad_records.jsonl")
         if is_global_rank_zero():
             write_facts(log_dir, facts)
-        trainer.callbacks.extend([stop, *named, *callbacks])  # type: ignore[attr-defined]
+        trainer.callbacks.append(stop)  # type: ignore[attr-defined]
         if export_to is not None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_to, source_folder, replace=replace))  # type: ignore[attr-defined]
@@ -91,6 +91,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
             answers = _answers(run, log_dir)
             trainer.callbacks.append(answers)  # type: ignore[attr-defined]
             model.visit_reference = answers.answer_as_reference
+        trainer.callbacks.extend([*named, *callbacks])  # type: ignore[attr-defined]
         if not finishes(partial(trainer.fit, model, datamodule=run.data, ckpt_path=last)):
             return
     if is_global_rank_zero():

@@ -8,6 +8,7 @@ not exist yet are refused unless they are neutral.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CONFIG_NAME = "gpt_kto"
 _PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 _HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=.")
-"""What NeMo's hydra_runner sets too: nothing is written into the folder that a command is called in."""
+"""What NeMo's hydra_runner sets too: a run writes nothing into the folder that it is called in."""
 
 
 def config_dir() -> Path:
@@ -48,22 +49,48 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
 
     Args:
         overrides: As on the command line, `["model.optim.lr=1e-6", "trainer.devices=2"]`; or key -> value,
-            `{"model.optim.lr": 1e-6, "trainer.devices": 2}`, which nothing has to be quoted for.
+            `{"model.optim.lr": 1e-6, "trainer.devices": 2}`, which nothing has to be quoted for: values are taken as
+            they are, paths as text.
 
     Raises:
         ConfigError: See `parse_config`; or an override is not written as Hydra reads it.
     """
-    _register_resolvers()
+    if isinstance(overrides, str):
+        raise ConfigError(f"The overrides {overrides!r} are no list. Write [{overrides!r}].")
     written = () if isinstance(overrides, Mapping) else overrides
+    _register_resolvers()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
             raw = hydra.compose(_CONFIG_NAME, [_forced(override) for override in written])
     except HydraException as error:
         raise ConfigError(f"The overrides {list(written)} cannot be read: {error}") from error
+    plain = _resolved(raw)
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            OmegaConf.update(raw, key, value, merge=False, force_add=True)
-    return parse_config(raw)
+            _set(plain, str(key), _plain(value))
+    return _checked(plain)
+
+
+def _set(node: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value of nested mappings by its dotted key."""
+    name, _, rest = key.partition(".")
+    if not rest:
+        node[name] = value
+        return
+    if not isinstance(node.get(name), dict):
+        node[name] = {}
+    _set(node[name], rest, value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML would have it: paths as text, sequences as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]) -> None:
@@ -82,7 +109,7 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
     parser = get_args_parser()
     options = parser.parse_args([_forced(argument) for argument in overrides])
     # first, so that what a user says of Hydra counts
-    options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={Path(sys.argv[0]).stem}", *options.overrides]
+    options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={_quoted(Path(sys.argv[0]).stem)}", *options.overrides]
     _run_hydra(
         args=options,
         args_parser=parser,
@@ -90,6 +117,11 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
         config_path=str(config_dir()),
         config_name=_CONFIG_NAME,
     )
+
+
+def _quoted(text: str) -> str:
+    """Return text as Hydra reads it in an override, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _register_resolvers() -> None:
@@ -114,6 +146,11 @@ def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
     Raises:
         ConfigError: A key is unknown, or a value has the wrong type or is impossible.
     """
+    return _checked(_resolved(raw))
+
+
+def _resolved(raw: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain mappings with every `${...}` replaced."""
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True)
     except OmegaConfBaseException as error:
@@ -121,6 +158,11 @@ def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:
             f"{error.full_key or 'The configuration'} cannot be resolved: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _checked(plain: Mapping[str, Any]) -> KTOConfig:
+    """Return the typed configuration of plain mappings; see `parse_config`."""
     defaults = leaf_values(KTOConfig())
     flat, ignored = take_legacy_keys(flatten(plain, defaults), defaults)
     for key in flat:

@@ -17,10 +17,14 @@ LOSSES = ("kto", "apo_zero_unpaired", "bco")
 """Values of `model.kto.loss` that are this package's own."""
 
 
-def check_plugins(config: KTOConfig) -> None:
-    """Raise a ConfigError when something that the configuration names by dotted path is not there, or no function."""
+def check_callbacks(config: KTOConfig) -> None:
+    """Raise a ConfigError when a callback that the configuration names is not there."""
     for number, callback in enumerate(config.trainer.callbacks or ()):
         load_object(callback["_target_"], key=f"trainer.callbacks[{number}]._target_")
+
+
+def check_functions(config: KTOConfig) -> None:
+    """Raise a ConfigError when the reader or the loss that the configuration names is not there, or no function."""
     if config.model.data.reader is not None:
         load_function(config.model.data.reader, key="model.data.reader")
     if config.model.kto.loss not in LOSSES:
@@ -56,7 +60,7 @@ def load_function(path: str, *, key: str) -> Callable[..., Any]:
 
 
 def load_object(path: str, *, key: str) -> Any:
-    """Return what a dotted path `package.module.name` names.
+    """Return what a dotted path names: `package.module.name`, or a name inside of that.
 
     Modules are looked for where Python looks, and then in the current folder.
 
@@ -67,28 +71,39 @@ def load_object(path: str, *, key: str) -> Any:
     Raises:
         ConfigError: It is not there; the message says what was looked for.
     """
-    module_name, _, name = path.rpartition(".")
-    if not module_name or not name.isidentifier():
+    if not isinstance(path, str) or path.count(".") == 0 or not all(name.isidentifier() for name in path.split(".")):
         raise ConfigError(f"{key}={path} is no dotted path, such as my_package.my_module.my_name.")
     here = os.getcwd()
     if here not in sys.path:  # last, so that nothing installed is hidden by a file that lies here
         sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"{key}={path}: there is no module {error.name!r}, neither among Python's packages nor in {here}. "
-                "Install it, or add its folder to PYTHONPATH."
-            ) from error
-        raise ConfigError(
-            f"{key}={path}: the module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
-    try:
-        return getattr(module, name)
-    except AttributeError as error:
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f" Did you mean {module_name}.{near[0]}?" if near else ""
-        raise ConfigError(
-            f"{key}={path}: the module {module_name!r} ({getattr(module, '__file__', None)}) has no {name!r}.{hint}"
-        ) from error
+    found, names = _longest_module(path, f"{key}={path}", here)
+    where = found.__name__
+    for name in names:
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f" Did you mean {where}.{near[0]}?" if near else ""
+            file = getattr(found, "__file__", None)
+            raise ConfigError(f"{key}={path}: {where}{f' ({file})' if file else ''} has no {name!r}.{hint}")
+        found, where = getattr(found, name), f"{where}.{name}"
+    return found
+
+
+def _longest_module(path: str, what: str, here: str) -> tuple[Any, list[str]]:
+    """Return the module at the beginning of a path, and the names behind it, of which there is at least one."""
+    names = path.split(".")
+    for number in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:number])
+        try:
+            return importlib.import_module(module), names[number:]
+        except Exception as error:  # whatever the module does when it is imported
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not f"{module}.".startswith(f"{missing}."):
+                raise ConfigError(
+                    f"{what}: the module {module!r} cannot be imported ({type(error).__name__}: {error})."
+                ) from error
+            if number == 1:
+                raise ConfigError(
+                    f"{what}: there is no module {module!r}, neither among Python's packages nor in {here}. Install "
+                    "it, or add its folder to PYTHONPATH."
+                ) from error
+    raise AssertionError(path)

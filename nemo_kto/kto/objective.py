@@ -86,7 +86,7 @@ class Objective:
     def _losses(
         self, log_ratios: torch.Tensor, desirable: torch.Tensor, baseline: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, rewards = self._loss.function(
+        found = self._loss.function(
             log_ratios,
             desirable,
             baseline,
@@ -94,12 +94,14 @@ class Objective:
             desirable_weight=self._number(self.kto.desirable_loss_weight),
             undesirable_weight=self._number(self.kto.undesirable_loss_weight),
         )
-        if losses.shape != log_ratios.shape or rewards.shape != log_ratios.shape:
+        shapes = [list(part.shape) for part in found] if isinstance(found, tuple | list) else [list(found.shape)]
+        if shapes != [list(log_ratios.shape)] * 2:
             # a mean, say, would be taken for the loss of every sample without a word
             raise ConfigError(
-                f"model.kto.loss={self.kto.loss} returned losses of shape {list(losses.shape)} and rewards of shape "
-                f"{list(rewards.shape)} for {len(log_ratios)} samples. It has to return a number for each."
+                f"model.kto.loss={self.kto.loss} returned shapes {shapes} for {len(log_ratios)} samples. It has to "
+                "return (losses, rewards), with a number for each sample."
             )
+        losses, rewards = found
         return losses, rewards
 
     @staticmethod

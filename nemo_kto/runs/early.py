@@ -8,7 +8,7 @@ run that is resumed stands) is left to then.
 from __future__ import annotations
 
 from nemo_kto.config.folders import check_named_folders, export_folder, log_directory, model_folder, tokenizer_folder
-from nemo_kto.config.plugins import check_plugins
+from nemo_kto.config.plugins import check_callbacks, check_functions
 from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
 from nemo_kto.data.reading.parts import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
@@ -34,7 +34,9 @@ def check_early(config: KTOConfig, command: str) -> None:
         CheckpointError: A folder or a checkpoint is not there.
     """
     trains = command != "evaluate"
-    check_plugins(config)
+    check_functions(config)
+    if command == "train":
+        check_callbacks(config)
     if command == "evaluate":
         checkpoint_to_evaluate(config)
         config = without_training(config)

@@ -14,11 +14,24 @@ from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.errors import ConfigError
 
 
-def sources(data: DataConfig, entries: Sequence[str | Mapping[str, Any]]) -> list[Source]:
-    """Return what some entries of `data_prefix` mean; a ConfigError if that is nothing."""
-    reader = RowReader(data.format, data.fields or {}, data.desirable_if)
-    function = None if data.reader is None else load_function(data.reader, key="model.data.reader")
-    return [parse_source(entry, reader, function) for entry in entries]
+def sources(
+    data: DataConfig, entries: Sequence[str | Mapping[str, Any]], *, reader_key: str = "model.data.reader"
+) -> list[Source]:
+    """Return what some entries of `data_prefix` mean; a ConfigError if that is nothing.
+
+    Args:
+        data: `model.data`.
+        entries: The entries; one that is a mapping may have a `reader` of its own.
+        reader_key: What `data.reader` is called where the user wrote it.
+    """
+    reader, found = RowReader(data.format, data.fields or {}, data.desirable_if), []
+    for entry in entries:
+        path, key = data.reader, reader_key
+        if isinstance(entry, Mapping) and "reader" in entry:
+            path, key = entry["reader"], f"model.data.data_prefix: in {dict(entry)}, reader"
+            entry = {name: value for name, value in entry.items() if name != "reader"}
+        found.append(parse_source(entry, reader, None if path is None else load_function(path, key=key)))
+    return found
 
 
 def tokenization_settings(data: DataConfig) -> TokenizationSettings:

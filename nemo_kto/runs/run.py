@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto.config.folders import check_named_folders, tokenizer_folder
+from nemo_kto.config.plugins import check_functions
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
@@ -59,6 +60,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         config: The configuration.
         trains: Whether there is something to train, for which there has to be data.
     """
+    check_functions(config)
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()

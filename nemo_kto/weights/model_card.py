@@ -97,7 +97,7 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
     Of folders and files it names the last part only: a model travels further than the paths of where it was made.
 
     Args:
-        facts: What `nemo_kto.facts` wrote.
+        facts: What `nemo_kto.runs.facts` wrote.
         metrics: The run's last metrics, with their stage in front: `val/loss`.
         step: Steps that were taken.
         adapter: Whether the folder holds a PEFT adapter rather than a whole model.

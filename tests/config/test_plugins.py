@@ -11,12 +11,17 @@ from nemo_kto.algorithms.losses import LOSSES
 from nemo_kto.config import plugins
 from nemo_kto.config.compose import load_config
 from nemo_kto.config.objective_checks import has_kl_set
-from nemo_kto.config.plugins import check_plugins, load_object
+from nemo_kto.config.plugins import check_callbacks, check_functions, load_object
 from nemo_kto.config.schema import KTOLossConfig
 from nemo_kto.errors import ConfigError
 
 MODULE = """
 number = 3
+
+class Maker:
+    @staticmethod
+    def make():
+        return None
 
 def read(path):
     return []
@@ -55,7 +60,8 @@ def test_a_module_of_the_current_folder_is_found_and_hides_nothing(here: Path) -
     ("path", "said"),
     [
         ("my_package.Callback", ["no module 'my_package'", "PYTHONPATH"]),
-        ("plugged.outer.read", ["no module 'plugged.outer'"]),
+        ("plugged.outer.read", ["plugged (", "has no 'outer'"]),
+        ("plugged.inner.Maker.mke", ["plugged.inner.Maker has no 'mke'. Did you mean plugged.inner.Maker.make?"]),
         ("plugged.inner.raed", ["plugged.inner", "no 'raed'", "Did you mean plugged.inner.read?"]),
         ("plugged.broken.read", ["'plugged.broken' cannot be imported", "ZeroDivisionError"]),
         ("plugged.lacking.read", ["'plugged.lacking' cannot be imported", "no_such_dependency"]),
@@ -85,15 +91,19 @@ def test_what_is_not_there(here: Path, path: str, said: list[str]) -> None:
     ],
 )
 def test_each_place_is_checked(override: dict[str, object], said: str) -> None:
+    config = load_config(override)
     with pytest.raises(ConfigError) as caught:
-        check_plugins(load_config(override))
+        check_callbacks(config)
+        check_functions(config)
     assert said in str(caught.value)
 
 
 def test_what_is_there_passes() -> None:
     named = {"model.data.reader": "plugged.inner.read", "model.kto.loss": "plugged.inner.loss"}
-    check_plugins(load_config({**named, "trainer.callbacks": [{"_target_": "plugged.inner.read"}]}))
-    check_plugins(load_config())
+    made = {"trainer.callbacks": [{"_target_": "plugged.inner.Maker.make"}]}
+    for config in (load_config({**named, **made}), load_config()):
+        check_callbacks(config)
+        check_functions(config)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_every_key_is_on_the_page():
 def test_every_key_of_an_entry_is_on_the_page_and_there_are_no_others():
     table = re.findall(r"^\| (`.*`) \| ", section("Files"), re.MULTILINE)
     named = {name for cell in table for name in re.findall("`([a-z_]+)`", cell)}
-    assert named == {*sources._KINDS} - {"path"}
+    assert named == {*sources._KINDS, "reader"} - {"path"}
     entries = yaml.safe_load(re.search(r"^'model\.data\.data_prefix\.train=(\[.*\])'$", PAGE, re.MULTILINE)[1])
     found = [parse_source(entry, RowReader()) for entry in entries]
     assert [(source.path, source.weight, source.max_records) for source in found] == [

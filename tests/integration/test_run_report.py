@@ -111,7 +111,7 @@ def warnings_of(port: int, overrides: dict[str, Any]) -> list[str]:
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("nemo_kto.models.megatron_gpt_kto_model")
+    logger = logging.getLogger("nemo_kto.kto.megatron_gpt_kto_model")
     logger.addHandler(handler)
     train_on_rank(port, overrides)
     return found

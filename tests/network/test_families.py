@@ -45,6 +45,10 @@ def test_sizes_from_a_file_are_those_of_the_loaded_configuration(tmp_path: Path,
         # transformers' defaults are not known here
         ('{"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2}', False),
         ('{"model_type": "llama", "num_hidden_layers": "two", "hidden_size": 8, "intermediate_size": 16}', False),
+        ('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, '
+         '"num_attention_heads": 0, "num_key_value_heads": 2, "vocab_size": 9}', False),
+        ('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4, '
+         '"num_attention_heads": "2", "num_key_value_heads": "2", "vocab_size": 9}', False),
         ('{"model_type": "gpt2"}', False),
         ("[]", False),
         ("{", False),

@@ -85,7 +85,7 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
                 hf_config,
                 target,
                 tokenizer_folder=source / name,
-                max_shard_bytes=SMALL_FILE if name == "llama_files" else 10**9,
+                max_shard_bytes=SMALL_FILE if name in ("llama_files", "phi3") else 10**9,
             )
             logits, place = tiny_hf.packed_logits(model), parallel.position()
             if logits is not None and place.tp_rank == 0:

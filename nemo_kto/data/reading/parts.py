@@ -2,12 +2,15 @@
 
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nemo_kto.data.reading.containers import (
     Row,
@@ -64,6 +67,7 @@ def check_there(source: Source) -> None:
         ConfigError: The source has a key that files have none of.
     """
     if source.function is not None:
+        _check_no_data_set(source, "what a reader reads has none")
         return
     try:
         files = None if is_saved_dataset(Path(source.path)) else _files(source)
@@ -104,6 +108,7 @@ def _unreadable(source: Source, error: OSError) -> DataError:
 def _find_parts(source: Source) -> list[Part]:
     path = Path(source.path)
     if source.function is not None:
+        _check_no_data_set(source, "what a reader reads has none")
         return [_function_part(source.path, source.function)]
     if is_saved_dataset(path):
         return [_saved_part(path, source)]
@@ -114,9 +119,8 @@ def _find_parts(source: Source) -> list[Part]:
 def _files(source: Source) -> list[Path] | None:
     """The files of a source that is no saved data set; None for one of the hub. A single one need not be there."""
     path = Path(source.path)
-    for key in ("split", "name"):
-        if getattr(source, key) is not None and (path.exists() or not _may_be_on_hub(source.path)):
-            raise ConfigError(f"{source.path}: {key}={getattr(source, key)} is for data sets; files have none.")
+    if path.exists() or not _may_be_on_hub(source.path):
+        _check_no_data_set(source, "files have none")
     if path.is_dir():
         files = sorted(_files_below(path))
         if not files:
@@ -128,6 +132,12 @@ def _files(source: Source) -> list[Path] | None:
             raise DataError(f"{source.path}: no file has a name like this.")
         return found
     return [path] if path.exists() or not _may_be_on_hub(source.path) else None
+
+
+def _check_no_data_set(source: Source, why: str) -> None:
+    for key in ("split", "name"):
+        if getattr(source, key) is not None:
+            raise ConfigError(f"{source.path}: {key}={getattr(source, key)} is for data sets; {why}.")
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -156,21 +166,45 @@ def _function_part(path: str, function: RecordsFunction) -> Part:
                 if isinstance(record, FeedbackRecord):
                     yield record
                 elif isinstance(record, Mapping):
-                    yield Row(path, number, dict(record))
+                    yield _row_of(record, path, number)
                 else:
-                    reason = f"is a {json_type(record)}; model.data.reader has to return mappings or FeedbackRecords."
+                    reason = f"is a {json_type(record)}; a reader has to return mappings or FeedbackRecords."
                     yield BadRecord(path, number, None, reason)
         except KTOError:
             raise
         except Exception as error:  # whatever it does
-            name = f"{function.__module__}.{function.__qualname__}"
+            name = getattr(function, "__qualname__", repr(function))
             raise DataError(f"{path}: the reader {name} failed ({type(error).__name__}: {error}).") from error
 
     def content() -> Iterator[bytes]:
-        for row in rows():
-            yield repr(row).encode("utf-8", "backslashreplace")
+        for found in rows():
+            values = [found.row(), found.place] if isinstance(found, FeedbackRecord) else asdict(found)
+            yield json.dumps(values, sort_keys=True).encode()
 
     return Part(path, rows, content, lambda: None)
+
+
+def _row_of(record: Mapping[str, Any], path: str, number: int) -> Row | BadRecord:
+    """A record of a function of other people as a row, of plain values: they are compared, sent and kept."""
+    values = {}
+    for name, value in record.items():
+        try:
+            values[str(name)] = _plain(value)
+        except TypeError as error:
+            return BadRecord(path, number, str(name), f"holds a {error}, which no row of a file can.")
+    return Row(path, number, values)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    raise TypeError(type(value).__name__)
 
 
 def _file_part(path: Path) -> Part:

@@ -72,7 +72,7 @@ def parse_source(
     where = f"model.data.data_prefix: in {dict(entry)}"
     for key, value in entry.items():
         if key not in _KINDS:
-            raise ConfigError(f"{where}, {key!r} is unknown; use {', '.join(_KINDS)}.")
+            raise ConfigError(f"{where}, {key!r} is unknown; use {', '.join(_KINDS)}, reader.")
         if isinstance(value, bool) or not isinstance(value, _KINDS[key]):
             kinds = [json_type(kind()) for kind in _KINDS[key]]
             wanted = "whole number" if _KINDS[key] == (int,) else " or ".join(dict.fromkeys(kinds))

@@ -51,6 +51,8 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
     try:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
-        return dimensions_of(hf).divided
-    except (OSError, ValueError, TypeError, AttributeError, ConfigError):
+        sizes = dimensions_of(hf).divided
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, ConfigError):
         return None
+    numbers = (sizes.num_layers, sizes.num_attention_heads, sizes.num_query_groups, sizes.ffn_hidden_size or 1)
+    return sizes if all(isinstance(number, int) and number > 0 for number in numbers) else None
