@@ -141,7 +141,7 @@ class FusedQKV:
         """Return query, key and value projection."""
         sizes = [heads * self.head_dim for heads in self._heads()]
         grouped = full.reshape(-1, sum(sizes), *full.shape[1:])
-        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
