@@ -58,7 +58,7 @@ def test_stop_tokens_are_of_the_first_folder_that_says_some(tmp_path: Path) -> N
 
 def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are shared with sequence parallelism; a wrong number of processes is refused."""
-    dense, sparse = make_model_folder(tmp_path / "dense"), make_model_folder(tmp_path / "sparse", experts=True)
+    dense, sparse = make_model_folder(tmp_path / "dense"), make_model_folder(tmp_path / "sparse", kind="experts")
     assert _layout(dense, tensor=1, pipeline=1).world_size == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")

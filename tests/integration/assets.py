@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -36,6 +44,24 @@ EXPERTS: dict[str, Any] = {
     "head_dim": 8,
 }
 
+# the shorter documents of the feedback have the short factors, the longer ones the long
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.2, 1.5],
+    "long_factor": [1.0, 2.1, 3.7],
+    "original_max_position_embeddings": 8,
+}
+_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}  # not beyond the vocabulary
+KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
+    "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
+    "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
+}
+"""Kind of model -> its configuration."""
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token a word."""
@@ -45,11 +71,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False, tied: bool = False) -> Path:
-    """Save a tiny Llama, or with `experts` a Qwen3-MoE of three sparse layers and a dense one, with its tokenizer.
-
-    With `tied` its output layer is the embedding.
-    """
+def make_model_folder(folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False) -> Path:
+    """Save a tiny model of a kind in `KINDS` with its tokenizer; with `tied` its output layer is the embedding."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -59,7 +82,8 @@ def make_model_folder(folder: Path, *, seed: int = 0, experts: bool = False, tie
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,
     }
-    config = Qwen3MoeConfig(**sizes, **EXPERTS) if experts else LlamaConfig(**sizes)
+    config_class, own = KINDS[kind]
+    config = config_class(**sizes, **own)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

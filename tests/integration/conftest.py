@@ -14,11 +14,12 @@ from tests.integration.assets import make_model_folder, settings, train_on_rank,
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the models `hf`, `tied` and `experts`, train.jsonl and validation.jsonl."""
+    """Return a folder with the models `hf`, `tied`, `experts`, `fused`, `gaps`, train.jsonl and validation.jsonl."""
     folder = tmp_path_factory.mktemp("assets")
     make_model_folder(folder / "hf")
     make_model_folder(folder / "tied", tied=True)
-    make_model_folder(folder / "experts", experts=True)
+    for kind in ("experts", "fused", "gaps"):
+        make_model_folder(folder / kind, kind=kind)
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=11, seed=2)
     return folder

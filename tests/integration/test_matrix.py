@@ -63,6 +63,9 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 # stages that hold the embedding and the output layer exchange the gradients of what is one matrix
 TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
+# rotary embeddings that depend on a document's length, which context parallelism cuts; fused tensors
+FUSED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "tp2pp2", "cp2", "tp2sp_cp2")}
+GAPS_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2", "pp2uneven", "pp2vpp2", "cp2")}
 LORA = {
     "model__peft__peft_scheme": "lora",
     "model__peft__lora_tuning__adapter_dim": 4,
@@ -81,6 +84,9 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "dense": ("hf", LAYOUTS, {}),
     "tied": ("tied", TIED_LAYOUTS, {}),
     "experts": ("experts", EXPERT_LAYOUTS, {}),
+    "fused": ("fused", FUSED_LAYOUTS, {}),
+    "gaps": ("gaps", GAPS_LAYOUTS, {}),
+    "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
@@ -102,6 +108,9 @@ DEFAULT = {
     *{("experts", name, "kept") for name in ("dp2", "pp2vpp2", "ep2", "ep2_cp2", "tp2sp_ep2_whole")},
     ("experts", "ep2", "uniform"),
     ("tied", "pp2", "kept"),
+    *{("fused", name, "kept") for name in ("tp2sp_cp2", "pp2")},
+    ("fused, adapters", "tp2sp", "kept"),
+    ("gaps", "pp2vpp2", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
     ("few adapters", "pp2", "kept"),

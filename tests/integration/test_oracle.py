@@ -40,7 +40,7 @@ NAMES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "grad_norm")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("oracle")
     make_model_folder(folder / "hf")
-    make_model_folder(folder / "experts", experts=True)
+    make_model_folder(folder / "experts", kind="experts")
     write_feedback(folder / "train.jsonl", number=40, seed=5)
     write_feedback(folder / "validation.jsonl", number=11, seed=6)
     return folder
