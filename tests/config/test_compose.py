@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,22 @@ def test_overrides_are_forced_past_hydra(argument: str, forced: str) -> None:
     assert _forced(argument) == forced
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Hydra gives the process's root logger a level and a handler, which other tests are not to have."""
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, list(root.handlers), {}
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger):
+            disabled[name] = logger.disabled
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    for name, was in disabled.items():
+        logging.getLogger(name).disabled = was
+
+
+@pytest.mark.usefixtures("own_logging")
 def test_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra's own options are there, nothing is written into the current folder, and the command stays as it was."""
     monkeypatch.chdir(tmp_path)

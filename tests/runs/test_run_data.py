@@ -38,6 +38,7 @@ def test_loss_weights(counts: tuple[int, int], weights: dict[str, Any], expected
 
 
 def test_unbalanced_data_is_warned_about_with_the_lines_to_write(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="nemo_kto")
     settle((90, 10))
     (message,) = caplog.messages
     assert "90 desirable" in message and "10 undesirable" in message and "ratio is 9," in message
