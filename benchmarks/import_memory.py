@@ -126,10 +126,11 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from nemo_kto.network import gpt  # noqa: F401  what is measured is not to import them
     from nemo_kto.runtime import parallel
     from nemo_kto.runtime.cpu_megatron import enable_cpu
     from nemo_kto.runtime.layout import Layout
-    from nemo_kto.weights import export_hf  # noqa: F401  what is measured is not to import them
+    from nemo_kto.weights import import_hf  # noqa: F401
 
     silence_loaded_packages()
     if torch.cuda.is_available():
@@ -195,7 +196,6 @@ class Clocks:
 
     def __enter__(self) -> Clocks:
         """Start."""
-
         from nemo_kto.weights import import_hf
 
         check, leaves, read = import_hf._check_tensors, import_hf.sharded_leaves, import_hf.SafetensorsFolder.read
@@ -229,9 +229,9 @@ class Clocks:
             yield leaf
 
     def _noting(self, read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def noting(source: Any, name: str, region: Any) -> torch.Tensor:
-            self.reading = name
-            return read(source, name, region)
+        def noting(source: Any, piece: Any, region: Any) -> torch.Tensor:
+            self.reading = piece.name
+            return read(source, piece, region)
 
         return noting
 
