@@ -161,6 +161,8 @@ def _add_tokenization(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-template", metavar="TEXT", help="for strings: text with {prompt} in it, or chat")
     parser.add_argument("--special-tokens", metavar="WHAT", help="auto, text or control")
+    parser.add_argument("--system", metavar="WHAT", help="keep, merge_into_user or drop")
+    parser.add_argument("--template-losses", metavar="WHAT", help="error or warn")
     parser.add_argument("--no-append-eod", action="store_true", help="end no response with the EOS token")
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from nemo_kto.data.reading.chunks import MAX_SHOWN, bad_records_error, parse_chu
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
+from nemo_kto.data.tokens.store import Notes
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.errors import ConfigError, DataError, KTOError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1000
+_ENDS = 4
+"""Tokens with which responses end, of which the table shows the most frequent ones."""
 _MODEL_OPTIONS = ("seed", "global_batch_size")
 """Options that are keys of `model`, not of `model.data`."""
 
@@ -87,12 +91,15 @@ def check(options: argparse.Namespace) -> None:
     data.seq_length = min(data.seq_length, _max_positions(options.tokenizer) or data.seq_length)
     try:
         with tempfile.TemporaryDirectory(prefix="nemo_kto-") as temporary:
-            samples = _tokenized(options, data, Path(data.cache_dir or temporary))
+            encoder = _encoder(options, data)
+            samples = _tokenized(options, data, encoder, Path(data.cache_dir or temporary))
             bad = [record for store in samples.stores for record in store.bad_records(MAX_SHOWN)][:MAX_SHOWN]
             if len(samples):
                 found = describe(samples, global_batch_size=options.global_batch_size, seed=_seed(options))
             else:
                 found = None
+            notes = samples.notes
+            ends = _ends(samples, encoder.tokenizer)
     except KTOError as error:
         if not options.json:
             raise
@@ -104,16 +111,17 @@ def check(options: argparse.Namespace) -> None:
             "ok": ok,
             "statistics": found and dataclasses.asdict(found),
             "bad_records": [dataclasses.asdict(record) for record in bad],
+            "last_tokens": ends,
+            "notes": [{"kind": kind, "records": n, "example": example} for kind, (n, example) in notes.items()],
         }
         print(json.dumps(report))
     else:
-        _print_report(found, samples, bad, limit=data.seq_length)
+        _print_report(found, samples, bad, ends, limit=data.seq_length)
     if not ok:
         raise SystemExit(1)
 
 
-def _tokenized(options: argparse.Namespace, data: DataConfig, cache_dir: Path) -> Samples:
-    encoder = _encoder(options, data)
+def _tokenized(options: argparse.Namespace, data: DataConfig, encoder: Encoder, cache_dir: Path) -> Samples:
     return read_samples(
         sources(data, options.files, reader_key="--reader"),
         partial(TokenCache(cache_dir, encoder).tokens_of, skip_bad=True),
@@ -134,12 +142,22 @@ def _max_positions(folder: Path) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def _print_report(found: DataStatistics | None, samples: Samples, bad: list[BadRecord], *, limit: int) -> None:
+def _ends(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the last tokens of responses and how many end with each, the most frequent first."""
+    counts = Counter(samples.last_tokens.tolist())
+    return {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in counts.most_common()}
+
+
+def _print_report(
+    found: DataStatistics | None, samples: Samples, bad: list[BadRecord], ends: dict[str, int], *, limit: int
+) -> None:
     console = Console()
     if found is None:
         console.print("No sample is left to train on.", style="bold red")
     else:
-        console.print(_table(found, limit))
+        console.print(_table(found, limit, ends))
+    if samples.notes:
+        console.print(_notes_table(samples.notes))
     if not bad:
         return
     count = "1 bad record" if samples.num_bad == 1 else f"{samples.num_bad:,} bad records"
@@ -149,7 +167,14 @@ def _print_report(found: DataStatistics | None, samples: Samples, bad: list[BadR
         console.print(f"  {record}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(found: DataStatistics, limit: int) -> Table:
+def _notes_table(notes: Notes) -> Table:
+    table = Table("records", "what to know about them", "for example", title="Notes", title_justify="left")
+    for kind, (count, example) in notes.items():
+        table.add_row(f"{count:,}", Text(kind), Text(example), style="yellow")
+    return table
+
+
+def _table(found: DataStatistics, limit: int, ends: dict[str, int]) -> Table:
     table = Table(show_header=False, title="Feedback", title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column()
@@ -161,6 +186,8 @@ def _table(found: DataStatistics, limit: int) -> Table:
     table.add_row(f"over {limit:,} tokens", f"{found.overlong:,} dropped, {found.truncated:,} cut")
     table.add_row("prompt tokens", _spread(found.prompt_tokens))
     table.add_row("response tokens", _spread(found.response_tokens))
+    shown = [f"{token} ({count:,})" for token, count in itertools.islice(ends.items(), _ENDS)]
+    table.add_row("responses end with", Text(", ".join(shown + ["..."] * (len(ends) > _ENDS))))
     table.add_section()
     table.add_row("duplicates", f"{found.duplicates:,}")
     table.add_row("answers with both labels", f"{found.conflicts:,}", style=_yellow(found.conflicts))
@@ -251,6 +278,11 @@ def show(options: argparse.Namespace) -> None:
     for name, tokens, style in (("prompt", result.prompt, "cyan"), ("response", result.response, colour)):
         console.rule(f"{name}, {len(tokens)} tokens", style=style, align="left")
         console.print(_visible(tokens, encoder.tokenizer, style), soft_wrap=True)
+    console.print(
+        f"The response ends with {encoder.tokenizer.convert_ids_to_tokens(result.response[-1])}", markup=False
+    )
+    for note in result.notes:
+        console.print(f"Note: {note.kind}, {note.example}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _visible(tokens: list[int], tokenizer: PreTrainedTokenizerBase, style: str) -> Text:

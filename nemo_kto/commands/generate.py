@@ -86,6 +86,7 @@ def answer_prompts(
         if template
         else None,
         special_tokens=data.get("special_tokens", "auto"),
+        system=data.get("system", "keep"),
     )
     tokens = prompt_tokens(prompts, tokenizer, settings)
     with parallel.default_group():

@@ -211,6 +211,8 @@ class DataConfig:
     overlong: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"
     prompt_template: str | None = None
     special_tokens: Literal["auto", "text", "control"] = "auto"
+    system: Literal["keep", "merge_into_user", "drop"] = "keep"
+    template_losses: Literal["error", "warn"] = "error"
     append_eod: bool = True
     shuffle: bool | Literal["batches"] = True
     num_workers: int = 0

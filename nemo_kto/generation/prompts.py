@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.reading.containers import read_rows
-from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, Messages
+from nemo_kto.data.reading.records import BadRecord, Messages, RecordError
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.errors import DataError
@@ -44,25 +44,26 @@ def prompt_tokens(
         DataError: A prompt cannot be used.
     """
     encoder = Encoder(tokenizer, settings)
-    records = []
-    for number, prompt in enumerate(prompts, 1):
-        # any answer: only the prompts' tokens are wanted
-        answer: str | Messages = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
-        records.append(FeedbackRecord(prompt, answer, True, "prompts", number))
     found = []
-    for encoded in encoder.encode(records):
-        if isinstance(encoded, BadRecord):
-            raise DataError(f"Prompt {encoded.line} cannot be used: {encoded.reason}")
-        found.append(torch.tensor(encoded.prompt))
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, list) and not all(isinstance(message.get("role"), str) for message in prompt):
+            raise DataError(f"Prompt {number} cannot be used: a message has no role.")
+        try:
+            found.append(torch.tensor(encoder.encode_prompt(prompt)))
+        except RecordError as error:
+            raise DataError(f"Prompt {number} cannot be used: {error}") from error
     return found
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, *folders: Path | None) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's EOS token, and those of `generation_config.json`.
+    """Return the tokens that end an answer: the tokenizer's EOS, the chat template's, `generation_config.json`'s.
 
-    That is taken from the first of `folders` that has one.
+    That file is taken from the first of `folders` that has one.
     """
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    end = Encoder(tokenizer, TokenizationSettings(append_eod=False)).end_of_answer
+    if end is not None:
+        found.add(tokenizer.convert_tokens_to_ids(end))
     files = [folder / "generation_config.json" for folder in folders if folder is not None]
     file = next((file for file in files if file.is_file()), None)
     if file is not None:

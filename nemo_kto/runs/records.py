@@ -36,7 +36,13 @@ def sources(
 
 def tokenization_settings(data: DataConfig) -> TokenizationSettings:
     """Return how records become tokens."""
-    return TokenizationSettings(data.append_eod, data.prompt_template, data.special_tokens)
+    return TokenizationSettings(
+        append_eod=data.append_eod,
+        prompt_template=data.prompt_template,
+        special_tokens=data.special_tokens,
+        system=data.system,
+        template_losses=data.template_losses,
+    )
 
 
 def check_named(data: DataConfig, *, trains: bool) -> None:

@@ -169,6 +169,31 @@ def test_show_of_a_record_that_is_not_there(run: Any, tmp_path: Path, number: st
     assert code == 1 and message in error
 
 
+def test_what_the_chat_template_leaves_out(run: Any, tmp_path: Path) -> None:
+    """A part of an answer makes a bad record, or a note if one says so; a part of a prompt makes a note."""
+    question = {"role": "user", "content": "1 + 2?"}  # the quickstart's template knows no tools and no reasoning
+    thought = {"role": "assistant", "content": "3", "reasoning_content": "one and two"}
+    call = {"role": "assistant", "content": "I add.", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    conversations = [question, thought], [question, call, question, {"role": "assistant", "content": "3"}]
+    path = write(tmp_path / "a.jsonl", *({"messages": messages, "label": True} for messages in conversations))
+    code, output, _ = run("check", path, "--tokenizer", MODEL)
+    assert code == 1 and f"{path}:1: the chat template leaves its reasoning out of the answer" in output
+    assert "a tool call of an earlier answer" in output and "responses end with" in output
+    code, output, _ = run("check", path, "--tokenizer", MODEL, "--template-losses", "warn", "--json")
+    report = json.loads(output)
+    assert code == 0 and report["last_tokens"] == {"<|end|>": 2}
+    assert report["notes"] == [
+        {"kind": f"the chat template leaves out {part}", "records": 1, "example": f'{path}:{line}: "{text}"'}
+        for part, line, text in (
+            ("its reasoning", 1, "one and two"),
+            ("a tool call of an earlier answer", 2, "add"),
+        )
+    ]
+    code, output, _ = run("show", 1, path, "--tokenizer", MODEL, "--template-losses", "warn")
+    assert code == 0 and "The response ends with <|end|>" in output
+    assert f'Note: the chat template leaves out its reasoning, {path}:1: "one and two"' in output
+
+
 def test_the_command_itself(tmp_path: Path) -> None:
     """A process of its own: quiet on stderr, and the exit code a shell sees."""
     path = write(tmp_path / "a.jsonl", *ROWS)
@@ -187,6 +212,8 @@ def test_the_command_itself(tmp_path: Path) -> None:
         (["--prompt-template", "Q:"], "must have {prompt} in it"),
         (["--format", "xml"], "nemo_aligner"),
         (["--desirable-if", "good"], "'>= 4'"),
+        (["--system", "merge"], "keep or merge_into_user or drop"),
+        (["--template-losses", "skip"], "error or warn"),
         (["--field", "reply=x"], "'reply'"),
     ],
 )

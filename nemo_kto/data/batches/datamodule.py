@@ -254,6 +254,8 @@ class KTODataModule(LightningDataModule):
                 "format already.",
                 split,
             )
+        for kind, (count, example) in samples.notes.items():
+            _warn("%s data: in %d records, %s. For example %s", split, count, kind, example)
         spelled = int(samples.column("spelled").sum())
         if spelled:
             _inform(

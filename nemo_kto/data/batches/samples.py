@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_kto.data.reading.sources import Source
-from nemo_kto.data.tokens.store import TokenStore
+from nemo_kto.data.tokens.store import Notes, TokenStore, add_notes
 from nemo_kto.data.tokens.tokenization import TokenizedSample
 
 Overlong = Literal["drop", "truncate_prompt_left", "truncate_response"]
@@ -78,6 +78,24 @@ class Samples(Sequence[TokenizedSample]):
             mine = self.store_of == number
             result[mine] = column[self.place[mine]]
         return result
+
+    @property
+    def last_tokens(self) -> np.ndarray:
+        """[n] the last token of each response as it is trained on."""
+        ends = self.column("start") + self.column("prompt") + self.response_kept - 1
+        last = np.empty(len(self), dtype=np.int64)
+        for number, store in enumerate(self.stores):
+            mine = self.store_of == number
+            last[mine] = store.tokens[ends[mine]]
+        return last
+
+    @property
+    def notes(self) -> Notes:
+        """What a person should know about the records that the samples are among."""
+        notes: Notes = {}
+        for store in {store.folder: store for store in self.stores}.values():
+            add_notes(notes, store.notes)
+        return notes
 
     @property
     def prompt_keys(self) -> np.ndarray:

@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -109,9 +109,7 @@ class TokenCache:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _make(self, source: Source, final: Path, *, skip_bad: bool) -> TokenStore:
-        for left in final.parent.glob(f"{final.name}-*{_PARTIAL}"):
-            if _is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+        _remove_abandoned(final)
         partial = _partial(final)
         try:
             with StoreWriter(partial) as writer, contextlib.closing(self._chunks(source)) as chunks:
@@ -129,6 +127,7 @@ class TokenCache:
             return TokenStore(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            _remove_abandoned(final)  # a killed process gives its lock back a moment before it is gone
 
     def _chunks(self, source: Source) -> Generator[TokenChunk, None, None]:
         """Yields the tokens of a source in order; the process that speaks for the run tells how far it is."""
@@ -170,6 +169,12 @@ def _open(folder: Path) -> TokenStore | None:
 def _partial(final: Path) -> Path:
     """A name for what this process is writing."""
     return final.with_name(f"{final.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{_PARTIAL}")
+
+
+def _remove_abandoned(final: Path) -> None:
+    for left in final.parent.glob(f"{final.name}-*{_PARTIAL}"):
+        if _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_abandoned(partial: Path) -> bool:

@@ -7,20 +7,23 @@ Text that people wrote may spell a special token (`<|im_end|>`). What a template
 is text; where it spells such a token, the characters are remembered (`Text.prompt_spans`), and tokenisation makes
 ordinary tokens of them.
 
-Dates. A chat template that names today's date is given a fixed one: a run that is resumed tomorrow, or a rank that
-starts after midnight, must see the same tokens.
+Where the response ends. A template ends an answer with a special token of its own, usually the tokenizer's EOS token.
+What it writes behind that, a line break or the EOS token of another model, is never generated, so it is not trained
+on.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
-from nemo_kto.data.reading.records import FeedbackRecord, RecordError
+from nemo_kto.data.reading.records import FeedbackRecord, Messages, RecordError, shown
+from nemo_kto.data.tokens.chat_template import INSTRUCTIONS, ChatTemplate, SystemPrompts, arguments_of, instructed
+from nemo_kto.data.tokens.lost_parts import Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,12 +31,11 @@ if TYPE_CHECKING:
 CHAT = "chat"
 """Value of `prompt_template` that makes messages of strings."""
 
-# Stands in for the function by which templates ask for today's date; Llama 3's own template falls back to this day.
-_FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-
 SpecialTokens = Literal["auto", "text", "control"]
-Spans = tuple[tuple[int, int], ...]
-"""(first character, character behind the last) of each special token that is to be ordinary text."""
+TemplateLosses = Literal["error", "warn"]
+
+_SHOWN = 60
+"""Characters around a place that an example shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +43,37 @@ class TokenizationSettings:
     """How records become tokens.
 
     Attributes:
-        append_eod: End every response with the tokenizer's EOS token, unless it ends with one already.
+        append_eod: End every response with the tokenizer's EOS token, unless it ends with that, or with the token by
+            which the chat template ends an answer, already.
         prompt_template: For prompts that are strings: text with `{prompt}` in the place of the prompt; or "chat",
             which makes a user's and an assistant's message of prompt and response; None to take them as they are.
         special_tokens: What special tokens spelled out in the data are. "text": ordinary text; "control": what they
             spell; "auto": text in messages and in what is put into a prompt template, control in strings that are
             taken as they are, because those may have been written in the model's own format.
+        system: What becomes of system and developer messages. "keep": the chat template gets them;
+            "merge_into_user": the next user's message begins with them; "drop": they are left out.
+        template_losses: What an answer is of which the chat template leaves out a part. "error": a bad record;
+            "warn": what is left of it is trained on.
     """
 
     append_eod: bool = True
     prompt_template: str | None = None
     special_tokens: SpecialTokens = "auto"
+    system: SystemPrompts = "keep"
+    template_losses: TemplateLosses = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something about a record that a person should know, though it can be used.
+
+    Attributes:
+        kind: What; equal for equal things, which are counted.
+        example: What it looks like in this record.
+    """
+
+    kind: str
+    example: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +82,15 @@ class Text:
 
     Attributes:
         prompt: The prompt.
-        response: The response.
+        response: The response; where `continues` is false, the whole conversation.
         templated: Whether a chat template wrote them, special tokens included.
         prompt_spans: Special tokens in the prompt that are to be ordinary text.
         response_spans: Those in the response.
         spelled: Whether strings that are taken as they are spell special tokens, which count as such.
+        continues: Whether the response goes on from the prompt. If not, the prompt is what inference would send, but
+            the conversation goes on otherwise behind some of its last tokens.
+        ended: Whether the response ends with the chat template's own end token.
+        notes: What a person should know.
     """
 
     prompt: str
@@ -73,18 +99,29 @@ class Text:
     prompt_spans: Spans = ()
     response_spans: Spans = ()
     spelled: bool = False
+    continues: bool = True
+    ended: bool = False
+    notes: tuple[Note, ...] = ()
 
 
 class Renderer:
-    """Renders records for one tokenizer."""
+    """Renders records for one tokenizer.
+
+    Attributes:
+        template: The tokenizer's chat template, if it has one.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings) -> None:
         """Keeps both; a tokenizer without a chat template renders strings only."""
-        self._tokenizer = tokenizer
         self._settings = settings
-        special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = sorted(special | {str(token) for token in tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._eos = tokenizer.eos_token
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(token.content) for token in added if token.special} | set(
+            map(str, tokenizer.all_special_tokens)
+        )
+        self._special = _pattern(special)
+        self._added = _pattern(special | {str(token.content) for token in added})
+        self.template = ChatTemplate(tokenizer, self._special) if tokenizer.chat_template else None
 
     def render(self, record: FeedbackRecord) -> Text:
         """Returns a record's texts; raises a RecordError if its messages cannot be rendered."""
@@ -98,118 +135,173 @@ class Renderer:
         assert isinstance(response, list), record.place
         return self._conversation(prompt + response, record)
 
+    def render_prompt(self, prompt: str | Messages) -> Text:
+        """Returns a prompt as inference sends it, and no response; raises a RecordError if it cannot be rendered."""
+        template = self._settings.prompt_template
+        if isinstance(prompt, str) and template != CHAT:
+            return self._plain(prompt, "", template)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        messages, _, _, marker = self._given(prompt, None, None)
+        assert self.template is not None
+        return _text(self.template.prompt(messages, None, None), "", marker, templated=True)
+
     def _plain(self, prompt: str, response: str, template: str | None) -> Text:
         meaning = self._settings.special_tokens
         as_text = meaning == "text" or (meaning == "auto" and template is not None)
         spelled = not as_text and any(self._special.search(text) for text in (prompt, response))
-        marker = _Marker(self._special, [prompt, response, template]) if as_text else None
+        marker = Marker(self._special, [prompt, response, template]) if as_text else None
         if marker is not None:
             prompt, response = marker.hide(prompt), marker.hide(response)
         if template is not None:
             prompt = template.replace("{prompt}", prompt)
         return _text(prompt, response, marker, templated=False, spelled=spelled)
 
-    def _conversation(self, messages: list[dict[str, Any]], record: FeedbackRecord) -> Text:
-        if not self._tokenizer.chat_template:
+    def _given(
+        self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None
+    ) -> tuple[Messages, list[Any] | None, dict[str, Any] | None, Marker | None]:
+        """What the chat template gets of a conversation, and what finds hidden special tokens again."""
+        if self.template is None:
             raise RecordError(
                 "the record is made of messages but the tokenizer has no chat template; use the tokenizer of a chat "
                 "model, or write prompt and response as strings."
             )
-        marker, given = None, (messages, record.tools, record.template_kwargs)
-        if self._settings.special_tokens != "control" and any(map(self._special.search, _strings(given))):
-            if any(self._special.search(message["role"]) for message in messages):
-                raise RecordError("the role of a message spells a special token.")
-            marker = _Marker(self._special, given)
-            given = tuple(_hidden(part, marker.hide) for part in given)
-        prompt, whole = self._apply_template(*given)
-        if not whole.startswith(prompt):
-            raise RecordError(
-                "the chat template does not render the prompt as the beginning of the conversation, so the response "
-                "cannot be told apart; write prompt and response as strings instead."
-            )
-        # The response is what the template writes after the prompt with its generation header, up to and including
-        # EOS: the line break that many templates write after EOS is never generated, so it is not trained on either.
-        response = whole[len(prompt) :]
-        eos = self._tokenizer.eos_token
-        if eos and response.rstrip().endswith(eos):
-            response = response.rstrip()
-        return _text(prompt, response, marker, templated=True)
+        messages = instructed(messages, self._settings.system)
+        given = messages, tools, variables
+        if self._settings.special_tokens == "control" or not any(map(self._special.search, strings(given))):
+            return *given, None
+        if any(self._special.search(message["role"]) for message in messages):
+            raise RecordError("the role of a message spells a special token.")
+        marker = Marker(self._special, given)
+        messages, tools, variables = (hidden(part, marker.hide) for part in given)
+        return messages, tools, variables, marker
 
-    def _apply_template(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, variables: dict[str, Any] | None
-    ) -> tuple[str, str]:
-        """The prompt with its generation header, and the whole conversation."""
-        kwargs: Mapping[str, Any] = {"tools": tools, "tokenize": False, **(variables or {})}
-        apply = self._tokenizer.apply_chat_template
+    def _conversation(self, messages: Messages, record: FeedbackRecord) -> Text:
+        messages, tools, variables, marker = self._given(messages, record.tools, record.template_kwargs)
+        assert self.template is not None
         try:
-            template = self._tokenizer.get_chat_template(tools=tools)
-            if "strftime_now" in template:
-                template = _FIXED_DATE_MACRO + template
-            prompt = apply(messages[:-1], chat_template=template, add_generation_prompt=True, **kwargs)
-            whole = apply(messages, chat_template=template, **kwargs)
-        except RecursionError as error:
-            raise RecordError("the chat template refuses the messages (they are nested too deeply).") from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RecordError(f"the chat template refuses the messages ({error}).") from error  # it is a program
-        assert isinstance(prompt, str) and isinstance(whole, str)
-        return prompt, whole
+            rendering = self.template.conversation(messages, tools, variables)
+            prompt, answer, continues = rendering.divided()
+        except RecordError as error:
+            raise self._with_advice(error, messages, tools, variables) from error
+        answer, end, behind = self._ended(answer)
+
+        def clear(text: str) -> str:
+            return text if marker is None else marker.reveal(text)[0]
+
+        losses = [
+            *self._lost_of_answer(messages[-1], answer, clear),
+            *lost(prompt_parts(messages[:-1], tools), prompt, self._special),
+        ]
+        notes = [Note(kind, shown(arguments_of(messages[-1]))) for kind in rendering.notes]
+        notes += [Note(f"the chat template leaves out {part.name}", shown(clear(part.text))) for part in losses]
+        notes += [
+            Note(f"the chat template has no variable '{name}'", shown(value))
+            for name, value in (record.template_kwargs or {}).items()
+            if not self.template.knows(name)
+        ]
+        notes += self._notes_on_end(clear(answer), end, behind)
+        notes = [*{note.kind: note for note in reversed(notes)}.values()][::-1]  # the first of each kind
+        if continues:
+            return _text(prompt, answer, marker, templated=True, ended=end is not None, notes=notes)
+        whole = prompt + answer
+        notes.append(_disagreement(clear(rendering.prompt), clear(whole)))
+        return _text(
+            rendering.prompt, whole, marker, templated=True, continues=False, ended=end is not None, notes=notes
+        )
+
+    def _lost_of_answer(self, message: dict[str, Any], answer: str, clear: Callable[[str], str]) -> list[Part]:
+        """The parts of an answer that are not in its rendering; a RecordError if it cannot be trained on without."""
+        losses = lost(answer_parts(message), answer, self._special)
+        rest = self._added.sub("", answer)
+        if not rest or (losses and not rest.strip()):
+            what = "".join(f": it leaves out {part.name}, {shown(clear(part.text))}" for part in losses[:1])
+            raise RecordError(f"the chat template writes nothing of the answer but its end{what}.")
+        if losses and self._settings.template_losses == "error":
+            raise RecordError(
+                f"the chat template leaves {losses[0].name} out of the answer, {shown(clear(losses[0].text))}. Use a "
+                "template that writes it, or set model.data.template_losses=warn to train on the rest."
+            )
+        return losses
+
+    def _ended(self, answer: str) -> tuple[str, str | None, str]:
+        """An answer up to its end token, that token, and what the template writes behind it."""
+        assert self.template is not None
+        tail: list[re.Match[str]] = []  # special tokens with nothing but whitespace behind them, the last one first
+        stop = len(answer)
+        for found in reversed(list(self._special.finditer(answer))):
+            if answer[found.end() : stop].strip():
+                break
+            tail.append(found)
+            stop = found.start()
+        if not tail:
+            return answer, None, ""
+        # a tool call may end with a token of its own
+        end = next((found for found in reversed(tail) if found[0] == self.template.end), tail[0])
+        return answer[: end.end()], end[0], answer[end.end() :]
+
+    def _notes_on_end(self, answer: str, end: str | None, behind: str) -> list[Note]:
+        if end is None:
+            return []
+        notes = []
+        if behind.strip():
+            notes.append(Note(f"what the chat template writes behind {end} is not trained on", shown(behind)))
+        if self._eos not in (None, end):
+            kind = (
+                f"answers end with {end}, as the chat template has it, not with the tokenizer's EOS token {self._eos}"
+            )
+            notes.append(Note(kind, shown(answer[-_SHOWN:])))
+        return notes
+
+    def _with_advice(
+        self, error: RecordError, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None
+    ) -> RecordError:
+        """The error, and what to set if the template refuses only the system prompt."""
+        assert self.template is not None
+        roles = [message["role"] for message in messages if message["role"] in INSTRUCTIONS]
+        if not roles:
+            return error
+        for system in ("merge_into_user", "drop"):
+            try:
+                self.template.conversation(instructed(messages, system), tools, variables)
+            except RecordError:
+                continue
+            return RecordError(
+                f"{error.reason} It takes them without the {roles[0]} message: set model.data.system={system}"
+                + (" to put it into the user's, or model.data.system=drop." if system != "drop" else ".")
+            )
+        return error
 
 
-class _Marker:
-    """Hides special tokens in texts behind characters that nothing else in them has, and finds them again."""
-
-    def __init__(self, special: re.Pattern[str], given: Any) -> None:
-        self._special = special
-        self._hidden: list[str] = []
-        used = {character for text in _strings(given) for character in text}
-        sign = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)  # private use
-        if sign is None:
-            raise RecordError("the text spells special tokens and uses every character of Unicode's private use area.")
-        self._sign = sign
-
-    def hide(self, text: str) -> str:
-        return self._special.sub(self._hide_one, text)
-
-    def _hide_one(self, match: re.Match[str]) -> str:
-        self._hidden.append(match[0])
-        return f"{self._sign}{len(self._hidden) - 1}{self._sign}"
-
-    def reveal(self, text: str) -> tuple[str, Spans]:
-        """The text as it was, and where special tokens had been hidden."""
-        parts: list[str] = []
-        spans, length = [], 0
-        for number, part in enumerate(re.split(f"{self._sign}([0-9]+){self._sign}", text)):
-            if number % 2:
-                part = self._hidden[int(part)]
-                spans.append((length, length + len(part)))
-            elif self._sign in part:
-                raise RecordError("the chat template cuts through special tokens that the messages spell.")
-            parts.append(part)
-            length += len(part)
-        return "".join(parts), tuple(spans)
+def _disagreement(prompt: str, whole: str) -> Note:
+    """That a conversation does not go on from the prompt, and how both go on."""
+    common = len(os.path.commonprefix([prompt, whole]))
+    begin = max(0, common - _SHOWN // 2)
+    return Note(
+        "the chat template writes the conversation otherwise than the prompt of inference goes on; the response "
+        "begins behind the tokens with which both begin",
+        f"{shown(prompt[begin : begin + _SHOWN])} at inference, {shown(whole[begin : begin + _SHOWN])} here",
+    )
 
 
-def _text(prompt: str, response: str, marker: _Marker | None, *, templated: bool, spelled: bool = False) -> Text:
-    if marker is None:
-        return Text(prompt, response, templated, spelled=spelled)
-    prompt, prompt_spans = marker.reveal(prompt)
-    response, response_spans = marker.reveal(response)
-    return Text(prompt, response, templated, prompt_spans, response_spans)
+def _pattern(tokens: set[str]) -> re.Pattern[str]:
+    names = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def _strings(value: Any) -> list[str]:
-    """Every string in messages, keys included."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [text for item in value.items() for part in item for text in _strings(part)]
-    return [text for inner in value for text in _strings(inner)] if isinstance(value, list | tuple) else []
-
-
-def _hidden(value: Any, hide: Callable[[str], str]) -> Any:
-    """Messages with special tokens hidden in all of their strings."""
-    if isinstance(value, str):
-        return hide(value)
-    if isinstance(value, dict):
-        return {hide(key): _hidden(inner, hide) for key, inner in value.items()}
-    return [_hidden(inner, hide) for inner in value] if isinstance(value, list) else value
+def _text(
+    prompt: str,
+    response: str,
+    marker: Marker | None,
+    *,
+    templated: bool,
+    spelled: bool = False,
+    continues: bool = True,
+    ended: bool = False,
+    notes: Iterable[Note] = (),
+) -> Text:
+    found: tuple[Spans, Spans] = ((), ())
+    if marker is not None:
+        (prompt, first), (response, second) = marker.reveal(prompt), marker.reveal(response)
+        found = first, second
+    return Text(prompt, response, templated, *found, spelled, continues, ended, tuple(notes))

@@ -39,6 +39,17 @@ _TOKENS, _SAMPLES, _BAD, _COUNTS = "tokens.bin", "samples.bin", "bad_records.jso
 _TOKEN = np.dtype("<i4")
 
 
+Notes = dict[str, tuple[int, str]]
+"""What a person should know about some records: kind -> how many there are, and one of them (see `Note`)."""
+
+
+def add_notes(notes: Notes, more: Notes) -> None:
+    """Adds more records of the same and of other kinds."""
+    for kind, (count, example) in more.items():
+        before, first = notes.get(kind, (0, example))
+        notes[kind] = before + count, first
+
+
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Some samples in the form they are stored in; `samples["start"]` counts from the chunk's first token."""
@@ -46,12 +57,14 @@ class TokenChunk:
     tokens: np.ndarray
     samples: np.ndarray
     bad: list[BadRecord]
+    notes: Notes
 
 
 def make_chunk(results: Iterable[EncodedRecord | BadRecord], *, file: int = 0) -> TokenChunk:
     """Returns what an `Encoder` made of some records of a source's `file`-th file, in the form it is stored in."""
     tokens: list[int] = []
     rows, bad = [], []
+    notes: Notes = {}
     for result in results:
         if isinstance(result, BadRecord):
             bad.append(result)
@@ -61,7 +74,8 @@ def make_chunk(results: Iterable[EncodedRecord | BadRecord], *, file: int = 0) -
         rows.append((len(tokens), len(result.prompt), len(result.response), *keys, *flags, result.weight, file))
         tokens += result.prompt
         tokens += result.response
-    return TokenChunk(np.array(tokens, dtype=_TOKEN), np.array(rows, dtype=INDEX), bad)
+        add_notes(notes, {note.kind: (1, note.example) for note in result.notes})
+    return TokenChunk(np.array(tokens, dtype=_TOKEN), np.array(rows, dtype=INDEX), bad, notes)
 
 
 class StoreWriter:
@@ -75,6 +89,7 @@ class StoreWriter:
         self._num_tokens = 0
         self._num_samples = 0
         self._num_bad = 0
+        self._notes: Notes = {}
 
     def __enter__(self) -> "StoreWriter":
         """Opens the files."""
@@ -84,7 +99,8 @@ class StoreWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         """Closes the files; without an error, writes the counts."""
         if kind is None:
-            counts = {"tokens": self._num_tokens, "samples": self._num_samples, "bad": self._num_bad}
+            counts: dict[str, Any] = {"tokens": self._num_tokens, "samples": self._num_samples, "bad": self._num_bad}
+            counts["notes"] = self._notes
             self._files[_COUNTS] = (self._folder / _COUNTS).open("wb")
             self._files[_COUNTS].write(json.dumps(counts).encode())
         for file in self._files.values():
@@ -104,6 +120,7 @@ class StoreWriter:
         self._num_tokens += len(chunk.tokens)
         self._num_samples += len(samples)
         self._num_bad += len(chunk.bad)
+        add_notes(self._notes, chunk.notes)
 
 
 class TokenStore:
@@ -114,6 +131,7 @@ class TokenStore:
         samples: [n] `INDEX`, memory-mapped.
         tokens: [all tokens] int32, memory-mapped.
         num_bad: Records that could not be used.
+        notes: What a person should know about those that could.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,6 +146,7 @@ class TokenStore:
         self.samples = _mapped(folder / _SAMPLES, INDEX, counts["samples"])
         self.tokens = _mapped(folder / _TOKENS, _TOKEN, counts["tokens"])
         self.num_bad: int = counts["bad"]
+        self.notes: Notes = {kind: (int(count), str(example)) for kind, (count, example) in counts["notes"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels between processes as the name of its folder."""

@@ -4,7 +4,9 @@ The boundary between prompt and response. At inference the prompt is tokenised w
 generated token by token. So the prompt's tokens are those of the prompt alone. The response's tokens are what follows
 the prompt's tokens in the tokenisation of prompt + response, whenever that begins with the prompt's tokens (it nearly
 always does). Where the tokenizer would merge the last characters of the prompt with the first of the response, the
-response is tokenised on its own, because generation cannot change a token of the prompt.
+response is tokenised on its own, because generation cannot change a token of the prompt. Where a conversation does not
+go on from the prompt of inference (a chat template that opens a block of reasoning at inference only), both are
+tokenised, and the prompt is the tokens with which both begin.
 
 Beginning of sequence. For strings, whatever the tokenizer puts in front of a text (usually one BOS token) is put in
 front of the prompt once, and not again when the text already begins with it. For messages the chat template alone
@@ -18,14 +20,16 @@ Shapes: `p` tokens of the prompt, `r` tokens of the response.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, RecordError
-from nemo_kto.data.tokens.rendering import Renderer, Spans, Text, TokenizationSettings
+from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, Messages, RecordError
+from nemo_kto.data.tokens.rendering import Note, Renderer, Text, TokenizationSettings
+from nemo_kto.data.tokens.special_text import Spans
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 _PROBE = "a b c 0 1 2"
 # A text that stays a token of its own in front of another, see _encode_after_boundary.
 _ANCHOR = "\n"
+_NO_PROMPT = "the prompt has no tokens and the tokenizer adds no BOS token."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class EncodedRecord:
         verbatim: Whether prompt and response are strings that were taken as they are.
         spelled: Whether those spell special tokens, which count as such.
         weight: What its loss is multiplied with.
+        notes: What a person should know; the examples begin with the record's place.
     """
 
     prompt: list[int]
@@ -78,6 +84,7 @@ class EncodedRecord:
     verbatim: bool
     spelled: bool
     weight: float = 1.0
+    notes: tuple[Note, ...] = ()
 
 
 def prompt_key(prompt: Tensor) -> int:
@@ -137,12 +144,30 @@ class Encoder:
             results[place] = result
         return results
 
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Returns the tokens of a prompt as inference sends it; raises a RecordError if it has none."""
+        text = self._renderer.render_prompt(prompt)
+        (tokens,) = self._encode([(text.prompt, text.prompt_spans)])
+        tokens = self._with_prefix(text, tokens)
+        if not tokens:
+            raise RecordError(_NO_PROMPT)
+        return tokens
+
+    @property
+    def end_of_answer(self) -> str | None:
+        """The special token by which the chat template ends an answer, if there is a template and it writes one."""
+        return None if self._renderer.template is None else self._renderer.template.end
+
+    def _with_prefix(self, text: Text, prompt: list[int]) -> list[int]:
+        has_it = text.templated or prompt[: len(self._prefix)] == self._prefix
+        return prompt if has_it else self._prefix + prompt
+
     def _encode_texts(
         self, texts: list[tuple[int, FeedbackRecord, Text]]
     ) -> list[tuple[int, EncodedRecord | BadRecord]]:
         try:
             prompts = self._encode([(text.prompt, text.prompt_spans) for *_, text in texts])
-            responses, merged = self._encode_responses([text for *_, text in texts], prompts)
+            prompts, responses, merged = self._encode_responses([text for *_, text in texts], prompts)
         except RecordError as error:  # of one record: find out of which
             if len(texts) == 1:
                 place, record, _ = texts[0]
@@ -150,8 +175,7 @@ class Encoder:
             return [result for text in texts for result in self._encode_texts([text])]
         results: list[tuple[int, EncodedRecord | BadRecord]] = []
         for (place, record, text), prompt, response, is_merged in zip(texts, prompts, responses, merged, strict=True):
-            if not text.templated and prompt[: len(self._prefix)] != self._prefix:
-                prompt = self._prefix + prompt
+            prompt = self._with_prefix(text, prompt)
             try:
                 results.append((place, self._record(record, text, prompt, response, merged=is_merged)))
             except RecordError as error:
@@ -162,11 +186,11 @@ class Encoder:
         self, record: FeedbackRecord, text: Text, prompt: list[int], response: list[int], *, merged: bool
     ) -> EncodedRecord:
         if not prompt:
-            raise RecordError("the prompt has no tokens and the tokenizer adds no BOS token.")
+            raise RecordError(_NO_PROMPT)
         if not response:
             raise RecordError(EMPTY[2])
         eos = self.tokenizer.eos_token_id
-        if self.settings.append_eod and response[-1] != eos:
+        if self.settings.append_eod and not text.ended and response[-1] != eos:
             response = [*response, eos]
         verbatim = not text.templated and self.settings.prompt_template is None
         return EncodedRecord(
@@ -177,6 +201,7 @@ class Encoder:
             verbatim=verbatim,
             spelled=text.spelled,
             weight=record.weight,
+            notes=tuple(Note(note.kind, f"{record.place}: {note.example}") for note in text.notes),
         )
 
     def _encode(self, texts: Sequence[tuple[str, Spans]], *, split_special_tokens: bool = False) -> list[list[int]]:
@@ -253,9 +278,15 @@ class Encoder:
             "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
         )
 
-    def _encode_responses(self, texts: list[Text], prompts: list[list[int]]) -> tuple[list[list[int]], list[bool]]:
-        """Response ids that follow the given prompt ids, and where the two would merge; see the rule at the top."""
-        joint = self._encode([(text.prompt + text.response, _joined_spans(text)) for text in texts])
+    def _encode_responses(
+        self, texts: list[Text], prompts: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+        """Prompt ids, response ids that follow them, and where the two would merge; see the rule at the top."""
+        joint = self._encode([_joined(text) for text in texts])
+        prompts = [
+            prompt if text.continues else list(os.path.commonprefix([prompt, ids]))
+            for text, prompt, ids in zip(texts, prompts, joint, strict=True)
+        ]
         responses = [ids[len(prompt) :] for ids, prompt in zip(joint, prompts, strict=True)]
         merged = [ids[: len(prompt)] != prompt for ids, prompt in zip(joint, prompts, strict=True)]
         places = [i for i, is_merged in enumerate(merged) if is_merged]
@@ -264,7 +295,7 @@ class Encoder:
         )
         for i, ids in zip(places, separate, strict=True):
             responses[i] = ids
-        return responses, merged
+        return prompts, responses, merged
 
     def _encode_after_boundary(
         self, texts: Sequence[str], *, spans: Sequence[Spans] | None = None, split_special_tokens: bool = False
@@ -293,6 +324,10 @@ def _overlaps(start: int, end: int, spans: Spans) -> bool:
     return any(start < last and first < end for first, last in spans)
 
 
-def _joined_spans(text: Text) -> Spans:
+def _joined(text: Text) -> tuple[str, Spans]:
+    """The whole text and its spans."""
+    if not text.continues:
+        return text.response, text.response_spans
     shift = len(text.prompt)
-    return text.prompt_spans + tuple((first + shift, last + shift) for first, last in text.response_spans)
+    spans = text.prompt_spans + tuple((first + shift, last + shift) for first, last in text.response_spans)
+    return text.prompt + text.response, spans

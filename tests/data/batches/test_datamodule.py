@@ -194,6 +194,19 @@ def test_errors_name_the_split_and_come_early(make, tmp_path):
         make(train=3)
 
 
+def test_what_a_chat_template_leaves_out_is_said_once(make, write_jsonl, caplog):
+    call = {"role": "assistant", "content": "say", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "say"}, call, {"role": "user", "content": "hello"}]
+    row = {"messages": [*messages, {"role": "assistant", "content": "yes"}], "label": True}
+    path = write_jsonl(*[row] * 5)
+    make(train=[path])
+    said = [message for message in caplog.messages if "leaves out" in message]
+    assert said == [
+        "train data: in 5 records, the chat template leaves out a tool call of an earlier answer. "
+        f'For example {path}:1: "add"'
+    ]
+
+
 def test_a_batch_of_one_is_warned_about(make, caplog):
     make(global_batch_size=1)
     assert "no response can be paired" in caplog.text

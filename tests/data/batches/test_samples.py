@@ -51,6 +51,7 @@ def test_samples_of_too_many_tokens(store_of, overlong, kept, num_overlong, num_
     assert tokens(samples) == kept
     assert (samples.num_overlong, samples.num_truncated) == (num_overlong, num_truncated)
     assert samples.lengths.tolist() == [len(p) + len(r) for p, r in kept]
+    assert samples.last_tokens.tolist() == [r[-1] for _, r in kept]
     # a prompt that lost tokens is still the same prompt to the KL pairs
     whole = fit(store_of(SHORT, LONG, name="whole"), max_length=9, overlong="drop", bos_token_id=BOS)
     assert samples.prompt_keys.tolist() == whole.prompt_keys.tolist()[: len(samples)]

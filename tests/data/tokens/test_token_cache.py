@@ -337,4 +337,4 @@ def test_pairs_become_two_samples(write_jsonl, tmp_path):
 def test_counts_are_those_of_the_files(source, tmp_path):
     store = cache(tmp_path).tokens_of(source, skip_bad=False)
     counts = json.loads(Path(store.folder, "counts.json").read_text())
-    assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0}
+    assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0, "notes": {}}

@@ -161,14 +161,6 @@ def test_messages_without_chat_template(metaspace_tokenizer):
     assert re.match("data.jsonl:4: .*no chat template", fault(chat("say", "hello", line=4), metaspace_tokenizer))
 
 
-def test_a_template_that_asks_for_the_date_gets_a_fixed_one():
-    """As Llama 3.2's does; otherwise a run resumed on another day would train on other prompts."""
-    dated = train_byte_level()
-    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template
-    prompt, _ = one(chat("say", "hello"), dated)
-    assert prompt == ids(dated, "26 Jul 2024<|user|>say</s>\n<|assistant|>")
-
-
 def test_a_template_that_fails():
     failing = train_byte_level()
     failing.chat_template = "{{ messages[0]['content'] + 1 }}"
@@ -185,11 +177,11 @@ def test_chat_template_that_refuses(tokenizer):
 
 
 def test_chat_template_whose_prompt_is_no_beginning(tokenizer):
-    thinking = train_byte_level()
-    thinking.chat_template = thinking.chat_template.replace("<|assistant|>{% endif", "<|assistant|>think{% endif")
+    numbering = train_byte_level()
+    numbering.chat_template = "{{ messages | length }}" + numbering.chat_template
     assert re.match(
         "data.jsonl:4: the chat template does not render the prompt as the beginning",
-        fault(chat("say", "hello", line=4), thinking),
+        fault(chat("say", "hello", line=4), numbering),
     )
 
 

@@ -1,0 +1,372 @@
+"""What chat templates do to conversations: parts they leave out, headers that open a block, ends, arguments, dates.
+
+The templates are written here after what models' documentation says theirs do; expected texts are put together by
+hand.
+"""
+
+import json
+import re
+
+import pytest
+
+from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
+from nemo_kto.data.tokens.rendering import TokenizationSettings
+from nemo_kto.data.tokens.store import add_notes, make_chunk
+from nemo_kto.data.tokens.tokenization import Encoder
+from nemo_kto.generation.prompts import prompt_tokens, stop_token_ids
+from tests.data.conftest import CHAT_TEMPLATE, train_byte_level
+
+HEADER = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "[{{ call.function.name }} ARGUMENTS]{% endfor %}</s>{% endfor %}" + HEADER
+)
+OBJECTS = CALLS.replace("ARGUMENTS", "{{ call.function.arguments | tojson }}")
+"""As Qwen2.5, Llama 3.1 and Hermes do; a string would become a JSON string inside JSON."""
+STRINGS = CALLS.replace("ARGUMENTS", "{{ '' + call.function.arguments }}")
+"""As DeepSeek V3 does, which refuses an object."""
+EITHER = CALLS.replace(
+    "ARGUMENTS",
+    "{% set a = call.function.arguments %}{% if a is string %}{{ a }}{% else %}{{ a | tojson }}{% endif %}",
+)
+"""As Qwen3 does."""
+ITEMS = CALLS.replace(
+    "ARGUMENTS", "{% for k, v in call.function.arguments.items() %}<k>{{ k }}</k>{{ v }}{% endfor %}"
+)
+"""As Qwen3-Coder and GLM-4.5 do, which write argument by argument."""
+BESIDE = OBJECTS.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+"""As Llama 3.1 does, which writes either a text or a call."""
+CUTTING = CHAT_TEMPLATE.replace("m['content']", "m['content'][:9]")
+NO_THOUGHTS = CHAT_TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
+"""As DeepSeek R1's distilled models do, with all answers."""
+OPENING = "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+"""As R1's and QwQ's headers do."""
+CONDITIONAL = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}" + HEADER
+)
+"""As Qwen3 does: the reasoning of earlier turns is left out."""
+
+
+def made(template, *, eos="</s>", more=()):
+    tokenizer = train_byte_level()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": list(more)})
+    tokenizer.eos_token = eos
+    return tokenizer
+
+
+def record(*messages, **more):
+    return FeedbackRecord(list(messages[:-1]), [messages[-1]], True, "data.jsonl", 1, **more)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text=None, **more):
+    return {"role": "assistant", **({} if text is None else {"content": text}), **more}
+
+
+def system(text, role="system"):
+    return {"role": role, "content": text}
+
+
+def call(name="add", arguments=None, **message):
+    function = {"name": name, "arguments": {"a": 1, "b": "two"} if arguments is None else arguments}
+    return assistant(tool_calls=[{"type": "function", "function": function}], **message)
+
+
+def encoded(tokenizer, *messages, tools=None, template_kwargs=None, **settings):
+    sample = record(*messages, tools=tools, template_kwargs=template_kwargs)
+    (result,) = Encoder(tokenizer, TokenizationSettings(**settings)).encode([sample])
+    return result
+
+
+def texts(result, tokenizer):
+    assert not isinstance(result, BadRecord), result
+    return tokenizer.decode(result.prompt), tokenizer.decode(result.response)
+
+
+def kinds(result):
+    return [note.kind for note in result.notes]
+
+
+# what is left out
+
+
+def test_a_tool_call_that_becomes_nothing_is_a_bad_record():
+    for losses in ("error", "warn"):  # a thumb up for silence teaches silence
+        bad = encoded(made(CHAT_TEMPLATE), user("1 + 2?"), call(), template_losses=losses)
+        assert isinstance(bad, BadRecord)
+        assert bad.reason == (
+            'the chat template writes nothing of the answer but its end: it leaves out its tool call, "add".'
+        )
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "part", "rest"),
+    [
+        (NO_THOUGHTS, assistant("<think>\nTwo and two.\n</think>\n\n4"), "its reasoning", "\n\n4</s>"),
+        (CHAT_TEMPLATE, assistant("4", reasoning_content="Two and two."), "its reasoning", "4</s>"),
+        (CHAT_TEMPLATE, assistant("4", thinking="Two and two."), "its reasoning", "4</s>"),
+        (BESIDE, call(content="I add."), "the text beside its tool call", '[add {"a": 1, "b": "two"}]</s>'),
+        (CALLS.replace(" ARGUMENTS", ""), call(), "its tool call", "[add]</s>"),
+        (CHAT_TEMPLATE, call(content="I add."), "its tool call", "I add.</s>"),
+        (CUTTING, assistant("one\ntwo\nthree"), "its text", "one\ntwo\nt</s>"),
+    ],
+)  # fmt: skip
+def test_a_part_of_an_answer_that_is_left_out(template, answer, part, rest):
+    tokenizer = made(template)
+    bad = encoded(tokenizer, user("2 + 2?"), answer)
+    assert isinstance(bad, BadRecord) and bad.reason.startswith(f"the chat template leaves {part} out of the answer, ")
+    assert "model.data.template_losses=warn" in bad.reason
+    kept = encoded(tokenizer, user("2 + 2?"), answer, template_losses="warn")
+    assert texts(kept, tokenizer)[1] == rest and f"the chat template leaves out {part}" in kinds(kept)
+
+
+def test_what_was_lost_is_shown():
+    bad = encoded(made(CUTTING), user("?"), assistant("one\ntwo\nthree"))
+    assert '"three"' in bad.reason
+    bad = encoded(made(NO_THOUGHTS), user("?"), assistant("<think>say </s> now</think>4"))
+    assert '"say </s> now"' in bad.reason  # special tokens that people wrote as they wrote them
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim"), assistant("  a\n\n b \n")),
+        (CHAT_TEMPLATE.replace("m['content']", "m['content'] | tojson"), assistant('a "b"\n\\c é')),
+        (CHAT_TEMPLATE.replace("m['content']", "m['content'].replace('\n', '\n> ')"), assistant("a\nb\nc")),
+        (OBJECTS, call(arguments={"list": [1, 2.5, {"deep": "é\n"}], "none": None, "yes": True})),
+        (CALLS.replace("ARGUMENTS", "{{ call.function.arguments }}"), call(arguments={"quote": "it's\n", "x": 1e-7})),
+        (EITHER, call(arguments="not JSON {")),
+        (ITEMS, call()),
+        (CONDITIONAL, assistant("<think>a</think>b")),
+        (CHAT_TEMPLATE, assistant("a </s> b")),
+    ],
+)  # fmt: skip
+def test_what_is_written_otherwise_is_not_lost(template, message):
+    """Trimmed, as JSON or Python writes it, line by line, argument by argument."""
+    result = encoded(made(template), user("1 + 2?"), message)
+    assert not isinstance(result, BadRecord) and not result.notes, result
+
+
+def test_a_short_part_is_not_found_in_the_middle_of_another():
+    deaf = made(CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m.role != 'system'"))
+    result = encoded(deaf, system("say"), user("say hello"), assistant("yes, say yes"))
+    assert kinds(result) == ["the chat template leaves out the system message"]
+
+
+def test_parts_of_a_prompt_that_are_left_out_are_counted():
+    deaf = made(CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m.role in ('user', 'assistant')"))
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather."}}]
+    prompt = [
+        system("Be brief.", "developer"),
+        user("hi"),
+        call(content="I add."),
+        {"role": "tool", "content": "three"},
+    ]
+    sample = record(*prompt, user("so?"), assistant("yes"), tools=tools, template_kwargs={"mood": "curt"})
+    results = Encoder(deaf, TokenizationSettings()).encode(
+        [sample, record(system("Be kind."), user("a"), assistant("b"))]
+    )
+    assert kinds(results[0]) == [
+        "the chat template leaves out the tools' schemas",
+        "the chat template leaves out the developer message",
+        "the chat template leaves out a tool call of an earlier answer",
+        "the chat template leaves out a tool's result",
+        "the chat template has no variable 'mood'",
+    ]  # fmt: skip
+    notes = make_chunk(results).notes
+    assert notes["the chat template leaves out the developer message"] == (1, 'data.jsonl:1: "Be brief."')
+    add_notes(notes, make_chunk(results).notes)
+    assert notes["the chat template leaves out a tool call of an earlier answer"] == (2, 'data.jsonl:1: "add"')
+
+
+def test_the_reasoning_of_earlier_turns_is_no_loss():
+    tokenizer = made(CONDITIONAL)
+    turns = user("hi"), assistant("<think>a greeting</think>\n\nhello"), user("2 + 2?")
+    result = encoded(tokenizer, *turns, assistant("<think>two and two</think>\n\n4"))
+    assert not result.notes
+    assert texts(result, tokenizer) == (
+        "<|user|>hi</s><|assistant|>hello</s><|user|>2 + 2?</s><|assistant|>",
+        "<think>two and two</think>\n\n4</s>",
+    )
+    turns[1]["reasoning_content"] = "a greeting"
+    assert not encoded(tokenizer, *turns, assistant("4")).notes
+
+
+# where the response begins
+
+
+def test_a_header_that_opens_a_block_is_part_of_the_prompt():
+    """The prompt is what inference sends, the response what follows."""
+    tokenizer = made(CHAT_TEMPLATE.replace(HEADER, OPENING))
+    result = encoded(tokenizer, user("2 + 2?"), assistant("<think>\nTwo and two.\n</think>\n\n4"))
+    assert not result.notes
+    assert texts(result, tokenizer) == (
+        "<|user|>2 + 2?</s>\n<|assistant|><think>\n",
+        "Two and two.\n</think>\n\n4</s>",
+    )
+
+
+def test_an_answer_that_does_not_go_on_from_the_header():
+    """Divided behind the longest common beginning of both token sequences, as they are at inference and here."""
+    tokenizer = made(CHAT_TEMPLATE.replace(HEADER, OPENING))
+    result = encoded(tokenizer, user("2 + 2?"), assistant("<table> 4"))
+    expected, whole = (
+        tokenizer("<|user|>2 + 2?</s>\n<|assistant|>" + rest, add_special_tokens=False)["input_ids"]
+        for rest in ("<t", "<table> 4</s>")
+    )  # both begin with the tokens of "<" and of "t"
+    assert (result.prompt, result.response) == (expected, whole[len(expected) :])
+    ((kind, example),) = [(note.kind, note.example) for note in result.notes]
+    assert "otherwise than the prompt of inference" in kind
+    assert r"</s>\n<|assistant|><think>\n" in example and "<table> 4" in example
+
+
+def test_a_template_that_opens_a_block_and_takes_reasoning_out():
+    """R1's: its answers' reasoning is lost, which is an error; without reasoning the header is divided."""
+    tokenizer = made(NO_THOUGHTS.replace(HEADER, OPENING))
+    thoughtful = assistant("<think>\nTwo and two.\n</think>\n\n4")
+    assert "leaves its reasoning out" in encoded(tokenizer, user("2 + 2?"), thoughtful).reason
+    result = encoded(tokenizer, user("2 + 2?"), assistant("5"))
+    assert texts(result, tokenizer) == ("<|user|>2 + 2?</s>\n<|assistant|>", "5</s>")
+
+
+def test_generation_gets_the_whole_header():
+    tokenizer = made(NO_THOUGHTS.replace(HEADER, OPENING))
+    (tokens,) = prompt_tokens([[user("2 + 2?")]], tokenizer, TokenizationSettings(append_eod=False))
+    assert tokenizer.decode(tokens) == "<|user|>2 + 2?</s>\n<|assistant|><think>\n"
+
+
+# where it ends
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n</s>", "</s>\n", " \n </s>"])
+def test_nothing_behind_the_templates_own_end_is_trained_on(behind):
+    tokenizer = made(CHAT_TEMPLATE.replace("</s>\n", "<|im_end|>" + behind), more=["<|im_end|>"])
+    for append_eod in (True, False):
+        result = encoded(tokenizer, user("say"), assistant("yes"), append_eod=append_eod)
+        assert tokenizer.decode(result.response) == "yes<|im_end|>"
+        differs, *more = reversed(kinds(result))
+        assert differs.startswith("answers end with <|im_end|>") and "EOS token </s>" in differs
+        assert len(more) == ("</s>" in behind)  # a line break goes without saying
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(tokenizer) == {end, tokenizer.eos_token_id}
+
+
+def test_a_template_whose_end_is_the_eos_token_says_nothing():
+    assert not encoded(made(CHAT_TEMPLATE), user("say"), assistant("yes")).notes
+
+
+def test_a_tool_call_that_ends_otherwise():
+    """As Llama 3.1's does with a built-in tool; special tokens in front of the end do not count."""
+    ending = OBJECTS.replace(
+        "</s>",
+        "{% if m.tool_calls %}<|end_of_call|>{% endif %}{{ '<|eom|>' if (m.tool_calls or [])[1:] else '</s>' }}\n",
+    )
+    tokenizer = made(ending, more=["<|end_of_call|>", "<|eom|>"])
+    one = call()
+    two = {**one, "tool_calls": one["tool_calls"] * 2}
+    answers = [texts(encoded(tokenizer, user("say"), answer), tokenizer)[1] for answer in (one, two)]
+    assert [answer.rpartition("]")[2] for answer in answers] == ["<|end_of_call|></s>", "<|end_of_call|><|eom|>"]
+
+
+def test_a_template_without_an_end_gets_the_eos_token():
+    tokenizer = made("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}" + HEADER)
+    assert texts(encoded(tokenizer, user("say"), assistant("yes")), tokenizer)[1] == "yes</s>"
+    assert texts(encoded(tokenizer, user("say"), assistant("yes"), append_eod=False), tokenizer)[1] == "yes"
+
+
+# what a template gets
+
+
+ARGUMENTS = '{"a":1,"b":"two"}'
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "written", "noted"),
+    [
+        (OBJECTS, json.loads(ARGUMENTS), '{"a": 1, "b": "two"}', False),
+        (OBJECTS, ARGUMENTS, '{"a": 1, "b": "two"}', True),
+        (STRINGS, ARGUMENTS, ARGUMENTS, False),
+        (STRINGS, json.loads(ARGUMENTS), '{"a": 1, "b": "two"}', True),
+        (EITHER, ARGUMENTS, ARGUMENTS, False),
+        (EITHER, json.loads(ARGUMENTS), '{"a": 1, "b": "two"}', False),
+        (ITEMS, ARGUMENTS, "<k>a</k>1<k>b</k>two", True),
+    ],
+)  # fmt: skip
+def test_arguments_as_the_record_has_them_or_in_the_form_the_template_takes(template, given, written, noted):
+    tokenizer = made(template)
+    result = encoded(tokenizer, user("1 + 2?"), call(arguments=given))
+    assert texts(result, tokenizer)[1] == f"[add {written}]</s>"
+    assert [kind for kind in kinds(result) if "arguments in another form" in kind] == kinds(result)
+    assert len(kinds(result)) == noted
+
+
+def test_a_template_that_insists_on_content_gets_an_empty_text():
+    tokenizer = made(OBJECTS.replace("{{ m.content }}", "{{ '' + m.content }}"))
+    result = encoded(tokenizer, user("1 + 2?"), call())
+    assert texts(result, tokenizer)[1] == '[add {"a": 1, "b": "two"}]</s>'
+    assert kinds(result) == ["the chat template refuses messages without content: theirs is empty text"]
+
+
+def test_what_no_form_helps_is_refused_for_the_first_reason():
+    refusing = made(
+        "{% for m in messages if m.tool_calls %}"
+        "{{ raise_exception('no ' ~ m.tool_calls[0].function.arguments) }}{% endfor %}"
+    )
+    assert (
+        encoded(refusing, user("1 + 2?"), call(arguments="{}")).reason
+        == "the chat template refuses the messages (no {})."
+    )
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+"""As Gemma's first template does."""
+
+
+def test_a_system_prompt_that_is_refused():
+    tokenizer = made(NO_SYSTEM)
+    conversation = system("Be brief."), user("say"), assistant("yes")
+    bad = encoded(tokenizer, *conversation)
+    assert re.search(r"refuses the messages \(no system\). It takes them without the system message", bad.reason)
+    assert "model.data.system=merge_into_user" in bad.reason and "model.data.system=drop" in bad.reason
+    merged = encoded(tokenizer, *conversation, system="merge_into_user")
+    assert texts(merged, tokenizer)[0] == "<|user|>Be brief.\n\nsay</s>\n<|assistant|>" and not merged.notes
+    dropped = encoded(tokenizer, *conversation, system="drop")
+    assert texts(dropped, tokenizer)[0] == "<|user|>say</s>\n<|assistant|>"
+
+
+def test_instructions_anywhere_are_merged_into_what_the_user_says_next():
+    tokenizer = made(CHAT_TEMPLATE)
+    turns = system("a"), system("b", "developer"), user("c"), assistant("d"), system("e"), user("f"), assistant("g")
+    text, _ = texts(encoded(tokenizer, *turns, system="merge_into_user"), tokenizer)
+    assert text == "<|user|>a\n\nb\n\nc</s>\n<|assistant|>d</s>\n<|user|>e\n\nf</s>\n<|assistant|>"
+    late = encoded(tokenizer, user("a"), system("b"), assistant("c"), system="merge_into_user")
+    assert "no user's message follows" in late.reason
+    assert "leaves no prompt" in encoded(tokenizer, system("b"), assistant("c"), system="drop").reason
+
+
+def test_a_refusal_for_another_reason_offers_nothing():
+    refusing = made("{{ raise_exception('never') }}")
+    assert "model.data" not in encoded(refusing, system("a"), user("b"), assistant("c")).reason
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("%d %b %Y", "26 Jul 2024"),  # Llama 3's
+        ("%Y-%m-%d", "2024-07-26"),  # gpt-oss's and Mistral's
+        ("%A, %-d %B %Y %H:%M:%S", "Friday, 26 July 2024 00:00:00"),
+        ("%y/%j %% %%d %d%%", "24/208 % %d 26%"),
+        ("no date", "no date"),
+    ],
+)
+def test_a_date_is_always_the_same_and_in_the_format_asked_for(format, expected):
+    """Otherwise a run that is resumed on another day would train on other prompts."""
+    tokenizer = made("{% set day = strftime_now('" + format + "') %}{{ day }}" + CHAT_TEMPLATE)
+    prompt, _ = texts(encoded(tokenizer, user("say"), assistant("yes")), tokenizer)
+    assert prompt == expected + "<|user|>say</s>\n<|assistant|>"
