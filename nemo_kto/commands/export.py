@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from megatron.core import dist_checkpointing
 
 from nemo_kto.errors import ConfigError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
@@ -17,9 +16,7 @@ from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.checkpoint import (
-    SOURCE_FOLDER,
-)
+from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
@@ -92,18 +89,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
 
 def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
     """Return the model card of what a checkpoint holds."""
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = load_common(checkpoint)
     facts = read_facts(checkpoint / SOURCE_FOLDER)
     return model_card(facts, common.get("metrics", {}), step=common["global_step"], adapter=adapter)
 
 
 def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
     """Write the adapters of a checkpoint without building the model they belong to."""
-    tensors = {
-        key: tensor
-        for key, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint)).items()
-        if ADAPTERS in key and key.startswith("decoder.")  # the optimizer's have names of their own
-    }
+    # the optimizer's have names of their own
+    tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith("decoder."))
     write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 

@@ -61,6 +61,7 @@ class ExpManagerConfig:
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     create_checkpoint_callback: bool = True
+    verify_checkpoints: bool = True
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
 
