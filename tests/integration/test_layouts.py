@@ -113,7 +113,21 @@ def test_one_sample_a_rank(run: Any) -> None:
         assert shared[name] == pytest.approx(alone[name], rel=1e-5)
 
 
-def test_micro_batch_kl_scope_differs_from_the_global_one(run: Any, series: Any) -> None:
-    scoped = run("one", model__micro_batch_size=2, model__kto__kl_scope="micro_batch")
-    assert scoped["train/loss"][0] == 0.5
-    assert scoped["train/loss"][9] != series("one", 2)["train/loss"][9]
+def test_micro_batch_kl_scope_is_the_same_for_every_layout(run: Any, series: Any, root: Path) -> None:
+    """Also a validation of 11 samples, the KL set's passes in other micro-batches, and a cached reference."""
+    changes = {
+        "model__micro_batch_size": 2,
+        "model__kto__kl_scope": "micro_batch",
+        "model__data__data_prefix__validation": str(root / "validation.jsonl"),
+        "trainer__kto__max_steps": 4,
+        "trainer__kto__val_check_interval": 4,
+    }
+    expected = run("one", **changes)
+    assert expected["train/loss"][0] == 0.5
+    # the weights are the same still, and the baselines are other ones
+    assert expected["train/kl"][1] != pytest.approx(series("one", 2)["train/kl"][1], rel=0.01)
+    for layout, other in (
+        ("dp2", {"model__kto__log_prob_forward_micro_batch_size": 4}),
+        ("tp2", {"model__kto__reference__mode": "cached"}),
+    ):
+        assert_alike(run(layout, **changes, **other), expected)
