@@ -15,6 +15,11 @@ def has_kl_set(kto: KTOLossConfig) -> bool:
     return kto.loss not in _WITHOUT_KL_SET
 
 
+def kl_group_size(model: ModelConfig) -> int | None:
+    """Return how many consecutive samples have a KL set and a baseline of their own; None: a whole global batch."""
+    return model.micro_batch_size if model.kto.kl_scope == "micro_batch" else None
+
+
 def check_objective(config: KTOConfig) -> None:
     """Raise a ConfigError for an objective, or micro-batches that it depends on, that make no sense."""
     _check_loss(config.model.kto)
@@ -26,6 +31,11 @@ def check_objective(config: KTOConfig) -> None:
 
 def _check_micro_batches(model: ModelConfig) -> None:
     if model.micro_batch_tokens is None:
+        if kl_group_size(model) == 1:
+            raise ConfigError(
+                f"model.kto.kl_scope={model.kto.kl_scope} pairs each prompt with another sample's response of its "
+                "micro-batch, and with model.micro_batch_size=1 there is none. Raise it, or use kl_scope=global_batch."
+            )
         return
     given = f"model.micro_batch_tokens={model.micro_batch_tokens}"
     if model.micro_batch_size != 1:

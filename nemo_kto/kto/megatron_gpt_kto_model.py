@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.diagnosis import Diagnosis
 from nemo_kto.algorithms.metrics import MetricSums
+from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.packed_rows import KTOBatch, PackedRow
 from nemo_kto.errors import DivergenceError
@@ -68,7 +69,7 @@ class MegatronGPTKTOModel(LightningModule):
     Attributes:
         chunks: This rank's part of the model: one chunk, or several when pipeline stages are interleaved; each is
             wrapped for data parallelism once training has begun.
-        last_metrics: Name with its stage -> value that was logged last.
+        last_metrics: Name with its stage -> value, of the last step and of the last validation.
         visit_reference: Called with this model while it is a reference that is not kept, but whose log-probs are
             cached; None for nothing.
     """
@@ -376,14 +377,13 @@ class MegatronGPTKTOModel(LightningModule):
         if policy_kl is not None:
             comparison = self._comparison(ref_kl)
             kl_log_ratios = torch.cat([comparison.log_ratios(row, index) for index, row in enumerate(policy_kl)])
-        kto = self.config.model.kto
         return form_baseline(
             batch,
             self._comparison(ref_samples),
             kl_log_ratios=kl_log_ratios,
             fixed=self.objective.fixed_baseline,
-            kl_group_size=None if kto.kl_scope == "global_batch" else self.config.model.micro_batch_size,
-            loss_reduction=kto.loss_reduction,
+            kl_group_size=kl_group_size(self.config.model),
+            loss_reduction=self.config.model.kto.loss_reduction,
             dp_group=scorer.place.dp_group,
         )
 
@@ -404,7 +404,8 @@ class MegatronGPTKTOModel(LightningModule):
 
     def _log(self, stage: str, metrics: dict[str, float]) -> None:
         named = {f"{stage}/{name}": value for name, value in metrics.items()}
-        self.last_metrics |= named
+        others = {name: value for name, value in self.last_metrics.items() if not name.startswith(f"{stage}/")}
+        self.last_metrics = others | named  # none of an earlier step: a class may be absent from this one
         # Lightning would log an epoch of its own, always 0 as the run is one stream of batches
         self.log_dict({**named, "epoch": self.trainer.global_step / self.steps_per_epoch}, batch_size=1)
         for name in ("loss", "kl", "rewards/margins"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from nemo_kto.reporting.reading import Run, Series
 
 SPLITS = {"train": "train", "val": "validation"}
@@ -49,12 +51,14 @@ class Line:
         label: What the legend calls it.
         look: Number that chooses colour, dashes and marker: of the run where there are several, else of the metric.
         validation: Whether it was measured on validation data, and so at few steps.
+        missing: `[m]` int64, rising: logged steps between its first and last at which it has no value.
     """
 
     series: Series
     label: str
     look: int
     validation: bool
+    missing: np.ndarray
 
 
 def _by_class(name: str) -> dict[str, str]:
@@ -124,6 +128,13 @@ def split_tag(tag: str) -> tuple[str, str]:
     return (SPLITS[first], rest) if first in SPLITS and rest else ("", tag)
 
 
+def logged_steps(run: Run, split: str) -> np.ndarray:
+    """Return the steps `[n]` int64, rising, at which a run logged what it always logs of a split."""
+    parts = [(split_tag(tag), series.steps) for tag, series in run.series.items()]
+    found = [steps for (part, metric), steps in parts if part == split and metric in KNOWN]
+    return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
+
+
 def all_metrics(runs: list[Run]) -> list[str]:
     """Return the metrics of some runs: the known ones in the order of the panels, then the others by name."""
     found = {split_tag(tag)[1] for run in runs for tag in run.series}
@@ -156,6 +167,11 @@ def _with_key(panel: Panel, lines: list[Line]) -> Panel:
     return replace(panel, key="lines: train · markers: validation" if len(kinds) == 2 else "")
 
 
+def _missing(series: Series, logged: np.ndarray) -> np.ndarray:
+    between = logged[(logged > series.steps[0]) & (logged < series.steps[-1])]
+    return np.setdiff1d(between, series.steps)
+
+
 def _lines(panel: Panel, runs: list[Run]) -> list[Line]:
     metrics = list(panel.metrics)
     lines = []
@@ -169,5 +185,7 @@ def _lines(panel: Panel, runs: list[Run]) -> list[Line]:
             else:
                 parts = [panel.metrics[metric] if len(metrics) > 1 or not split else "", split]
             look = number if len(runs) > 1 else metrics.index(metric)
-            lines.append(Line(series, ", ".join(filter(None, parts)), look, split == VALIDATION))
+            # of what others log nobody knows at which steps they meant to
+            missing = _missing(series, logged_steps(run, split)) if metric in KNOWN else series.steps[:0]
+            lines.append(Line(series, ", ".join(filter(None, parts)), look, split == VALIDATION, missing))
     return sorted(lines, key=lambda line: (line.look, line.validation))

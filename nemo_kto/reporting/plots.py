@@ -1,7 +1,7 @@
 """Curves over the steps: one figure per panel, readable on a phone and without colours.
 
 A look is a colour, a dash pattern and a marker at once. Noisy series are a light line with a darker, smoothed
-one on top.
+one on top. Where a step has no value, as of a class that its batch lacks, a line is interrupted.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ def caption(panel: Panel, lines: list[Line]) -> str:
         )
     if _is_wide(panel, lines):
         sentences.append("Logarithmic scale.")
+    if any(line.missing.size for line in lines):
+        sentences.append("Gaps: steps without a value, as of a class that the batch lacks.")
     broken = sum(int((~np.isfinite(line.series.values)).sum()) for line in lines)
     if broken:
         sentences.append(f"Crosses at the lower edge: {broken:,} values that are not finite.")
@@ -196,6 +198,23 @@ def _finite(line: Line) -> tuple[np.ndarray, np.ndarray]:
     return line.series.steps[keep], line.series.values[keep]
 
 
+def _interrupted(line: Line, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the steps `[k]` of a line with those without a value, values `[k]`, NaN there, and which stand alone.
+
+    Args:
+        line: The line.
+        values: `[n]`, one for each of its finite values.
+    """
+    finite = np.isfinite(line.series.values)
+    steps = np.concatenate([line.series.steps, line.missing])
+    found = np.full(steps.size, np.nan)
+    found[: finite.size][finite] = values
+    order = np.argsort(steps, kind="stable")
+    steps, found = steps[order], found[order]
+    gap = np.isnan(np.concatenate([[np.nan], found, [np.nan]]))
+    return steps, found, ~gap[1:-1] & gap[:-2] & gap[2:]
+
+
 def _window(line: Line) -> int:
     """Over how many values a line is smoothed; 1: not at all."""
     _, values = _finite(line)
@@ -204,17 +223,21 @@ def _window(line: Line) -> int:
 
 def _draw(axes: Axes, line: Line, *, alpha: float) -> Artist:
     """Draw one series, its light line with opacity `alpha`, and return what stands for it in the legend."""
-    steps, values = _finite(line)
+    _, values = _finite(line)
     color = COLORS[line.look % len(COLORS)]
     look: dict[str, Any] = {"color": color, "linestyle": DASHES[line.look % len(DASHES)], "linewidth": 1.5}
-    if line.validation or steps.size <= FEW:
-        look |= {"marker": MARKERS[line.look % len(MARKERS)], "markersize": 5, "markevery": max(1, steps.size // 20)}
+    if line.validation or values.size <= FEW:
+        look |= {"marker": MARKERS[line.look % len(MARKERS)], "markersize": 5, "markevery": max(1, values.size // 20)}
     if line.validation:  # thinner, with white edges, so that it also stands out on a line of the same colour
         look |= {"linewidth": 0.8, "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 3}
     window = _window(line)
     if window > 1:
-        axes.plot(steps, values, color=color, alpha=alpha, linewidth=0.7, zorder=1.5, gid=f"{line.series.tag} raw")
+        steps, raw, _ = _interrupted(line, values)
+        axes.plot(steps, raw, color=color, alpha=alpha, linewidth=0.7, zorder=1.5, gid=f"{line.series.tag} raw")
         values = smooth(values, window)
+    steps, values, alone = _interrupted(line, values)
+    if alone.any() and "marker" not in look:  # a line of one point has no length
+        axes.plot(steps[alone], values[alone], ".", color=color, markersize=3, gid=f"{line.series.tag} alone")
     broken = line.series.steps[~np.isfinite(line.series.values)]
     if broken.size:
         at_edge = axes.get_xaxis_transform()  # steps across, share of the height upwards

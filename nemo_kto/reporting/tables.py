@@ -12,7 +12,17 @@ import numpy as np
 
 from nemo_kto.config.reader import flatten, leaf_values
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.reporting.panels import KNOWN, PANELS, PROGRESS, SPEED, TRAIN, VALIDATION, all_metrics, split_tag
+from nemo_kto.reporting.panels import (
+    KNOWN,
+    PANELS,
+    PROGRESS,
+    SPEED,
+    TRAIN,
+    VALIDATION,
+    all_metrics,
+    logged_steps,
+    split_tag,
+)
 from nemo_kto.reporting.reading import Run, Series
 
 ABSENT = "–"
@@ -183,10 +193,20 @@ def _median(run: Run, metric: str) -> str:
 
 
 def _ends(run: Run, metric: str) -> tuple[float | None, float | None, float | None]:
-    """Return (last training value, mean of the last training values, last validation value)."""
-    train, validation = find(run, TRAIN, metric), find(run, VALIDATION, metric)
-    return (
-        None if train is None else float(train.values[-1]),
-        None if train is None else float(train.values[-LAST:].mean()),
-        None if validation is None else float(validation.values[-1]),
-    )
+    """Return (value of the last training step, mean over the last training steps, value of the last validation).
+
+    None where those have no value, as of a class that the batch lacks.
+    """
+    last, mean = (_mean_of_last(run, TRAIN, metric, count) for count in (1, LAST))
+    return last, mean, _mean_of_last(run, VALIDATION, metric, 1)
+
+
+def _mean_of_last(run: Run, split: str, metric: str, count: int) -> float | None:
+    """Return the mean over the last `count` logged steps of a split, of those of them that have the metric."""
+    series = find(run, split, metric)
+    if series is None:
+        return None
+    # of what others log nobody knows at which steps they meant to
+    steps = (logged_steps(run, split_tag(series.tag)[0]) if metric in KNOWN else series.steps)[-count:]
+    values = series.values[np.isin(series.steps, steps)]
+    return float(values.mean()) if values.size else None

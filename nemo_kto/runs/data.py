@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
 from nemo_kto.config.folders import log_directory
+from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig, ModelConfig
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
 from nemo_kto.data.batches.dealing import Division
@@ -58,6 +59,7 @@ def read_data(
         tokenize_workers=data.tokenize_workers,
         global_batch_size=model.global_batch_size,
         kl_fraction=kl_fraction(model.kto),
+        kl_group_size=kl_group_size(model),
         division=_division(model),
         shuffle=data.shuffle,
         seed=model.seed,
@@ -65,6 +67,18 @@ def read_data(
     )
     module = KTODataModule(settings, tokenizer)
     module.prepare()
+    for split, samples in module.splits.items():
+        own = module.own_prompt_pairs(split)
+        if own and is_global_rank_zero():
+            logger.warning(
+                "%s data: the KL response of %d of %d samples is one to their own prompt, which says little about KL: "
+                "with model.kto.kl_scope=micro_batch it is, as in TRL, that of the sample before in the micro-batch, "
+                "whatever its prompt. model.kto.kl_scope=global_batch avoids it%s.",
+                split,
+                own,
+                len(samples),
+                "" if split == "validation" or data.shuffle else ", model.data.shuffle=true makes it rare",
+            )
     return module
 
 

@@ -35,7 +35,8 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
     """Return the steps of the run from the size of the data and `trainer.kto`.
 
     Raises:
-        ConfigError: Neither `max_steps` nor `max_epochs` limits the run.
+        ConfigError: Neither `max_steps` nor `max_epochs` limits the run; or checkpoints are to be chosen by what the
+            validation data does not say.
     """
     kto = config.trainer.kto
     batches = epoch_length(len(data.splits["train"]), config.model.global_batch_size)
@@ -51,6 +52,8 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
     if isinstance(interval, float):
         interval = _count(interval, per_epoch)
     val_batches = _val_batches(config, data) if "validation" in data.splits else 0
+    if val_batches:
+        _check_monitor(config, data, val_batches)
     return Schedule(
         total=min(limits),
         per_epoch=per_epoch,
@@ -62,6 +65,21 @@ def plan_schedule(config: KTOConfig, data: KTODataModule) -> Schedule:
 def plan_validation(config: KTOConfig, data: KTODataModule) -> Schedule:
     """Return the schedule of a validation on its own."""
     return Schedule(total=1, per_epoch=1, val_interval=0, val_batches=_val_batches(config, data))
+
+
+def _check_monitor(config: KTOConfig, data: KTODataModule, val_batches: int) -> None:
+    """Raise a ConfigError where checkpoints are chosen by a metric that validations will not have."""
+    manager = config.exp_manager
+    params = manager.checkpoint_callback_params
+    if not manager.create_checkpoint_callback or params.save_top_k == 0 or params.monitor != "val_rewards_margins":
+        return
+    desirable = data.validated(val_batches)
+    if desirable.all() or not desirable.any():
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.monitor={params.monitor} is a difference of the classes, and all "
+            f"{len(desirable)} samples that are validated have thumbs {'up' if desirable.all() else 'down'}. Use "
+            "val_loss, or validate on samples of both."
+        )
 
 
 def _val_batches(config: KTOConfig, data: KTODataModule) -> int:

@@ -26,6 +26,10 @@ class StepLoop(_TrainingEpochLoop):
     by one per resume. Here validation runs every `val_interval` steps and after the last one, a checkpoint is written
     every `save_interval` steps (validation writes one anyway), and a resumed run logs at the step it is at.
 
+    And Lightning keeps the latest value of every metric, and writes it again with the number of each step that does
+    not log it, as with those of a class that is absent from a batch. Here loggers and the progress bar get what a step
+    has logged, no more.
+
     Args:
         trainer: The trainer whose `fit_loop.epoch_loop` this replaces; its `max_steps` is the length of the run.
         val_interval: Steps between validations; 0 for none.
@@ -54,7 +58,20 @@ class StepLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         """Run one step; whatever was due before the checkpoint was written has been done."""
         self.restarting = False
+        self._forget_logged()
         super().advance(data_fetcher)
+
+    def _forget_logged(self) -> None:
+        """Forget what the step before has logged.
+
+        Means over an epoch go on. So do the `callback_metrics`, the latest value of each: a checkpoint is chosen by
+        what the last validation found, and whoever stops early by a metric of training must find one.
+        """
+        for metric in self._results.result_metrics:
+            metric._forward_cache = None
+        connector = self.trainer._logger_connector
+        connector._logged_metrics.clear()
+        connector._progress_bar_metrics.clear()
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         if not self.val_interval or not self.trainer.enable_validation:

@@ -394,6 +394,10 @@ def test_refused(override, parts):
             ["model.micro_batch_tokens=900", "model.kto.kl_scope=micro_batch"],
             ["micro_batch_tokens=900", "kl_scope=micro_batch", "kl_scope=global_batch"],
         ),
+        (
+            ["model.kto.kl_scope=micro_batch", "model.micro_batch_size=1"],
+            ["kl_scope=micro_batch", "model.micro_batch_size=1", "Raise it"],
+        ),
         (["model.kto.reference.mode=cached", "model.kto.humanline_clamp=[-1.0,1.5]"], ["every token", "mode=cached"]),
         (
             ["model.kto.loss=bco", "model.kto.reference.sync_every_n_steps=5"],
@@ -412,7 +416,7 @@ def test_combinations_without_sense_are_refused(overrides, parts):
     assert all(part in str(error.value) for part in parts), error.value
     for override in overrides:  # each alone is fine, or is refused for a reason of its own
         if "=0" not in override:
-            parse(override)
+            parse(override, *(["model.micro_batch_size=2"] if "kl_scope=micro_batch" in override else []))
 
 
 def test_learning_from_likelihood_alone_is_possible():

@@ -10,12 +10,12 @@ both sides read the same files. `trl_series.json` is written anew:
 
 * `versions`; `settings`, everything the training depends on;
 * `tokens`: TRL's ids of each record, and the completions of its KL set for each micro-batch size;
-* `runs`, by name: `loss_type`, `micro_batch_size`, `desirable_weight` and `steps`. Of each step
+* `runs`, by name: `loss_type`, `micro_batch_size`, `global_batch_size`, `desirable_weight` and `steps`. Of each step
   * `loss`, the mean over the samples of the global batch, and `grad_norm`, before clipping;
   * `kl`, one number for each micro-batch (empty without a KL set);
   * `rewards`, beta times the log-ratio of each sample, in the order of the data;
   * `logged`, what TRL logged, as far as it is a mean over the samples: under accumulation it logs means of the
-    micro-batches' means, in which samples count unequally.
+    micro-batches' means, in which samples count unequally. Of a class without samples it logs nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind 
 NUM_RECORDS = 40
 SETTINGS = {
     "steps": 20,
-    "global_batch_size": 8,
     "beta": 0.2,
     "undesirable_weight": 1.0,
     "learning_rate": 1e-3,
@@ -52,6 +51,12 @@ SETTINGS = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }
+CASE_FIELDS = ("loss_type", "micro_batch_size", "global_batch_size", "desirable_weight")
+CASES: list[tuple[str, int, int, float]] = [
+    *itertools.product(("kto", "apo_zero_unpaired"), (8, 2), (8,), (1.0, 1.33)),
+    ("kto", 4, 4, 1.33),  # a step of the first four records has no undesirable sample
+    ("kto", 2, 2, 1.33),  # most steps lack a class
+]
 MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 """What TRL logs as means over the samples of a micro-batch."""
 
@@ -145,21 +150,21 @@ class RecordingTrainer(KTOTrainer):
                 "grad_norm": logs["grad_norm"],
                 "kl": [value for part in parts for value in part["kl"]],
                 "rewards": [value for part in parts for value in part["rewards"]],
-                "logged": {name: logs[name] for name in MEANS} if len(parts) == 1 else {},
+                "logged": {name: logs[name] for name in MEANS if name in logs} if len(parts) == 1 else {},
             }
         )
 
 
-def train(loss_type: str, micro_batch_size: int, desirable_weight: float, output: str) -> RecordingTrainer:
-    """Return a trainer that has taken all steps."""
+def train(case: dict[str, Any], output: str) -> RecordingTrainer:
+    """Return a trainer that has taken all steps; `case` is one of `CASES`."""
     arguments = KTOConfig(
         output_dir=output,
-        loss_type=loss_type,
+        loss_type=case["loss_type"],
         beta=SETTINGS["beta"],
-        desirable_weight=desirable_weight,
+        desirable_weight=case["desirable_weight"],
         undesirable_weight=SETTINGS["undesirable_weight"],
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=SETTINGS["global_batch_size"] // micro_batch_size,
+        per_device_train_batch_size=case["micro_batch_size"],
+        gradient_accumulation_steps=case["global_batch_size"] // case["micro_batch_size"],
         max_steps=SETTINGS["steps"],
         learning_rate=SETTINGS["learning_rate"],
         lr_scheduler_type="constant",
@@ -208,12 +213,12 @@ def main() -> None:
     if not FEEDBACK.exists():
         make_feedback(FEEDBACK)
     trainers, runs = [], []
-    cases = itertools.product(("kto", "apo_zero_unpaired"), (8, 2), (1.0, 1.33))
-    for loss_type, micro_batch_size, weight in cases:
+    for values in CASES:
+        case = dict(zip(CASE_FIELDS, values, strict=True))
         with tempfile.TemporaryDirectory() as output:
-            trainer = train(loss_type, micro_batch_size, weight, output)
-        case = {"loss_type": loss_type, "micro_batch_size": micro_batch_size, "desirable_weight": weight}
-        runs.append((f"{loss_type}-{micro_batch_size}-{weight}", {**case, "steps": trainer.steps}))
+            trainer = train(case, output)
+        name = "{loss_type}-{micro_batch_size}of{global_batch_size}-{desirable_weight}".format(**case)
+        runs.append((name, {**case, "steps": trainer.steps}))
         trainers.append(trainer)
     versions = {package.__name__: package.__version__ for package in (trl, transformers, torch)}
     head = {"versions": {**versions, "python": platform.python_version()}, "settings": SETTINGS}

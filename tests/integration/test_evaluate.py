@@ -298,6 +298,26 @@ def test_part_of_the_data(scores: Callable[..., Any], expected: Oracle) -> None:
     assert "short.jsonl" not in printed
 
 
+def test_files_of_one_class(tmp_path: Path, scores: Callable[..., Any]) -> None:
+    """What a file has no samples for is not in its row, and a dash in the table."""
+    files = [
+        write_feedback(tmp_path / f"{name}.jsonl", number=5, seed=seed, labels=[label])
+        for seed, (name, label) in enumerate((("up", True), ("down", False)))
+    ]
+    both, printed = scores(model__data__data_prefix__validation=[str(file) for file in files])
+    alone, _ = scores(model__data__data_prefix__validation=str(files[0]))
+    up, down = both["files"]
+    absent = {f"{name}/{kind}" for name in ("loss", "rewards", "logps") for kind in ("chosen", "rejected")}
+    for row, kind in ((up, "chosen"), (down, "rejected"), (alone["overall"], "chosen")):
+        assert absent & row.keys() == {f"{name}/{kind}" for name in ("loss", "rewards", "logps")}
+        assert "rewards/margins" not in row and row["roc_auc"] is None and "rewards/accuracies" in row
+    assert absent | {"rewards/margins"} <= both["overall"].keys()
+    for row, kind in ((up, "chosen"), (down, "rejected")):  # of either class all samples are in one file
+        assert both["overall"][f"rewards/{kind}"] == row[f"rewards/{kind}"] != 0
+    (cells,) = [line.split() for line in printed.splitlines() if line.split()[:1] == ["up.jsonl"]]
+    assert cells[1:3] == ["5", "5"] and cells[6:8] + cells[9:] == ["-", "-", "-"]
+
+
 def test_without_training_data(scores: Callable[..., Any], expected: Oracle) -> None:
     results, _ = scores(model__data__data_prefix__train=None)
     assert_equals_oracle(results, expected)

@@ -54,7 +54,9 @@ def log_prob(model: torch.nn.Module, document: Document, *, average: bool) -> to
     return logps.mean() if average else logps.sum()
 
 
-def batches(root: Path, kl_fraction: float = 1.0) -> tuple[list[KTOBatch], list[KTOBatch]]:
+def batches(
+    root: Path, *, kl_fraction: float = 1.0, kl_group_size: int | None = None
+) -> tuple[list[KTOBatch], list[KTOBatch]]:
     """Return the run's training and validation batches; what is in them is tested in tests/data."""
     settings = DataSettings(
         train=[Source(str(root / "train.jsonl"))],
@@ -63,6 +65,7 @@ def batches(root: Path, kl_fraction: float = 1.0) -> tuple[list[KTOBatch], list[
         cache_dir=root / "tokens",
         global_batch_size=GLOBAL_BATCH_SIZE,
         kl_fraction=kl_fraction,
+        kl_group_size=kl_group_size,
         seed=1234,
     )
     data = KTODataModule(settings, make_tokenizer())
@@ -184,7 +187,8 @@ def oracle(
     pair = Pair(root / model, average=average, kl_group=kl_group, **folders)
     policy = pair.policy
     balance = LoadBalance(policy) if aux_coeff else None
-    training, validation = batches(root, kl_fraction)
+    group_size = kl_group if kl_group < GLOBAL_BATCH_SIZE else None
+    training, validation = batches(root, kl_fraction=kl_fraction, kl_group_size=group_size)
     matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -220,8 +224,8 @@ def oracle(
 
 
 def validate(pair: Pair, validation: list[KTOBatch], *, class_mean: bool) -> dict[str, list[float]]:
-    """Return means over the real samples: 11 in batches of 5 and 6, filled up to 8."""
-    numbers = (5, 6)
+    """Return means over the real samples: 11 in batches of 5 and 6, or with groups of 8 and 3, filled up to 8."""
+    numbers = (5, 6) if pair.kl_group == GLOBAL_BATCH_SIZE else (8, 3)
     with torch.no_grad():
         parts = [pair.losses(batch, number) for batch, number in zip(validation, numbers, strict=True)]
     losses, r, z = (torch.cat(column) for column in zip(*parts, strict=True))

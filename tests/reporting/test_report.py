@@ -25,7 +25,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from nemo_kto import cli, errors
 from nemo_kto.errors import DataError
 from nemo_kto.reporting.data_plots import draw_lengths, draw_sources
-from nemo_kto.reporting.panels import panels_of
+from nemo_kto.reporting.panels import PANELS, panels_of
 from nemo_kto.reporting.plots import caption, draw_panel, shorten, smooth
 from nemo_kto.reporting.reading import Run, read_runs
 from nemo_kto.reporting.report import write_report
@@ -186,7 +186,8 @@ def test_summary(full: Path) -> None:
     page = Page(full)
     # training loss falls by 1/64 a step: 0.5 - 19/64 at the end, and 0.5 - 14.5/64 is the mean of steps 10 to 19
     assert page.row("Loss") == ["0.2031", "0.2734", "0.25"]
-    assert page.row("Rewards, desirable") == ["0.375", "0.1875", "0.375"]  # mean of 0, 1, 2, 3 eighths
+    assert page.row("Rewards, desirable") == ["–", "–", "–"]  # the last steps, and the last validation, have none
+    assert page.row("another") == ["0.375", "0.1875", "–"]  # mean of 0, 1, 2, 3 eighths: nobody knows when it is due
     assert page.row("Steps") == ["20"] and page.row("Samples seen") == ["640"]
     assert page.row("Time, pauses left out") == ["38 s"]  # from step 0 to step 19, two seconds each
     assert page.row("Seconds per step, median") == ["2"]
@@ -429,7 +430,7 @@ def test_only_noisy_series_are_smoothed(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_marked(tmp_path: Path) -> None:
     lines, text, _ = draw(tmp_path, {0: 0.5, 1: math.nan, 2: 0.25, 3: math.inf})
-    assert dict(zip(*lines["train/loss"].get_data(), strict=True)) == {0: 0.5, 2: 0.25}
+    np.testing.assert_equal(lines["train/loss"].get_ydata(), [0.5, math.nan, 0.25, math.nan])  # no line over them
     crosses = next(line for line in lines.values() if line.get_marker() == "x")
     assert crosses.get_xdata().tolist() == [1, 3]
     assert "2 values that are not finite" in text
@@ -442,6 +443,64 @@ def test_a_series_without_any_finite_value_is_drawn(tmp_path: Path) -> None:
     log(tmp_path, {"train/grad_norm": {0: math.nan}, "train/loss": {step: math.nan for step in range(60)}})
     page = Page(write_report([tmp_path], tmp_path / "report"))
     assert page.row("train/grad_norm") == ["1", "nan", "–", "–", "nan"]
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_a_line_is_interrupted_where_a_step_has_no_value(tmp_path: Path, validation: bool) -> None:
+    """Steps 0 to 79, or every tenth; a class is in those whose number modulo 5 is below 2, and in step 23."""
+    split, every = ("val", 10) if validation else ("train", 1)
+    steps = range(0, 80 * every, every)
+    with_class = [step for step in steps if step // every % 5 < 2 or step == 23 * every]
+    rejected = {step: step * 1e-3 for step in with_class}
+    folder = log(
+        tmp_path,
+        {f"{split}/loss": dict.fromkeys(steps, 0.5), f"{split}/rewards/rejected": rejected, "train/own": {0: 1, 9: 2}},
+    )
+    log(folder, {"train/lr": dict.fromkeys(range(80), 1e-3)}, suffix=".other")
+    panels = {panel.title: (panel, lines) for panel, lines in panels_of([read(folder)])}
+    panel, (line,) = panels["Rewards"]
+    drawn = {line.get_gid(): line for line in draw_panel(panel, [line]).axes[0].get_lines()}
+    curve = drawn[f"{split}/rewards/rejected"]
+    last = with_class[-1]
+    assert curve.get_xdata().tolist() == [step for step in steps if step <= last]
+    expected = [rejected.get(step, math.nan) for step in steps if step <= last]
+    np.testing.assert_allclose(curve.get_ydata(), expected)
+    assert "Gaps: steps without a value" in caption(panel, [line])
+    # validations have markers anyway; a single training step would be a line without length
+    alone = drawn.get(f"{split}/rewards/rejected alone")
+    assert validation or (alone is not None and alone.get_xdata().tolist() == [23])
+    for title in ("Loss", "Learning rate", "own"):
+        panel, (line, *_) = panels[title]
+        assert not line.missing.size and "Gaps" not in caption(panel, [line]), title
+
+
+def test_a_smoothed_line_is_interrupted_too(tmp_path: Path) -> None:
+    present = [step for step in range(120) if step % 4]
+    values = {step: float(step % 2) for step in present}
+    folder = log(tmp_path, {"train/loss": dict.fromkeys(range(120), 0.5), "train/rewards/margins": values})
+    ((_, lines),) = [found for found in panels_of([read(folder)]) if found[0].title == "Reward margin"]
+    drawn = {line.get_gid(): line for line in draw_panel(PANELS[4], lines).axes[0].get_lines()}
+    for gid in ("train/rewards/margins raw", "train/rewards/margins"):
+        assert np.isnan(drawn[gid].get_ydata()).tolist() == [step % 4 == 0 for step in range(1, 120)]
+    # steps 49, 50, 51 and what is around them: 0 1 [1] 0 1, 1 1 [0] 1 1, 1 0 [1] 1 0
+    assert drawn["train/rewards/margins"].get_ydata()[48:51].tolist() == pytest.approx([0.6, 0.8, 0.6])
+
+
+def test_final_numbers_are_of_the_last_steps(tmp_path: Path) -> None:
+    log(
+        tmp_path,
+        {
+            "train/loss": dict.fromkeys(range(20), 0.5),
+            "train/rewards/chosen": {0: 9.0, 10: 1.0, 18: 2.0},  # not in the last step, in two of the last ten
+            "train/rewards/rejected": {0: 9.0, 19: 3.0},
+            "val/loss": {9: 0.5, 19: 0.5},
+            "val/rewards/chosen": {9: 4.0},
+            "val/rewards/rejected": {9: 4.0, 19: 5.0},
+        },
+    )
+    page = Page(write_report([tmp_path], tmp_path / "report"))
+    assert page.row("Rewards, desirable") == ["–", "1.5", "–"]
+    assert page.row("Rewards, undesirable") == ["3", "3", "5"]
 
 
 def test_a_single_point_is_a_marker(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 from nemo_kto.runs.data import read_data, settle_loss_weights
+from tests.integration.assets import make_tokenizer
 
 
 def settle(counts: tuple[int, int], **weights: float | str) -> KTOConfig:
@@ -63,6 +66,51 @@ def test_automatic_weights_are_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_data_of_one_kind_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     settle((90, 0))
     assert caplog.messages == ["All samples that count are desirable: KTO learns more from data with both kinds."]
+
+
+def read_pairs(
+    folder: Path, *, shuffle: bool, kl_scope: str = "micro_batch", validation: int = 0
+) -> list[list[tuple[int, int]]]:
+    """Read ten records, two of each prompt side by side, and return the pairs of records of each batch's KL set."""
+    config = KTOConfig()
+    for split, number in (("train", 10), ("validation", validation)):
+        rows = [
+            {"prompt": f"{('red', 'sea', 'dog', 'sun', 'hill')[i // 2]} {split}", "completion": " tree", "label": True}
+            for i in range(number)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if number:
+            setattr(config.model.data.data_prefix, split, [str(folder / f"{split}.jsonl")])
+    config.exp_manager.explicit_log_dir = str(folder)
+    config.model.data.shuffle = shuffle
+    config.model.global_batch_size, config.model.micro_batch_size = 4, 2
+    config.model.kto.kl_scope = kl_scope  # type: ignore[assignment]
+    data = read_data(config, make_tokenizer(), max_positions=64)
+    data.set_position(dp_rank=0, dp_size=1, num_steps=2, steps_per_epoch=2, start_step=int)
+    return [
+        [(index.prompt, index.response) for index in batch if index.in_kl_set]
+        for batch in data.global_batches("train")
+    ]
+
+
+def test_micro_batches_that_pair_a_prompt_with_its_own_response_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="nemo_kto.runs.data")
+    # records 0 to 7 are trained on in order; of the three validated ones the last is a group of its own
+    assert read_pairs(tmp_path, shuffle=False, validation=3)[0] == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    train, validation = caplog.messages
+    assert train.startswith("train data: the KL response of 8 of 10 samples is one to their own prompt")
+    assert "kl_scope=global_batch" in train and "model.data.shuffle=true" in train
+    assert validation.startswith("validation data: the KL response of 3 of 3") and "shuffle" not in validation
+
+    caplog.clear()
+    pairs = read_pairs(tmp_path, shuffle=True)
+    meetings = sum(prompt // 2 == response // 2 for batch in pairs for prompt, response in batch)
+    assert [f"KL response of {meetings} of 10 " in message for message in caplog.messages] == [True] * bool(meetings)
+    caplog.clear()
+    pairs = read_pairs(tmp_path, shuffle=False, kl_scope="global_batch")
+    assert not caplog.messages and all(prompt // 2 != response // 2 for batch in pairs for prompt, response in batch)
 
 
 @pytest.mark.parametrize(

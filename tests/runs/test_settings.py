@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
@@ -50,6 +52,31 @@ def test_schedule(changes: dict[str, Any], total: int, per_epoch: int, val_inter
     assert plan(**changes) == Schedule(
         total=total, per_epoch=per_epoch, val_interval=val_interval, val_batches=val_batches
     )
+
+
+@pytest.mark.parametrize(
+    ("monitor", "labels", "refused"),
+    [
+        ("val_rewards_margins", [True] * 30, True),
+        ("val_rewards_margins", [False] * 30, True),
+        ("val_rewards_margins", [True] * 20 + [False] * 10, True),  # 20 of them are validated
+        ("val_rewards_margins", [True] * 19 + [False] * 11, False),
+        ("val_loss", [True] * 30, False),
+    ],
+)
+def test_checkpoints_are_chosen_by_what_a_validation_has(monitor: str, labels: list[bool], refused: bool) -> None:
+    config = KTOConfig()
+    config.model.global_batch_size = 10
+    config.trainer.kto.limit_val_batches = 2
+    config.exp_manager.checkpoint_callback_params.monitor = monitor
+    data = SimpleNamespace(
+        splits={"train": labels, "validation": labels}, validated=lambda batches: np.array(labels[: batches * 10])
+    )
+    message = "monitor=val_rewards_margins .* all 20 samples .* thumbs (up|down). Use val_loss"
+    with pytest.raises(ConfigError, match=message) if refused else nullcontext():
+        plan_schedule(config, data)  # type: ignore[arg-type]
+    config.exp_manager.checkpoint_callback_params.save_top_k = 0
+    plan_schedule(config, data)  # type: ignore[arg-type]
 
 
 def test_something_must_end_the_run() -> None:

@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
 from nemo_kto.data.batches.packed_rows import KTOBatch, KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.samples import Overlong, Samples, read_samples, split_by_prompt
-from nemo_kto.data.batches.sampling import GlobalBatchSampler, Share, Shuffle, ValidationBatchSampler, epoch_length
+from nemo_kto.data.batches.sampling import (
+    GlobalBatchSampler,
+    Share,
+    Shuffle,
+    ValidationBatchSampler,
+    epoch_length,
+    own_prompt_pairs,
+)
 from nemo_kto.data.reading.parts import file_names
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
@@ -47,6 +54,8 @@ class DataSettings:
         global_batch_size: Samples per step over all ranks, in training and in validation.
         kl_fraction: Share of a training batch's prompts that are also paired with another sample's response; in
             validation all are. 0 for none in both.
+        kl_group_size: Consecutive samples of a global batch that exchange their responses among themselves, as TRL's
+            micro-batches do; None: all of it, so that no prompt meets a response of its own.
         division: Into which micro-batches global batches are divided; `set_position` says for which rank.
         shuffle: How the training data is shuffled.
         seed: Non-negative seed of that order, of what is taken of a source, and of the validation split.
@@ -65,6 +74,7 @@ class DataSettings:
     tokenize_workers: int | None = None
     global_batch_size: int
     kl_fraction: float = 1.0
+    kl_group_size: int | None = None
     division: Division = Division()
     shuffle: Shuffle = True
     seed: int
@@ -194,16 +204,37 @@ class KTODataModule(LightningDataModule):
             max_positions=self._settings.max_positions,
         )
 
+    def validated(self, batches: int) -> np.ndarray:
+        """[n] bool, which of the samples in the first batches of a validation are desirable."""
+        number = self._validation_sampler(list).num_samples(batches)
+        return self.splits["validation"].column("desirable")[:number]
+
+    def own_prompt_pairs(self, split: str) -> int:
+        """How many samples of the first epoch, or of a validation, groups pair with a response to their own prompt."""
+        settings, keys = self._settings, self.splits[split].prompt_keys
+        if settings.kl_group_size is None:
+            return 0
+        if split == "train":
+            steps = epoch_length(len(keys), settings.global_batch_size)
+            sampler = self._train_sampler(_Position(settings.division, steps, steps, int), list)
+            keys = keys[sampler.epoch_order(0)[: steps * settings.global_batch_size]]
+        return own_prompt_pairs(keys, settings.kl_group_size)
+
     def _sampler(self, split: str, position: _Position, share: Share) -> GlobalBatchSampler | ValidationBatchSampler:
-        if split == "validation":
-            return ValidationBatchSampler(
-                self.splits[split].prompt_keys,
-                global_batch_size=self._settings.global_batch_size,
-                kl_set=self._settings.kl_fraction > 0,
-                share=share,
-            )
+        return self._validation_sampler(share) if split == "validation" else self._train_sampler(position, share)
+
+    def _validation_sampler(self, share: Share) -> ValidationBatchSampler:
+        return ValidationBatchSampler(
+            self.splits["validation"].prompt_keys,
+            global_batch_size=self._settings.global_batch_size,
+            kl_set=self._settings.kl_fraction > 0,
+            kl_group_size=self._settings.kl_group_size,
+            share=share,
+        )
+
+    def _train_sampler(self, position: _Position, share: Share) -> GlobalBatchSampler:
         return GlobalBatchSampler(
-            self.splits[split].prompt_keys,
+            self.splits["train"].prompt_keys,
             global_batch_size=self._settings.global_batch_size,
             seed=self._settings.seed,
             shuffle=self._settings.shuffle,
@@ -211,6 +242,7 @@ class KTODataModule(LightningDataModule):
             steps_per_epoch=position.steps_per_epoch,
             start_step=position.start_step,
             kl_fraction=self._settings.kl_fraction,
+            kl_group_size=self._settings.kl_group_size,
             share=share,
         )
 

@@ -1,7 +1,8 @@
 """Which samples form a global batch, in what order, and which response each prompt is paired with for the KL set.
 
-Everything here depends on the data, the seed and the global batch size only. The layout enters at the very end, where
-a rank takes its share of a global batch that is already fixed (`dealing.py`).
+Everything here depends on the data, the seed, the size of global batches, and that of the groups in which responses
+are exchanged, only. The layout enters at the very end, where a rank takes its share of a global batch that is already
+fixed (`dealing.py`).
 """
 
 from collections import Counter
@@ -62,6 +63,37 @@ def mismatch_permutation(prompt_keys: Sequence[int]) -> list[int]:
     return partner
 
 
+def previous_in_group(number: int, group_size: int) -> np.ndarray:
+    """Deals the responses of each group of consecutive samples among themselves: response `p[i]` joins prompt `i`.
+
+    It is the rule of TRL's KTOTrainer, whose groups are a device's micro-batches: the sample before, and for the first
+    of a group its last. It does not look at prompts, so that pairs may be of one prompt; see `own_prompt_pairs`. The
+    last group may be smaller; if it is a single sample, that keeps its own response.
+
+    Args:
+        number: Samples.
+        group_size: Samples of a group.
+
+    Returns:
+        [number] int64, a permutation of `range(number)`.
+    """
+    places = np.arange(number)
+    first = places - places % group_size
+    sizes = np.minimum(number - first, group_size)
+    partner: np.ndarray = first + (places - first - 1) % sizes
+    return partner
+
+
+def own_prompt_pairs(prompt_keys: np.ndarray, group_size: int) -> int:
+    """Returns how many samples `previous_in_group` gives a response to their own prompt.
+
+    Args:
+        prompt_keys: [n] see `mismatch_permutation`, in the order in which the samples are dealt.
+        group_size: Samples of a group.
+    """
+    return int((prompt_keys == prompt_keys[previous_in_group(len(prompt_keys), group_size)]).sum())
+
+
 def epoch_length(num_samples: int, global_batch_size: int) -> int:
     """Whole global batches in one pass over the training data.
 
@@ -100,6 +132,7 @@ class GlobalBatchSampler:
         steps_per_epoch: int | None = None,
         start_step: Callable[[], int] = int,
         kl_fraction: float = 1.0,
+        kl_group_size: int | None = None,
         share: Share = list,
     ) -> None:
         """Checks the sizes; reads nothing yet.
@@ -115,6 +148,8 @@ class GlobalBatchSampler:
                 starts.
             kl_fraction: Share of the samples whose prompts are paired with another's response; 0 for no KL set. Which
                 ones is drawn from the seed and the batch's samples.
+            kl_group_size: Responses are exchanged among so many consecutive samples, see `previous_in_group`; None:
+                in the whole batch, see `mismatch_permutation`.
             share: Takes this rank's part; by default everything.
 
         Raises:
@@ -131,6 +166,7 @@ class GlobalBatchSampler:
         assert 0 < self._steps_per_epoch <= whole, (steps_per_epoch, whole)
         self._start_step = start_step
         self._kl_set_size = kl_set_size(global_batch_size, kl_fraction)
+        self._kl_group_size = kl_group_size
 
     def __len__(self) -> int:
         """Steps of the whole run, whatever the position."""
@@ -143,7 +179,7 @@ class GlobalBatchSampler:
         for step in range(self._start_step(), self._num_steps):
             epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
             if epoch != ordered_epoch:
-                order, ordered_epoch = self._epoch_order(epoch), epoch
+                order, ordered_epoch = self.epoch_order(epoch), epoch
             start = step_in_epoch * self._global_batch_size
             batch = order[start : start + self._global_batch_size]
             yield self._share(self._documents(batch))
@@ -153,9 +189,11 @@ class GlobalBatchSampler:
         if 0 < self._kl_set_size < len(batch):
             drawn = np.random.default_rng([self._seed, *batch.tolist()]).permutation(len(batch))
             prompts = np.sort(drawn[: self._kl_set_size]).tolist()
-        return _documents_of(batch, self._prompt_keys, kl_set=self._kl_set_size > 0, prompts=prompts)
+        keys, group_size = self._prompt_keys, self._kl_group_size
+        return _documents_of(batch, keys, kl_set=self._kl_set_size > 0, group_size=group_size, prompts=prompts)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The samples in the order in which an epoch deals them."""
         num_samples = len(self._prompt_keys)
         if not self._shuffle:
             return np.arange(num_samples)
@@ -172,8 +210,9 @@ class ValidationBatchSampler:
     """Deals one rank's share of batches that hold every sample exactly once, in the order of the data.
 
     `N` samples make `ceil(N / global_batch_size)` batches whose numbers of real samples differ by at most one (a last
-    batch of a single sample would have no other prompt to pair with). Each is filled up to `global_batch_size` places
-    with repeats of its first sample and pair at weight 0, so that every rank gets the same number.
+    batch of a single sample would have no other prompt to pair with). With groups, which must stay whole, all batches
+    are full but the last. Each is filled up to `global_batch_size` places with repeats of its first sample and pair at
+    weight 0, so that every rank gets the same number.
     """
 
     def __init__(
@@ -182,6 +221,7 @@ class ValidationBatchSampler:
         *,
         global_batch_size: int,
         kl_set: bool = True,
+        kl_group_size: int | None = None,
         share: Share = list,
     ) -> None:
         """Reads nothing yet; the arguments are those of `GlobalBatchSampler`, `kl_set` says if there is one."""
@@ -189,6 +229,7 @@ class ValidationBatchSampler:
         self._global_batch_size = global_batch_size
         self._share = share
         self._kl_set = kl_set
+        self._kl_group_size = kl_group_size
 
     def __len__(self) -> int:
         """Batches in one pass."""
@@ -196,14 +237,20 @@ class ValidationBatchSampler:
 
     def __iter__(self) -> Iterator[list[DocumentIndex]]:
         """Yields every batch of one pass."""
-        num_samples, num_batches = len(self._prompt_keys), len(self)
-        for step in range(num_batches):
-            start, end = step * num_samples // num_batches, (step + 1) * num_samples // num_batches
-            yield self._share(self._filled(np.arange(start, end)))
+        for step in range(len(self)):
+            yield self._share(self._filled(np.arange(self.num_samples(step), self.num_samples(step + 1))))
+
+    def num_samples(self, batches: int) -> int:
+        """Real samples in the first batches, 0 to all of them."""
+        total = len(self._prompt_keys)
+        if self._kl_group_size is None:
+            return batches * total // len(self)
+        return min(batches * self._global_batch_size, total)
 
     def _filled(self, samples: np.ndarray) -> list[DocumentIndex]:
         filled = []
-        documents = _documents_of(samples, self._prompt_keys, kl_set=self._kl_set)
+        keys, group_size = self._prompt_keys, self._kl_group_size
+        documents = _documents_of(samples, keys, kl_set=self._kl_set, group_size=group_size)
         for part in (documents[: len(samples)], documents[len(samples) :]):
             places = range(len(part), self._global_batch_size if part else 0)
             filled += part + [part[0]._replace(place=place, weight=0.0) for place in places]
@@ -211,13 +258,21 @@ class ValidationBatchSampler:
 
 
 def _documents_of(
-    samples: np.ndarray, prompt_keys: np.ndarray, *, kl_set: bool, prompts: Sequence[int] | None = None
+    samples: np.ndarray,
+    prompt_keys: np.ndarray,
+    *,
+    kl_set: bool,
+    group_size: int | None,
+    prompts: Sequence[int] | None = None,
 ) -> list[DocumentIndex]:
-    """The samples of a global batch, and of the pairs of the mismatch permutation those of `prompts` (None: all)."""
+    """The samples of a global batch, and of the pairs that are made of them those of `prompts` (None: all)."""
     numbers = samples.tolist()
     documents = [DocumentIndex(number, number, place) for place, number in enumerate(numbers)]
     if kl_set:
-        partner = mismatch_permutation(prompt_keys[samples].tolist())
+        if group_size is None:
+            partner = mismatch_permutation(prompt_keys[samples].tolist())
+        else:
+            partner = previous_in_group(len(numbers), group_size).tolist()
         chosen = range(len(numbers)) if prompts is None else prompts
         documents += [DocumentIndex(numbers[i], numbers[partner[i]], p, True) for p, i in enumerate(chosen)]
     return documents

@@ -43,7 +43,8 @@ class DataStatistics:
         largest_group: Samples of the prompt with most of them.
         boundary_merges: Samples whose prompt and response the tokenizer would merge.
         global_batch_size: What the following depend on.
-        kl_meetings: Samples of the first epoch whose KL response is one to their own prompt.
+        kl_meetings: Samples of the first epoch whose KL response is one to their own prompt, where responses are
+            exchanged in the whole batch.
         tokens: Tokens of the samples in an epoch.
         kl_tokens: Tokens of the KL pairs in an epoch; each is read in addition.
         padding: Share of an epoch's tokens that would be padding, were every batch padded to its longest sample. Rows

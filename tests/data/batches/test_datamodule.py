@@ -72,6 +72,14 @@ def test_several_files_make_one_split(make, write_jsonl):
     assert len(module.splits["train"]) == 5
 
 
+def test_labels_of_what_is_validated(make):
+    # ten samples in batches of 3, 3 and 4; the first of every three is desirable
+    module = make(validation=10)
+    assert module.validated(1).tolist() == [True, False, False]
+    assert module.validated(3).tolist() == [True, False, False] * 3 + [True]
+    assert make(validation=10, kl_group_size=2).validated(1).tolist() == [True, False, False, True]
+
+
 def test_train_batches(make, tokenizer):
     loader = make().train_dataloader()
     batches = list(loader)

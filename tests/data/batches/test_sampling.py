@@ -1,7 +1,9 @@
 """The mismatch permutation, and global batches that do not depend on the layout."""
 
+import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,8 @@ from nemo_kto.data.batches.sampling import (
     ValidationBatchSampler,
     kl_set_size,
     mismatch_permutation,
+    own_prompt_pairs,
+    previous_in_group,
 )
 from nemo_kto.errors import DataError
 
@@ -60,6 +64,55 @@ def test_mismatch_by_hand(keys, expected):
 def test_mismatch_of_a_large_batch_of_one_prompt_is_quick():
     # Nothing can be exchanged; searching for a partner at each sample would take 4e8 steps.
     assert mismatch_permutation([1] * 20_000) == [*range(1, 20_000), 0]
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "expected"),
+    [
+        (4, 4, [3, 0, 1, 2]),  # TRL: [completions[-1]] + completions[:-1]
+        (8, 2, [1, 0, 3, 2, 5, 4, 7, 6]),
+        (8, 3, [2, 0, 1, 5, 3, 4, 7, 6]),  # the last group is smaller
+        (7, 3, [2, 0, 1, 5, 3, 4, 6]),  # of a single sample, which keeps its own response
+        (2, 8, [1, 0]),
+    ],
+)
+def test_groups_by_hand(number, size, expected):
+    assert previous_in_group(number, size).tolist() == expected
+
+
+def test_groups_do_not_look_at_prompts():
+    assert own_prompt_pairs(np.array([8, 8, 9, 7, 9, 7]), 3) == 2  # 1 has the response of 0, 3 that of 5
+    assert own_prompt_pairs(np.array([8, 9, 8, 9, 5]), 2) == 1  # the last one has its own
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "batches"])
+def test_batches_of_groups_pair_within_them(shuffle):
+    whole = list(global_sampler(24, gbs=6, steps=8, shuffle=shuffle))
+    batches = list(global_sampler(24, gbs=6, steps=8, shuffle=shuffle, kl_group_size=3))
+    for batch, other in zip(batches, whole, strict=True):
+        numbers = [index.prompt for index in samples_of(batch)]
+        assert samples_of(batch) == samples_of(other)
+        assert [index.prompt for index in kl_set_of(batch)] == numbers
+        assert [index.response for index in kl_set_of(batch)] == [numbers[i] for i in (2, 0, 1, 5, 3, 4)]
+
+
+def test_a_validation_of_groups_is_in_full_groups_but_the_last():
+    batches = list(ValidationBatchSampler(range(11), global_batch_size=4, kl_group_size=2))
+    real = [[index.prompt for index in samples_of(batch) if index.weight] for batch in batches]
+    assert real == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    pairs = [[index.response for index in kl_set_of(batch) if index.weight] for batch in batches]
+    assert pairs == [[1, 0, 3, 2], [5, 4, 7, 6], [9, 8, 10]]
+    assert [index[:5] for index in samples_of(batches[2])][3] == (8, 8, 3, False, 0.0)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([None, 2, 3]))
+def test_validation_counts_its_samples(num_samples, batches_of, group_size):
+    sampler = ValidationBatchSampler(
+        range(num_samples), global_batch_size=batches_of * (group_size or 1), kl_group_size=group_size
+    )
+    real = [sum(index.weight > 0 for index in samples_of(batch)) for batch in sampler]
+    assert [sampler.num_samples(count) for count in range(len(sampler) + 1)] == [0, *itertools.accumulate(real)]
+    assert sum(real) == num_samples
 
 
 def global_sampler(
