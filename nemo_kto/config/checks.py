@@ -88,6 +88,8 @@ def check_values(config: KTOConfig) -> None:
         raise ConfigError(
             f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."
         )
+    if config.trainer.timeout_minutes <= 0:
+        raise ConfigError(f"trainer.timeout_minutes={config.trainer.timeout_minutes} must be above 0.")
     _check_length(config.trainer.kto)
     _check_callbacks(config.trainer.callbacks)
     _check_exp_manager(config.exp_manager)

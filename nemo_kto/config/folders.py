@@ -13,6 +13,12 @@ FACTS_FILE = "run.json"
 ANSWERS_FILE = "generations.jsonl"
 """What policy and reference answered to prompts."""
 
+STOP_FILE = "STOP"
+"""Made by a person in the log folder, it ends the run after the step."""
+
+HANG_FOLDER = "hang"
+"""Where the ranks of a run that hangs are, as Python stacks."""
+
 
 def log_directory(config: KTOConfig) -> Path:
     """Return the folder of the run's logs, checkpoints and export."""

@@ -31,6 +31,7 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: int | str = 32
     log_every_n_steps: int = 1
+    timeout_minutes: float = 10.0
     callbacks: list[dict[str, Any]] | None = None
     kto: TrainerKTOConfig = field(default_factory=TrainerKTOConfig)
 

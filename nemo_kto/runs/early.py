@@ -17,6 +17,7 @@ from nemo_kto.network.families import sizes_of_folder
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate, resumable_checkpoint
 from nemo_kto.runs.layout import check_division, known_layout
 from nemo_kto.runs.records import check_named, sources, without_training
+from nemo_kto.runtime.launch import check_environment
 from nemo_kto.runtime.layout import ModelSizes
 
 
@@ -34,6 +35,7 @@ def check_early(config: KTOConfig, command: str) -> None:
         CheckpointError: A folder or a checkpoint is not there.
     """
     trains = command != "evaluate"
+    check_environment()
     check_functions(config)
     if command == "train":
         check_callbacks(config)

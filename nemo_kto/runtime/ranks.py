@@ -1,0 +1,268 @@
+"""What the ranks of a run know of each other: who is where, how far it is, and why it has ended.
+
+Each rank has a thread that tells the store how far it is, and asks whether the run hangs; on a connection of its own,
+as the main thread's may be waiting. A rank that ends leaves its last words. So when an exchange breaks, those that are
+left can say which rank is gone, and one of them does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from nemo_kto import stopping
+from nemo_kto.errors import KTOError, RankError, StoppedEarly
+from nemo_kto.runtime.processes import ProcessName
+
+T = TypeVar("T")
+
+_BEAT = 2.0
+"""Seconds between two signs of life."""
+
+_PATIENCE = 5.0
+"""Seconds in which it comes out why an exchange broke: more than two beats."""
+
+_ANSWER = 3.0
+"""Seconds in which the store answers, unless the process that holds it is gone or was stopped."""
+
+_GOODBYE = 300.0
+"""Most seconds that rank 0 needs to end its loggers."""
+
+_BROKEN = ("gloo/", "NCCL", "Connection reset by peer", "Connection closed by peer")
+"""What is in the messages of exchanges that broke, or were waited for in vain."""
+
+
+class Ranks:
+    """The ranks of a run, as one of them sees them.
+
+    Args:
+        store: Where they tell each other; nobody else writes there.
+        rank: This one.
+        processes: The process of each rank.
+        step: Returns the number of steps taken.
+        exit_codes: Returns rank -> exit code, as far as this process knows: of those it has started.
+
+    Attributes:
+        rank: This one.
+        processes: The process of each rank.
+        step: Returns the number of steps taken.
+        hangs: Whether one has found that the run hangs.
+        stop_together: Whether all are far enough to be stopped together; before that each ends by itself.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        processes: list[ProcessName],
+        step: Callable[[], int],
+        exit_codes: Callable[[], Mapping[int, int]] = dict,
+    ) -> None:
+        self.rank = rank
+        self.processes = processes
+        self.hangs = False
+        self.stop_together = False
+        self.step = step
+        self._exit_codes = exit_codes
+        self._store = store
+        self._questions: queue.Queue[Callable[[dist.Store], None]] = queue.Queue()
+        self._ended = threading.Event()
+        threading.Thread(target=self._talk, args=(store.clone(),), name="ranks", daemon=True).start()
+
+    def end(self) -> None:
+        """Say nothing any more."""
+        self._ended.set()
+
+    def _talk(self, store: dist.Store) -> None:
+        """Tell the store how far this rank is, and ask what others want to know of it; in a thread."""
+        beat = 0
+        while not self._ended.is_set():
+            beat += 1
+            with contextlib.suppress(RuntimeError):  # it goes with rank 0
+                store.set(f"beat {self.rank}", json.dumps([beat, self.step()]))
+                self.hangs = self.hangs or store.check(["hang"])
+            with contextlib.suppress(queue.Empty):
+                self._questions.get(timeout=_BEAT)(store)
+
+    def ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """Return what the store says; None if it does not answer. For every thread but the main one."""
+        answers: queue.Queue[T] = queue.Queue()
+
+        def put(store: dist.Store) -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.put(question(store))
+
+        self._questions.put(put)
+        try:
+            return answers.get(timeout=_ANSWER)
+        except queue.Empty:
+            return None
+
+    # last words
+
+    def note(self, error: BaseException) -> None:
+        """Leave last words, unless this rank only ends because another one has."""
+        if isinstance(error, StoppedEarly | stopping.Stopped):
+            self._leave_word("stopped", str(getattr(error, "reason", error)))
+        elif isinstance(error, KTOError) and not _is_broken(error):
+            self._leave_word("error", str(error))
+        elif not _is_broken(error):
+            self._leave_word("failure", f"{type(error).__name__}: {error}")
+
+    def _leave_word(self, kind: str, text: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            number = self._store.add("words", 1)
+            self._store.set(f"words {number}", json.dumps([self.rank, kind, text]))
+
+    def leave_together(self) -> None:
+        """Wait until rank 0 has ended its part: the first to end may have the rest killed, as `srun` does."""
+        with contextlib.suppress(RuntimeError):
+            if self.rank == 0:
+                self._store.set("goodbye", "")
+            else:
+                _wait_for(lambda: self._store.check(["goodbye"]), seconds=_GOODBYE)
+
+    # what went wrong
+
+    def settle(self, error: BaseException) -> BaseException:
+        """Return what this rank is to raise for what went wrong here, and see that one of all ranks says it.
+
+        Where an exchange broke, that is what broke it, as far as it can be found out.
+        """
+        if len(self.processes) == 1:
+            return error
+        if _is_broken(error):
+            return self._explained(error)
+        if isinstance(error, KTOError):
+            if self.rank != 0:  # if rank 0 has found the same, it says so
+                _wait_for(self._is_said, seconds=_PATIENCE / 2)
+            error.said_here = self._claim()
+        return error
+
+    def _explained(self, error: BaseException) -> BaseException:
+        before = beats(self._store, len(self.processes))
+        cause = _wait_for(lambda: self.cause(self._store), seconds=_PATIENCE)
+        if cause is None and stopping.requested() and not self.stop_together:
+            return stopping.Stopped(str(stopping.requested()))  # so were the others, a moment before
+        if cause is None:
+            after = beats(self._store, len(self.processes))
+            silent = [rank for rank in range(len(self.processes)) if before.get(rank) == after.get(rank)]
+            if not silent:
+                return error
+            cause = f"{self.named(silent[0])} does not answer any more"
+        return cause if isinstance(cause, stopping.Stopped) else self.lost(cause)
+
+    def lost(self, cause: str) -> RankError:
+        """Return the error of a run that has lost a rank."""
+        found = RankError(f"{cause}. The others cannot go on without it. Run the same command again.")
+        found.said_here = self.claim()
+        return found
+
+    def cause(self, store: dist.Store | None) -> str | stopping.Stopped | None:
+        """Return why another rank cannot be reached, if that is known by now.
+
+        Args:
+            store: The store; None if it does not answer.
+        """
+        for rank, kind, text in _words(store):
+            if kind == "stopped":
+                return stopping.Stopped(text)
+            if rank != self.rank:
+                return f"Rank {rank}: {text.rstrip('.')}" if kind == "error" else f"{self.named(rank)} failed: {text}"
+        if stopping.requested() and not self.stop_together:
+            return None
+        for rank in self.dead():
+            step = beats(store, len(self.processes)).get(rank, (0, self.step()))[1]
+            return f"{self.named(rank)} {self._end_of(rank)} after step {step}"
+        return None
+
+    def dead(self) -> list[int]:
+        """Return the other ranks whose processes are gone, of those that can be looked at from here."""
+        return [rank for rank, process in enumerate(self.processes) if rank != self.rank and process.is_gone]
+
+    def _end_of(self, rank: int) -> str:
+        """Return how a process that is gone has ended, in words."""
+        code = _wait_for(lambda: self._exit_codes().get(rank), seconds=_PATIENCE / 5)
+        if code is None:
+            return "ended without a word, as when it is killed,"
+        if code > 0:
+            return f"ended with exit code {code}"
+        why = " (by the system, if memory ran out)" if code == -signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{why}"
+
+    def named(self, rank: int) -> str:
+        """Return a rank with its process, in words."""
+        return f"Rank {rank} ({self.processes[rank]})"
+
+    # who says it
+
+    def _is_said(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return self._store.add("said", 0) > 0
+        return True
+
+    def _claim(self) -> bool | None:
+        with contextlib.suppress(RuntimeError):
+            return self._store.add("said", 1) == 1
+        return None
+
+    def claim(self) -> bool:
+        """Return whether it is for this rank to say what went wrong: the first one to ask."""
+        claimed = self._claim()
+        return self.is_first_here() if claimed is None else claimed  # without rank 0 there is no store
+
+    def is_first_here(self) -> bool:
+        """Return whether no rank before this one is left, of those that can be looked at."""
+        return not any(process.is_near and not process.is_gone for process in self.processes[: self.rank])
+
+
+def beats(store: dist.Store | None, world_size: int) -> dict[int, tuple[int, int]]:
+    """Return rank -> (number of its last sign of life, steps it had taken), as far as the store says it."""
+    found: dict[int, tuple[int, int]] = {}
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            for rank in range(world_size):
+                if store.check([f"beat {rank}"]):
+                    number, step = json.loads(store.get(f"beat {rank}"))
+                    found[rank] = number, step
+    return found
+
+
+def _words(store: dist.Store | None) -> list[tuple[int, str, str]]:
+    """Return (rank, kind, text) of all that have left last words, the first one first."""
+    found: list[tuple[int, str, str]] = []
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            for number in range(1, store.add("words", 0) + 1):
+                rank, kind, text = json.loads(store.get(f"words {number}"))
+                found.append((rank, kind, text))
+    return found
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Return whether an error only says that an exchange with other ranks broke."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or any(part in str(seen) for part in _BROKEN):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _wait_for(question: Callable[[], Any], *, seconds: float) -> Any:
+    """Return what a question is answered with, once that is anything; None after so many seconds."""
+    end = time.monotonic() + seconds
+    while not (answer := question()):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.1)
+    return answer
