@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass
@@ -72,6 +73,36 @@ def _machine() -> str:
     """Return what is the same for all processes that see each other's numbers, until the machine is started again."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def work_of(thread: int) -> tuple[int, float]:
+    """Return what a thread of this process has done, as far as the system counts it.
+
+    Args:
+        thread: Its number for the system.
+
+    Returns:
+        Bytes that it, and the processes that this one has started, have read and written, with the pages that it had
+        to be given; and the seconds that it was computing.
+    """
+    folder = Path(f"/proc/self/task/{thread}")
+    done = _bytes(folder / "io")
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            done += sum(_bytes(Path(f"/proc/{child}/io")) for child in children.read_text(encoding="ascii").split())
+    with contextlib.suppress(OSError):
+        fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        faults, ticks = int(fields[7]) + int(fields[9]), int(fields[11]) + int(fields[12])
+        return done + faults, ticks / os.sysconf("SC_CLK_TCK")
+    return done, 0.0
+
+
+def _bytes(file: Path) -> int:
+    """Return the bytes that a process, or a thread, has read and written; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        counts = dict(line.split(": ") for line in file.read_text(encoding="ascii").splitlines())
+        return int(counts["rchar"]) + int(counts["wchar"])
+    return 0
 
 
 def _look_at(pid: int) -> tuple[str, int] | None:

@@ -123,6 +123,10 @@ class Ranks:
             number = self._store.add("words", 1)
             self._store.set(f"words {number}", json.dumps([self.rank, kind, text]))
 
+    def _note_heard(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.add("heard", 1)
+
     def leave_together(self) -> None:
         """Wait until rank 0 has ended its part: the first to end may have the rest killed, as `srun` does."""
         with contextlib.suppress(RuntimeError):
@@ -140,19 +144,28 @@ class Ranks:
         """
         if len(self.processes) == 1:
             return error
+        if self.hangs:  # the others end for that, and so does this one, with all that is to be said
+            time.sleep(_GOODBYE)
         if _is_broken(error):
             return self._explained(error)
         if isinstance(error, KTOError):
             if self.rank != 0:  # if rank 0 has found the same, it says so
                 _wait_for(self._is_said, seconds=_PATIENCE / 2)
             error.said_here = self._claim()
+        if self.rank == 0:
+            others = len(self.processes) - 1
+            with contextlib.suppress(RuntimeError):  # its last words go with it
+                _wait_for(lambda: self._store.add("heard", 0) >= others, seconds=_PATIENCE / 2)
+        else:
+            self._note_heard()
         return error
 
     def _explained(self, error: BaseException) -> BaseException:
+        if stopping.requested() and not self.stop_together:
+            return stopping.Stopped(str(stopping.requested()))  # so were the others, a moment before
         before = beats(self._store, len(self.processes))
         cause = _wait_for(lambda: self.cause(self._store), seconds=_PATIENCE)
-        if cause is None and stopping.requested() and not self.stop_together:
-            return stopping.Stopped(str(stopping.requested()))  # so were the others, a moment before
+        self._note_heard()
         if cause is None:
             after = beats(self._store, len(self.processes))
             silent = [rank for rank in range(len(self.processes)) if before.get(rank) == after.get(rank)]

@@ -1,9 +1,9 @@
 """Ends a run that hangs, and says where each of its ranks was.
 
-A rank makes progress while its main thread comes to other places of the program: a step, a file that is read or
-written in parts, a callback of the user's are all progress, without having to say so. One that has been at the very
-same place for `trainer.timeout_minutes`, in an exchange that never ends or in a read that never returns, hangs. Time
-in which the whole process did not run (Ctrl-Z, a suspended job) does not count.
+A rank makes progress while it takes steps, and while its main thread comes to other places of the program, reads,
+writes or computes: whatever it does is progress, a callback of the user's too, without having to say so. One that does
+nothing of it for `trainer.timeout_minutes`, in an exchange that never ends or in a read that never returns, hangs.
+Time in which the whole process did not run (Ctrl-Z, a suspended job) does not count.
 
 The first rank to find this out has all of them write their stacks. A rank that cannot, as it was stopped or is lost in
 a library that holds Python's lock, is woken and asked by a signal, from the same machine: then C code writes the
@@ -13,70 +13,35 @@ stack, into a file without a name that the others read.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
-import os
 import signal
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
+from random import Random
 from types import FrameType
 
+import torch
 import torch.distributed as dist
-from torch._C import _distributed_c10d
 
 from nemo_kto import stopping
 from nemo_kto.runtime.meeting import RankRules
-from nemo_kto.runtime.processes import this_process
+from nemo_kto.runtime.processes import this_process, work_of
 from nemo_kto.runtime.ranks import Ranks
-
-_STACK_SIGNAL = signal.SIGUSR2
+from nemo_kto.runtime.stacks import STACK_SIGNAL, StackFile, in_words, place_of, read_stacks, report
 
 _TICK = 1.0
+
+_BUSY = 0.1
+"""Share of the time; a thread that computes more than this does not hang."""
 
 _FOR_STACKS = 10.0
 """Seconds in which the ranks write their stacks."""
 
 _FOR_THE_MAIN_THREAD = 10.0
 """Seconds after the end of another rank in which this one's main thread should have found out by itself."""
-
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-
-
-class StackFile:
-    """A file without a name that this process writes the stacks of its threads to when it gets a signal.
-
-    Attributes:
-        number: Of the open file.
-    """
-
-    def __init__(self) -> None:
-        self.number = os.memfd_create("stacks")
-        chain = callable(signal.getsignal(_STACK_SIGNAL))
-        faulthandler.register(_STACK_SIGNAL, file=self.number, all_threads=True, chain=chain)
-
-    def close(self) -> None:
-        """Listen no more."""
-        faulthandler.unregister(_STACK_SIGNAL)
-        os.close(self.number)
-
-    def read(self) -> str:
-        """Return what has been written."""
-        return _read(os.getpid(), self.number)
-
-
-def _read(pid: int, number: int) -> str:
-    """Return what is in an open file of a process of the same user; nothing if that cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/fd/{number}").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 class Watchdog:
@@ -101,6 +66,7 @@ class Watchdog:
         self._limit = rules.timeout.total_seconds()
         self._folder = rules.hang_folder
         self._watched = threading.get_ident()
+        self._thread_number = threading.get_native_id()
         self._ended = threading.Event()
         self._alone = 0.0  # seconds since another rank is gone
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -115,17 +81,25 @@ class Watchdog:
             self._stacks.close()
 
     def _watch(self) -> None:
-        place, idle, before = _place(self._frame()), 0.0, time.monotonic()
-        while not self._ended.wait(_TICK):
+        (seen, computed), idle, before = self._look(), 0.0, time.monotonic()
+        chance = Random()  # what comes back to the same place every second must not be found there each time
+        while not self._ended.wait(_TICK * chance.uniform(0.5, 1.5)):
             now = time.monotonic()
             passed, before = min(now - before, 2 * _TICK), now  # what is more was not running itself
-            found = _place(self._frame())
-            idle, place = (idle + passed if found == place else 0.0), found
+            found, seconds = self._look()
+            works = found != seen or seconds - computed > _BUSY * passed
+            idle, seen, computed = 0.0 if works else idle + passed, found, seconds
             if self.ranks.hangs or idle > self._limit:
                 self._end_run()
             self._alone = self._alone + passed if self.ranks.dead() and not self.run_is_over else 0.0
             if self._alone > _FOR_THE_MAIN_THREAD:
                 self._end_alone()
+
+    def _look(self) -> tuple[tuple[int, ...], float]:
+        """Return numbers that stay the same while nothing happens, and the seconds that the thread has computed."""
+        done, seconds = work_of(self._thread_number)
+        # who waits for a GPU computes too, as it asks again and again
+        return (self.ranks.step(), place_of(self._frame()), done), 0.0 if torch.cuda.is_available() else seconds
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._watched)
@@ -146,8 +120,8 @@ class Watchdog:
 
     def _end_run(self) -> None:
         """Write down where this rank is, see that the others do, and end this process."""
-        step, where = self.ranks.step(), _in_words(self._frame())
-        stack = self._own_stack()
+        step, where = self.ranks.step(), in_words(self._frame())
+        stack = report(self._frame())
         stopped = self._wake_stopped()  # last, as the run then goes on for a moment
         leads = self.ranks.ask(lambda store: store.add("hang", 1) == 1)
         if leads is None:
@@ -171,7 +145,7 @@ class Watchdog:
         """Let those ranks run again that were stopped, and have them write first where; return which they are."""
         stopped = [rank for rank, process in enumerate(self.ranks.processes) if process.is_stopped]
         for rank in stopped:
-            self.ranks.processes[rank].signal(_STACK_SIGNAL)
+            self.ranks.processes[rank].signal(STACK_SIGNAL)
             self.ranks.processes[rank].signal(signal.SIGCONT)
         return stopped
 
@@ -192,9 +166,9 @@ class Watchdog:
         self._await(ask)
         for rank, process in enumerate(self.ranks.processes):
             if rank not in found and self.ranks.is_first_here() and not process.is_gone:
-                process.signal(_STACK_SIGNAL)
+                process.signal(STACK_SIGNAL)
                 time.sleep(_TICK)
-                stack = _read(process.pid, self._stack_numbers[rank]) or "It does not answer.\n"
+                stack = read_stacks(process.pid, self._stack_numbers[rank]) or "It does not answer.\n"
                 self._write_stack(rank, step, stack)
         return found
 
@@ -203,15 +177,6 @@ class Watchdog:
         end = time.monotonic() + _FOR_STACKS
         while not self.ranks.ask(question) and time.monotonic() < end:
             time.sleep(_TICK / 5)
-
-    def _own_stack(self) -> str:
-        """Return what is to be known of this rank: what it waits for, its stack, and what its other threads do."""
-        frame = self._frame()
-        parts = [*_unfinished_exchanges(), "".join(traceback.format_stack(frame)) if frame else ""]
-        with tempfile.TemporaryFile("w+") as file:
-            faulthandler.dump_traceback(file=file, all_threads=True)
-            file.seek(0)
-            return "\n".join([*parts, f"All threads:\n{file.read()}"])
 
     def _write_stack(self, rank: int, step: int, text: str) -> None:
         number = f"rank {rank} of {len(self.ranks.processes)}, after step {step}"
@@ -259,43 +224,3 @@ def watch_over(
     ranks = Ranks(store, rank=dist.get_rank(), processes=list(processes), step=step, exit_codes=exit_codes)
     stopping.outlive_parent()  # it says so instead when that one ends
     return Watchdog(ranks, stacks=stacks, stack_numbers=list(numbers), rules=rules)
-
-
-def _place(frame: FrameType | None) -> int:
-    """Return a number for where in the program a thread is, callers included."""
-    places = []
-    while frame is not None:
-        places.append((frame.f_code, frame.f_lasti))
-        frame = frame.f_back
-    return hash(tuple(places))
-
-
-def _in_words(frame: FrameType | None) -> str:
-    """Return where a thread is: its innermost function, and the innermost line that is not a library's."""
-    if frame is None:
-        return "no Python code"
-    code, found = frame.f_code, frame
-    while found is not None and _is_library(found.f_code.co_filename):
-        found = found.f_back  # type: ignore[assignment]
-    shown = found or frame
-    name = getattr(code, "co_qualname", code.co_name)  # before Python 3.11 without its class
-    return f"{name} ({'/'.join(Path(shown.f_code.co_filename).parts[-3:])}:{shown.f_lineno})"
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(("<", *_LIBRARIES)) and "nemo_kto" not in Path(file).parts
-
-
-def _unfinished_exchanges() -> list[str]:
-    """Return what torch's flight recorder knows of exchanges that have begun and not ended, in words."""
-    try:
-        entries = json.loads(_distributed_c10d._dump_fr_trace_json()).get("entries", [])
-    except (AttributeError, ValueError, RuntimeError):  # of another version of torch
-        return []
-    lines = [
-        f"{entry['profiling_name']} number {entry['collective_seq_id']} of group {entry['process_group'][-1]}, sizes "
-        f"{entry['input_sizes']}, begun {datetime.fromtimestamp(entry['time_created_ns'] / 1e9):%H:%M:%S}"
-        for entry in entries
-        if not entry.get("retired") and entry.get("state") != "completed"
-    ]
-    return ["Exchanges that have begun and not ended:\n" + "\n".join(lines[-20:]) + "\n"] if lines else []
