@@ -182,8 +182,8 @@ def test_sigterm_saves_and_another_layout_goes_on(
     root: Path, uninterrupted: Path, tmp_path: Path, second: dict[str, int]
 ) -> None:
     code, output, errors = run(command(root, tmp_path, script=ENDED, **WITH_CHECKPOINTS), TERMINATE_AT_STEP="4")
-    assert code == 0, output + errors
-    assert "Stopped at step 5 of 10; run the same command to continue" in output
+    assert code == 75, output + errors
+    assert "Stopped at step 5 of 10 (SIGTERM); run the same command to continue" in output
     code, output, errors = run(command(root, tmp_path, **second, **WITH_CHECKPOINTS))
     assert code == 0, output + errors
     assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=False)
