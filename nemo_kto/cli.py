@@ -63,7 +63,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_command("report"))
     _add_data_commands(commands)
+    _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", help="list a run's checkpoints, or compare them with what was written"
+    )
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, function, text in (
+        ("list", "list_checkpoints", "list the checkpoints of a run, judged by the sizes of their files"),
+        ("verify", "verify", "read the checkpoints of a run; the exit code is 1 if a file is not what was written"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        action.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="log folder of a run")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.set_defaults(run=_command("checkpoint", function))
 
 
 def _add_generate(commands: Any) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
+from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
@@ -82,6 +83,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     source = source_of(checkpoint)
     if merge and not is_adapter(source):
         raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
+    fault = fault_of(checkpoint, checksums=True)
+    if fault is not None:
+        raise DamagedCheckpointError(checkpoint, fault)
     with parallel.default_group():
         adapter = is_adapter(source) and not merge
         (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
@@ -105,7 +109,7 @@ def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
 def _export_model(checkpoint: Path, folder: Path, card: str | None) -> None:
     layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = load_model(checkpoint, layout)
+    model = load_model(checkpoint, layout, verify=False)  # it has been
     source = source_of(checkpoint)
     with adapters_merged([model]) if is_adapter(source) else nullcontext():
         export_hf([model], load_hf_config(source), folder, tokenizer_folder=source, card=card)
