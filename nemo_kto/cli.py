@@ -175,6 +175,7 @@ def _add_tokenization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of model or tokenizer"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in that folder run")
     parser.add_argument("--prompt-template", metavar="TEXT", help="for strings: text with {prompt} in it, or chat")
     parser.add_argument("--special-tokens", metavar="WHAT", help="auto, text or control")
     parser.add_argument("--system", metavar="WHAT", help="keep, merge_into_user or drop")

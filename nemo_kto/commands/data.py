@@ -70,8 +70,10 @@ def _field(text: str) -> tuple[str, str]:
 
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
     # a reader of somebody's own may need torch
-    without_torch = options.own_process and data.reader is None
-    tokenizer = load_tokenizer(options.tokenizer, without_torch=without_torch)
+    without_torch = options.own_process and data.reader is None and not options.trust_remote_code
+    tokenizer = load_tokenizer(
+        options.tokenizer, without_torch=without_torch, trust_remote_code=options.trust_remote_code
+    )
     return Encoder(tokenizer, tokenization_settings(data))
 
 

@@ -112,6 +112,7 @@ class TokenizerConfig:
     """`model.tokenizer`."""
 
     path: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
     family_of(named, file)  # before transformers: it may not know the architecture either
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base
         raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
     check_hf_config(config)
