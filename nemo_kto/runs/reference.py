@@ -18,7 +18,8 @@ from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.projections import LoRASettings, projections_of
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.weights.folder import SafetensorsFolder, weights_digest
+from nemo_kto.weights.folder import weights_digest
+from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
 
 logger = logging.getLogger(__name__)
@@ -180,5 +181,4 @@ def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:
             f"model.kto.reference.checkpoint={folder} has another architecture than the model that is trained: "
             f"{', '.join(different)}."
         )
-    with SafetensorsFolder(folder):
-        pass  # raises for a folder without weights
+    check_weights(folder, hf_config)
