@@ -90,17 +90,19 @@ def _nothing(hf: Any) -> dict[str, Any]:
     return {}
 
 
-def own_field(hf: Any, name: str) -> Any:
-    """Return a field of a model's configuration; None where its architecture has no such field.
+def own_fields(hf: Any) -> frozenset[str]:
+    """Return the fields of transformers' configuration `hf` that its architecture has.
 
-    transformers keeps keys of config.json that an architecture does not know, such as the `sliding_window` of a llama
-    model, and computes nothing with them.
-
-    Args:
-        hf: transformers' configuration.
-        name: Name of the field.
+    It keeps other keys of config.json too, such as the `sliding_window` of a llama model, and computes nothing with
+    them.
     """
-    return getattr(hf, name) if name in inspect.signature(type(hf).__init__).parameters else None
+    # the channels of a head are looked for in every architecture
+    return frozenset({"model_type", "head_dim", *inspect.signature(type(hf).__init__).parameters})
+
+
+def own_field(hf: Any, name: str) -> Any:
+    """Return a field of transformers' configuration `hf`; None where its architecture has none of this name."""
+    return getattr(hf, name, None) if name in own_fields(hf) else None
 
 
 def unlike_llama(hf: Any) -> dict[str, Any]:

@@ -56,12 +56,10 @@ class Piece:
 
     def at(self, layer: int | str, expert: int | str) -> Piece:
         """Return the piece of one layer and expert."""
-        return replace(
-            self,
-            name=self.name.format(layer=layer, expert=expert),
-            place=0 if self.stacked is None else int(expert),
-            elsewhere=tuple(piece.at(layer, expert) for piece in self.elsewhere),
-        )
+        name = self.name.format(layer=layer, expert=expert)
+        place = 0 if self.stacked is None else int(expert)
+        elsewhere = tuple(piece.at(layer, expert) for piece in self.elsewhere)
+        return Piece(name, self.shape, self.first_row, self.total_rows, self.stacked, place, elsewhere)
 
     def found_among(self, names: Collection[str]) -> list[Piece]:
         """Return where a folder with tensors of these names keeps the piece: nowhere, once, or in several copies."""

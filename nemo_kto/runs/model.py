@@ -59,12 +59,14 @@ def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     given = {name: value for name, value in sizes.items() if value is not None}
     folder = config.pretrained_checkpoint.restore_from_path
     if folder is None:
-        return hf_config_from_sizes(
+        hf_config = hf_config_from_sizes(
             vocab_size=highest_token_id(tokenizer) + 1,  # the tokenizer may leave out some below
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             **given,
         )
+        hf_config.dtype = params_dtype_of(config)  # so a checkpoint is exported as the run itself would
+        return hf_config
     if given:
         raise ConfigError(
             f"{', '.join('model.' + name for name in given)}: the sizes come from "

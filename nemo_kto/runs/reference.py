@@ -15,6 +15,7 @@ from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.batches.reference_cache import ReferenceCache
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
+from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.projections import LoRASettings, projections_of
 from nemo_kto.quiet import is_global_rank_zero
@@ -173,8 +174,8 @@ def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:
         raise CheckpointError(f"model.kto.reference.checkpoint: {error}") from error
     different = [
         f"{name} ({theirs.get(name)}, not {ours.get(name)})"
-        for name in sorted({**theirs, **ours})
-        if name not in _IRRELEVANT and not name.endswith("_token_id") and theirs.get(name) != ours.get(name)
+        for name in sorted(own_fields(hf_config) - set(_IRRELEVANT))
+        if not name.endswith("_token_id") and theirs.get(name) != ours.get(name)
     ]
     if different:
         raise ConfigError(

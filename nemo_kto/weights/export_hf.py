@@ -106,7 +106,9 @@ class _Plan:
 
     def order(self, key: str) -> tuple[Any, ...]:
         """Return what the model's tensors are sorted by: the files of the source, then layers."""
-        files = [self._file_of.get(place.name, 0) for piece in self._rule(key).pieces for place in self._places(piece)]
+        files = [
+            self._file_of.get(place.name, "") for piece in self._rule(key).pieces for place in self._places(piece)
+        ]
         return (min(files), max(files), natural(key))
 
     def add(self, key: str, full: torch.Tensor) -> None:
@@ -140,7 +142,7 @@ class _Plan:
         self._new.finish()
 
     @property
-    def _file_of(self) -> dict[str, int]:
+    def _file_of(self) -> dict[str, str]:
         return {} if self._form is None else self._form.file_of
 
     def _rule(self, key: str) -> Rule:

@@ -26,8 +26,8 @@ class ShardWriter:
         folder: Where.
         dtype_of: Name of a tensor -> the dtype it is written in.
         max_bytes: A file is full when the next tensor would make it larger.
-        file_of: Name of a tensor -> number of the file it is in where the names come from. A file is also full when
-            the next tensor is of a later one.
+        file_of: Name of a tensor -> name of the file it shall be in, in the order of files. A file is then also full
+            when the next tensor is of a later one.
         too_large: The first tensor, with its largest value, that float16 cannot hold; it is written in bfloat16, which
             can. None if there is none.
     """
@@ -35,14 +35,14 @@ class ShardWriter:
     folder: Path
     dtype_of: Callable[[str], torch.dtype]
     max_bytes: int
-    file_of: Mapping[str, int] = field(default_factory=dict)
+    file_of: Mapping[str, str] = field(default_factory=dict)
     too_large: tuple[str, float] | None = None
     _pieces: dict[str, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _pending_bytes: int = 0
-    _current: int = 0
+    _current: str = ""
     _total_bytes: int = 0
-    _files: list[list[str]] = field(default_factory=list)
+    _files: list[tuple[str, list[str]]] = field(default_factory=list)
     _error: OSError | None = None
 
     def add(self, piece: Piece, values: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ class ShardWriter:
         tensor = cast(whole, dtype).reshape(piece.tensor_shape).contiguous()
         if tensor.dtype != dtype and self.too_large is None:
             self.too_large = (piece.name, float(whole.abs().max()))
-        file = self.file_of.get(piece.name, 0)
+        file = self.file_of.get(piece.name, "")
         if self._pending and (file > self._current or self._pending_bytes + tensor.nbytes > self.max_bytes):
             self._flush()
         self._current = max(self._current, file)
@@ -71,29 +71,35 @@ class ShardWriter:
         self._flush()
         if self._error is not None:
             raise self._error
-        count = len(self._files)
-        if count == 1:
-            self._unnamed(0).rename(self.folder / WEIGHTS_FILE)
-            return
+        names = self._final_names()
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._files):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        for number, (final, (_, tensors)) in enumerate(zip(names, self._files, strict=True)):
             self._unnamed(number).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            weight_map.update(dict.fromkeys(tensors, final))
+        if names != [WEIGHTS_FILE]:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _final_names(self) -> list[str]:
+        """Return the files' names: those they shall have, or, where one of these became several, transformers'."""
+        wanted = [file for file, _ in self._files]
+        if all(file and "/" not in file for file in wanted) and len(set(wanted)) == len(wanted):
+            return wanted
+        if len(wanted) == 1:
+            return [WEIGHTS_FILE]
+        return [f"model-{number:05d}-of-{len(wanted):05d}.safetensors" for number in range(1, len(wanted) + 1)]
 
     def _flush(self) -> None:
         try:
             save_file(self._pending, self._unnamed(len(self._files)), metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             self._error = self._error or OSError(str(error))
-        self._files.append(list(self._pending))
+        self._files.append((self._current, list(self._pending)))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
     def _unnamed(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"
+        return self.folder / f"{number:05d}.partial"
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

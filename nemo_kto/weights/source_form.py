@@ -26,17 +26,17 @@ class StoredForm:
     """How a folder stores a model.
 
     Attributes:
-        files: For each of its files, name of a tensor -> dtype, as the safetensors format calls it.
+        files: Name of each of its files -> name of a tensor -> dtype, as the safetensors format calls it.
         largest_file: Bytes of the tensors in the largest file.
     """
 
-    files: list[dict[str, str]]
+    files: dict[str, dict[str, str]]
     largest_file: int
 
     @cached_property
-    def file_of(self) -> dict[str, int]:
-        """Name of a tensor -> number of its file."""
-        return {name: number for number, names in enumerate(self.files) for name in names}
+    def file_of(self) -> dict[str, str]:
+        """Name of a tensor -> name of its file."""
+        return {name: file for file, names in self.files.items() for name in names}
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
@@ -51,11 +51,14 @@ def stored_form(folder: Path) -> StoredForm | None:
     """
     if has_weights(folder):
         with SafetensorsFolder(folder) as stored:
+            files = {
+                str(file.relative_to(folder)): {name: stored.dtype(name) for name in names}
+                for file, names in stored.files.items()
+            }
             sizes = [
-                sum(math.prod(stored.shape(name)) * DTYPES[stored.dtype(name)].itemsize for name in names)
-                for names in stored.files.values()
+                sum(math.prod(stored.shape(name)) * DTYPES[dtype].itemsize for name, dtype in tensors.items())
+                for tensors in files.values()
             ]
-            files = [{name: stored.dtype(name) for name in names} for names in stored.files.values()]
         return StoredForm(files=files, largest_file=max(sizes))
     file = folder / _FORM_FILE
     return StoredForm(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None

@@ -351,7 +351,7 @@ def test_tensors_that_do_not_fit_the_model_are_named(source: Path, tmp_path: Pat
         check_adapter(folder, settings, hf_config)
     assert "another model" not in str(partial.value)
     beyond = name.replace("layers.2", "layers.7")
-    save_file({**tensors, beyond: tensors[name]}, file)
+    save_file({**tensors, beyond: tensors[name].clone()}, file)
     with pytest.raises(CheckpointError, match=r"layer 8, and the model only has 4 layers.*another model"):
         check_adapter(folder, settings, hf_config)
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, file)
