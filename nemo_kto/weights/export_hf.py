@@ -195,7 +195,7 @@ def gathered_tensors(
         for key, corner in places:
             owners.setdefault(key, {}).setdefault(corner, owner)
     any_parameter = next(chunks[0].parameters())
-    keys = sorted(owners, key=order or natural)
+    keys = sorted(owners, key=order or natural) if rank == 0 else list(owners)
     dist.broadcast_object_list(keys, src=0)
     for key in keys:
         full = None

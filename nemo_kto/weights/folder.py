@@ -67,8 +67,8 @@ class NewFolder:
 
 
 def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """Return the dtype named by a configuration, if any; transformers 4 calls it `torch_dtype`."""
-    named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    """Return the dtype named by a configuration, if any."""
+    named = getattr(config, "dtype", None)
     return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
 
 
