@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--merge", action="store_true", help="of a run with LoRA, write the whole model instead of an adapter for PEFT"
     )
+    export.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto, the default: that of the folder training started from",
+    )
     export.set_defaults(run=_command("export"))
     cache = commands.add_parser(
         "cache-reference",

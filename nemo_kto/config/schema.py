@@ -78,6 +78,7 @@ class ExportConfig:
 
     enabled: bool = True
     folder: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     merge_adapters: bool = False
 
 

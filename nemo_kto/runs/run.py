@@ -70,7 +70,13 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     layout = layout_of(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)
     reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
-    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings, trains=trains)
+    data = read_data(
+        config,
+        tokenizer,
+        max_positions=hf_config.max_position_embeddings,
+        vocab_size=hf_config.vocab_size,
+        trains=trains,
+    )
     config = settle_loss_weights(config, data)
     if reference.mode == "cached":
         cache = cache_settings(config, hf_config, reference, data, tokenizer)

@@ -133,5 +133,5 @@ def test_refused(data: dict[str, Any], parts: list[str]) -> None:
         else:
             setattr(config.model.data, name, value)
     with pytest.raises(ConfigError) as caught:
-        read_data(config, tokenizer=None, max_positions=64)  # type: ignore[arg-type]  # it is not asked for
+        read_data(config, tokenizer=None, max_positions=64, vocab_size=8)  # type: ignore[arg-type]  # it is not asked for
     assert all(part in str(caught.value) for part in parts), caught.value
