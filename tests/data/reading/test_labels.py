@@ -78,7 +78,9 @@ def test_long_label_is_cut_short():
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize(("value", "hinted"), [(4, True), (0.7, True), ("4", False), (None, False)])
+@pytest.mark.parametrize(
+    ("value", "hinted"), [(4, True), (0.7, True), ("4", True), (" 0.5 ", True), ("good", False), (None, False)]
+)
 def test_ratings_are_told_of_the_threshold(value, hinted):
     with pytest.raises(RecordError) as caught:
         parse_label(value, "label")

@@ -56,6 +56,38 @@ VALID: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": TURNS, "kto_tag": 0, **REST},
     "message_pairs": {"conversations": TURNS[:1], "chosen": TURNS[3], "rejected": [ASSISTANT], **REST},
     "nemo_aligner_pairs": {"prompt": "p", "chosen_response": "c", "rejected_response": "r", **REST},
+    "helpsteer3": {
+        "context": [USER],
+        "response1": "a",
+        "response2": "b",
+        "overall_preference": -2,
+        "individual_preference": [{"score": -2}],
+        **REST,
+    },
+    "openai_dpo": {
+        "input": {"messages": [USER], "tools": [{"name": "add"}], "parallel_tool_calls": True},
+        "preferred_output": [ASSISTANT],
+        "non_preferred_output": [CALL],
+        "system": "s",
+    },
+    "langfuse": {
+        "input": json.dumps([USER]),
+        "output": {"role": "assistant", "content": "a"},
+        "scores": [{"name": "thumb", "value": 1, "dataType": "BOOLEAN"}, {"name": "note", "dataType": "TEXT"}],
+        **REST,
+    },
+    "langsmith": {
+        "inputs": {"messages": [[{"lc": 1, "type": "constructor", "kwargs": {"type": "human", "content": "q"}}]]},
+        "outputs": {"generations": [[{"message": {"type": "ai", "content": "a", "tool_calls": [{"name": "f"}]}}]]},
+        "feedback_stats": {"thumb": {"n": 1, "avg": 1.0, "values": {}}},
+        "extra": {"invocation_params": {"tools": [{"name": "add"}]}},
+    },
+    "chatui": {
+        "messages": [
+            {"from": "user", "content": "q", "id": "1", "ancestors": []},
+            {"from": "assistant", "content": "a", "id": "2", "ancestors": ["1"], "score": -1, "reasoning": "r"},
+        ],
+    },
     "pairs": {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "b"}], **REST},
 }
 
@@ -93,7 +125,7 @@ def check_read(row: dict[str, Any], reader: RowReader) -> None:
     place = Row("f.jsonl", 5, row)
     before = repr(row)
     try:
-        found = [*parse_chunk(Chunk(reader.detect(place), [place]))]
+        found = [*parse_chunk(Chunk(reader.settle([place]), [place]))]
     except DataError as error:
         assert str(error).startswith("f.jsonl:5: ")
         str(error).encode()

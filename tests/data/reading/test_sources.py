@@ -68,7 +68,7 @@ def test_first_row_that_can_be_read_decides_for_its_file(tmp_path):
     assert error_of(path).startswith(f"{path}:2: field 'response' is missing.")
     path.write_text("{\n" + json.dumps(TRL_ROW) + "\n")
     ((reader, *_),) = read_chunks(Source(str(path)), 10)
-    assert reader.format == "trl"
+    assert reader.settled.format == "trl"
 
 
 def test_rows_are_read_as_told(tmp_path):
