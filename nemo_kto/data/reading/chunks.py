@@ -5,6 +5,7 @@ Bad records are yielded among the good ones, so that whoever reads decides wheth
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +69,14 @@ _OF_RECORDS = RowReader("trl", settled=Settled("trl", "label", dict.fromkeys(SPO
 
 def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
     """Yields the records of some rows, in order."""
+    of_records = replace(_OF_RECORDS, chat=chunk.reader.chat)
     for row in chunk.rows:
         if isinstance(row, BadRecord):
             yield row
             continue
         try:
             if isinstance(row, FeedbackRecord):  # of a function of other people: judged as a row that says the same
-                yield from _OF_RECORDS.read(Row(row.source, row.line, row.row()))
+                yield from of_records.read(Row(row.source, row.line, row.row()))
             else:
                 yield from chunk.reader.read(row)
         except RecordError as error:

@@ -768,7 +768,7 @@ def test_pictures_are_refused():
 
 @pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}, "{", "3"])
 def test_arguments_stay_as_they_were_written(arguments):
-    """OpenAI writes a call's arguments as JSON in a string, others as an object; which one a template takes is its own."""
+    """OpenAI writes a call's arguments as JSON in a string, others as an object; templates want one of the two."""
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [user("q"), {"role": "assistant", "tool_calls": [call]}], "label": True}
     ((_, (answer,), _),) = read(row)
