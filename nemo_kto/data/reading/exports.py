@@ -151,7 +151,11 @@ def rated_messages(row: Columns) -> list[Answer]:
         if score is None or (row.judge.threshold is None and score is not False and score == 0):  # taken back
             continue
         good = row.judge.desirable(_thumb(score, row), f"{name}[{number}].score")
-        answers.append(Answer(_before(messages, number, name), [message], good, (name, name)))
+        before = _before(messages, number, name)
+        if not _is_assistants(message) or not before or _is_assistants(before[-1]):
+            what = "is not an answer of the assistant to somebody else"
+            raise RecordError(f", message {number + 1}: has a score, but {what}.", name)
+        answers.append(Answer(before, [message], good, (name, name)))
     if not answers:
         raise RecordError("holds no message with a score: nobody rated an answer.", name)
     return answers
@@ -169,6 +173,10 @@ def has_scores(row: Columns) -> bool:
 
 def _score_of(message: Any) -> Any:
     return message.get("score") if isinstance(message, Mapping) else None
+
+
+def _is_assistants(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("from", message.get("role")) in ("assistant", "gpt")
 
 
 def _thumb(score: Any, row: Columns) -> Any:
