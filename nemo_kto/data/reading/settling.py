@@ -8,7 +8,7 @@ from nemo_kto.data.reading.columns import SPOKEN, Columns
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.formats import FORMATS
 from nemo_kto.data.reading.json_strings import CHOICE, Reading, settled_reading
-from nemo_kto.data.reading.paths import Missing, look_up, quoted
+from nemo_kto.data.reading.paths import Missing, look_up, setting_of
 from nemo_kto.errors import DataError
 
 SAMPLE = 1000
@@ -117,7 +117,7 @@ def label_column(format: str, rows: Sequence[Row], views: Sequence[Columns]) -> 
 
 
 def _several(row: Row, places: Mapping[str, None]) -> str:
-    settings = " or ".join(f"model.data.fields={{label: {quoted(place)}}}" for place in places)
+    settings = " or ".join(setting_of("label", place) for place in list(places)[:8])
     return f"{row.source}:{row.line}: there are {len(places)} scores, each of which may be the label. Set {settings}."
 
 
