@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nemo_kto.data.reading.records import json_type
+from nemo_kto.data.reading.records import json_type, printable
 
 Step = str | int | tuple[str, str]
 
@@ -160,5 +160,6 @@ def quoted(text: str) -> str:
     """Returns text as Hydra reads it in an override."""
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in _OTHER_VALUES:
         return text
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    escaped = printable(text)
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', escaped)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'

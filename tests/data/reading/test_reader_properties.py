@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nemo_kto.data.reading.chunks import Chunk, parse_chunk, read_feedback
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.formats import FORMATS
+from nemo_kto.data.reading.json_strings import JSON_STRINGS
 from nemo_kto.data.reading.labels import parse_label
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.reading.row_reader import RowReader
@@ -191,11 +192,12 @@ def test_any_place_missing(name):
     row=st.dictionaries(st.sampled_from(COLUMNS) | TEXT, JSON, max_size=6),
     threshold=st.none() | st.just(">= 4"),
     fields=st.dictionaries(st.sampled_from(["prompt", "response", "label", "messages"]), st.sampled_from(COLUMNS)),
+    how=st.fixed_dictionaries({"json_strings": st.sampled_from(JSON_STRINGS), "chat": st.booleans()}),
 )
-def test_any_row_in_any_format(row, threshold, fields):
-    check_read(row, RowReader(desirable_if=threshold, fields=fields))
+def test_any_row_in_any_format(row, threshold, fields, how):
+    check_read(row, RowReader(desirable_if=threshold, fields=fields, **how))
     for name in FORMATS:
-        check_read(row, RowReader(name, fields, threshold))
+        check_read(row, RowReader(name, fields, threshold, **how))
 
 
 @settings(max_examples=100, suppress_health_check=IN_A_FOLDER)
