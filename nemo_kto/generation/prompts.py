@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.reading.containers import read_rows
-from nemo_kto.data.reading.json_strings import messages_in, settled_reading
+from nemo_kto.data.reading.json_strings import MESSAGES, messages_in, settled_reading
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, Messages
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
@@ -38,7 +38,7 @@ def read_prompts(file: Path) -> list[str | Messages]:
 
 def _opened(prompts: list[str | Messages], file: Path) -> list[str | Messages]:
     """Return prompts with messages for strings that spell them, as training reads a file of its own."""
-    reading = settled_reading([prompt for prompt in prompts if isinstance(prompt, str)], messages_in)
+    reading = settled_reading([prompt for prompt in prompts if isinstance(prompt, str)], MESSAGES)
     if not isinstance(reading, str):
         raise DataError(
             f"{file}: some prompts are messages as JSON and others text; keep the two in files of their own."

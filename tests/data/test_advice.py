@@ -122,7 +122,9 @@ CASES = {
     "no scores": Case([{"input": "hello", "output": "a", "thumb": [1]}], "field 'scores' is missing", fill=["thumb"]),
     "an input of other keys": Case([TRACE | {"input": {"what is asked": "q"}}], "holds the prompt, set"),
     "an output of other keys": Case([RUN | {"outputs": {"answer": "a"}}], "holds the response, set"),
-    "an answer in JSON": Case([RUN | {"outputs": '{"answer": "a"}', "inputs": "q"}], "for text, set", ["", ""]),
+    "an answer in JSON": Case(
+        [RUN | {"outputs": '{"answer": "a"}', "inputs": "q"}], "for text what spells no messages", ["", ""]
+    ),
     "several answers": Case([RUN | {"outputs": {"generations": [[{"text": "a"}, {"text": "b"}]]}}], "holds 2 answers"),
     "a preference with a sign": Case(
         [{"prompt": "hello", "output_A": "a", "output_B": "b", "label": -2}],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kto.data.reading.json_strings import Opener, Reading, messages_in, parsed_json, read_string
+from nemo_kto.data.reading.json_strings import MESSAGES, Reading, Spelling, parsed_json, read_string
 from nemo_kto.data.reading.labels import Judge
 from nemo_kto.data.reading.paths import Missing, look_up
 from nemo_kto.data.reading.records import RecordError
@@ -36,7 +36,7 @@ class Columns:
         judge: What labels mean.
         given: Those of our names that the user has given a column.
         readings: Which of `SPOKEN` -> how its strings are read; "either" where nothing is said.
-        opener: What strings of these hold besides text.
+        spelling: What strings of these may spell.
     """
 
     values: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Columns:
     judge: Judge = field(default_factory=Judge)
     given: frozenset[str] = frozenset()
     readings: Mapping[str, Reading] = field(default_factory=dict)
-    opener: Opener = messages_in
+    spelling: Spelling = MESSAGES
 
     def column(self, name: str) -> str:
         """The column a value is in, or would be in."""
@@ -97,7 +97,7 @@ class Columns:
             return parsed_json(value, self.column(name))  # no text could be meant
         if name not in SPOKEN:
             return value
-        return read_string(value, self.column(name), self.readings.get(name, "either"), self.opener)
+        return read_string(value, self.column(name), self.readings.get(name, "either"), self.spelling)
 
     def label(self) -> bool:
         """Whether the answer is desirable; a RecordError for a label that does not say so."""

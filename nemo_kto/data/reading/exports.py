@@ -76,7 +76,7 @@ def _alone(value: Any) -> Any:
 def _as_text(row: Columns, name: str) -> str:
     """What else can be done about an object that is written as a string."""
     is_string = isinstance(look_up(row.values, row.column(name)), str)
-    return " To take such a string for text, set model.data.json_strings=text." if is_string else ""
+    return " To take for text what spells no messages, set model.data.json_strings=messages." if is_string else ""
 
 
 def _unknown_keys(value: Mapping[str, Any], place: str, ours: str, hint: str) -> RecordError:

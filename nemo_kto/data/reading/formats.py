@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from nemo_kto.data.reading import answers, exports
 from nemo_kto.data.reading.columns import Answer, Columns
-from nemo_kto.data.reading.json_strings import Opener, messages_in, objects_in
+from nemo_kto.data.reading.json_strings import MESSAGES, OBJECTS, Spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Format:
         fits: What else is true of such a row; only detection asks.
         labels: Row -> the places that may hold its label, by what they are called in a message; None where the columns
             in `names` are all there are.
-        opener: See `Columns`; None where prompts and responses are text.
+        spelling: See `Columns`; None where prompts and responses are text.
         rated: Whether a column of ratings may stand in for the labels.
     """
 
@@ -45,7 +45,7 @@ class Format:
     without: tuple[str, ...] = ()
     fits: Callable[[Columns], bool] | None = None
     labels: Callable[[Columns], Mapping[str, str]] | None = None
-    opener: Opener | None = messages_in
+    spelling: Spelling | None = MESSAGES
     rated: bool = True
 
 
@@ -61,9 +61,9 @@ FORMATS: Mapping[str, Format] = {
         answers.alpaca,
         ("instruction", "response", "label"),
         {"response": ("output",), "label": ("kto_tag", "label")},
-        opener=None,
+        spelling=None,
     ),
-    "alpaca_pairs": Format(answers.alpaca, ("instruction", "chosen", "rejected"), opener=None),
+    "alpaca_pairs": Format(answers.alpaca, ("instruction", "chosen", "rejected"), spelling=None),
     "messages": Format(answers.messages, ("messages", "label"), _CONVERSATION),
     "sharegpt": Format(answers.messages, ("messages", "label"), {**_CONVERSATION, "messages": ("conversations",)}),
     # ultrafeedback_binarized has a prompt, pairs, and the chosen conversation once more as messages
@@ -94,7 +94,7 @@ FORMATS: Mapping[str, Format] = {
             "rejected": ("non_preferred_output", "non_preferred_completion"),
             "tools": ("tools", "input.tools"),
         },
-        opener=objects_in,
+        spelling=OBJECTS,
     ),
     "langfuse": Format(
         exports.trace,
@@ -106,7 +106,7 @@ FORMATS: Mapping[str, Format] = {
             "tools": ("tools", "input.tools"),
         },
         labels=exports.langfuse_labels,
-        opener=objects_in,
+        spelling=OBJECTS,
     ),
     "langsmith": Format(
         exports.trace,
@@ -118,7 +118,7 @@ FORMATS: Mapping[str, Format] = {
             "tools": ("tools", "inputs.tools", "extra.invocation_params.tools"),
         },
         labels=exports.langsmith_labels,
-        opener=objects_in,
+        spelling=OBJECTS,
     ),
     "chatui": Format(
         exports.rated_messages,

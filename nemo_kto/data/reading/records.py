@@ -22,7 +22,8 @@ class FeedbackRecord:
 
     Attributes:
         prompt: The prompt as text, or as chat messages that end before the assistant's answer.
-        response: The answer as text, or as a list of exactly one assistant message; of the prompt's kind.
+        response: The answer as text, or as a list of exactly one assistant message; of the prompt's kind. Calls of
+            tools are as they were written: `arguments` may be an object, or a string with its JSON.
         desirable: True for thumbs up.
         source: Path of the file, or name of the data set, it came from.
         line: Line in that file, counted from 1; where there are no lines, the number of the record.

@@ -7,7 +7,7 @@ from nemo_kto.data.reading.columns import SCORES, Columns
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.conversations import checked_answer, checked_kwargs, checked_tools
 from nemo_kto.data.reading.formats import FIELDS, FORMATS
-from nemo_kto.data.reading.json_strings import JSON_STRINGS, Opener, Reading, messages_in
+from nemo_kto.data.reading.json_strings import JSON_STRINGS, MESSAGES, Reading, Spelling
 from nemo_kto.data.reading.labels import Judge, parse_threshold, parse_weight
 from nemo_kto.data.reading.paths import parse_path
 from nemo_kto.data.reading.records import FeedbackRecord, RecordError
@@ -180,19 +180,19 @@ class RowReader:
 
     def _seen(self, row: Row, settled: Settled) -> Columns:
         names = {**FORMATS[settled.format].names, "label": (settled.label,)}
-        return self._columns(row, names, settled.readings, FORMATS[settled.format].opener or messages_in)
+        return self._columns(row, names, settled.readings, FORMATS[settled.format].spelling or MESSAGES)
 
     def _columns(
         self,
         row: Row,
         names: Mapping[str, tuple[str, ...]],
         readings: Mapping[str, Reading],
-        opener: Opener = messages_in,
+        spelling: Spelling = MESSAGES,
     ) -> Columns:
         threshold = None if self.desirable_if is None else parse_threshold(self.desirable_if)
         given = {name: (column,) for name, column in self.fields.items()}
         return Columns(
-            row.values, {**names, **given}, Judge(self.labels, threshold), frozenset(given), readings, opener
+            row.values, {**names, **given}, Judge(self.labels, threshold), frozenset(given), readings, spelling
         )
 
     def _other_format(self, row: Row, settled: Settled, error: RecordError) -> str:

@@ -14,6 +14,9 @@ from nemo_kto.errors import DataError
 SAMPLE = 1000
 """Rows of a file by which is told how it is read."""
 
+_OF_ALIKE = 20
+"""Rows that are looked at of those that have the same columns."""
+
 Kind = Literal["text", "messages"]
 
 KINDS = (
@@ -52,7 +55,8 @@ def best_format(rows: Sequence[Row], seen_as: SeenAs) -> str:
     Raises:
         DataError: No row is of any.
     """
-    found = {name: _share_of_rows([_share(name, seen_as(name, row)) for row in rows]) for name in FORMATS}
+    alike = _alike(rows)
+    found = {name: _share_of_rows(name, alike, seen_as) for name in FORMATS}
     best = max(found, key=lambda name: found[name])
     if not any(found[best]):
         row = rows[0]
@@ -65,6 +69,14 @@ def best_format(rows: Sequence[Row], seen_as: SeenAs) -> str:
             "see docs/data.md for the formats."
         )
     return best
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows with the same columns, and the same of them filled, together: some of them tell the format of all."""
+    found: dict[tuple[tuple[str, bool], ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple((name, value is None) for name, value in row.values.items()), []).append(row)
+    return list(found.values())
 
 
 def whole_format(row: Row, seen_as: SeenAs) -> str | None:
@@ -86,13 +98,16 @@ def _share(format: str, columns: Columns) -> tuple[float, float]:
     return len(filled) / len(found.required), len(there) / len(found.required)
 
 
-def _share_of_rows(shares: list[tuple[float, float]]) -> tuple[float, ...]:
+def _share_of_rows(format: str, alike: Sequence[Sequence[Row]], seen_as: SeenAs) -> tuple[float, ...]:
     """Rows with all fields, then all fields together, then all columns."""
-    return (
-        sum(filled == 1 for filled, _ in shares),
-        sum(filled for filled, _ in shares),
-        sum(there for _, there in shares),
-    )
+    whole = filled = there = 0.0
+    for rows in alike:
+        shares = [_share(format, seen_as(format, row)) for row in rows[:_OF_ALIKE]]
+        weight = len(rows) / len(shares)
+        whole += weight * sum(share == 1 for share, _ in shares)
+        filled += weight * sum(share for share, _ in shares)
+        there += weight * sum(share for _, share in shares)
+    return whole, filled, there
 
 
 def label_column(format: str, rows: Sequence[Row], views: Sequence[Columns]) -> str:
@@ -133,20 +148,20 @@ def string_readings(format: str, rows: Sequence[Row], views: Sequence[Columns], 
     Raises:
         DataError: Some strings of a column are the JSON of messages, others are not, and nothing is said about it.
     """
-    opener = FORMATS[format].opener
-    if opener is None or choice == "text":
+    spelling = FORMATS[format].spelling
+    if spelling is None or choice == "text":
         return dict.fromkeys(SPOKEN, "text")
     if choice == "messages":
-        return dict.fromkeys(SPOKEN, "either")
+        return dict.fromkeys(SPOKEN, "messages")
     readings: dict[str, Reading] = {}
     for name in SPOKEN:
         strings = [(value, row) for value, row in _values(name, rows, views) if isinstance(value, str)]
-        found = settled_reading((text for text, _ in strings), opener)
+        found = settled_reading((text for text, _ in strings), spelling)
         if not isinstance(found, str):
             json, text = (next(row for value, row in strings if value is one) for one in found)
             raise DataError(
-                f"{json.source}:{json.line}: field '{views[0].column(name)}' is the JSON of messages, and in line "
-                f"{text.line} it is text: {CHOICE}"
+                f"{json.source}:{json.line}: field '{views[0].column(name)}' is the JSON of {spelling.what}, and in "
+                f"line {text.line} it is text: {CHOICE}"
             )
         readings[name] = found
     return readings

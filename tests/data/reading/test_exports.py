@@ -202,10 +202,19 @@ def test_an_answer_that_is_json_is_text_only_if_somebody_says_so():
     message = error_of(row)
     assert message == (
         "field 'output' is an object of 'colour'; to say which holds the response, set "
-        "model.data.fields={response: output.colour} or the like. To take such a string for text, set "
-        "model.data.json_strings=text."
+        "model.data.fields={response: output.colour} or the like. To take for text what spells no messages, set "
+        "model.data.json_strings=messages."
     )
-    assert read(row, json_strings="text") == [("q", '{"colour": "red"}', True)]
+    for choice in ("messages", "text"):
+        assert read(row, json_strings=choice) == [("q", '{"colour": "red"}', True)]
+    spelled = row | {"input": json.dumps({"messages": [user("q")]})}
+    assert read(spelled, json_strings="messages") == [([user("q")], [assistant('{"colour": "red"}')], True)]
+    lists = row | {"input": json.dumps([[{"type": "human", "content": "q"}]])}
+    assert read(lists, json_strings="messages") == [([user("q")], [assistant('{"colour": "red"}')], True)]
+    mixed = error_of(row, row | {"output": "red"})
+    assert mixed.startswith(
+        "f.jsonl:1: field 'output' is the JSON of an object, and in line 2 it is text: set model.data."
+    )
     assert "json_strings" not in error_of(row | {"output": {"colour": "red"}})
 
 

@@ -83,7 +83,9 @@ def error_of(source: Source) -> str:
 
 
 ASKED, ANSWERED = json.dumps([user("q")]), json.dumps([assistant("a")])
-BOTH_KEYS = "set model.data.json_strings=messages to read such strings as messages, or model.data.json_strings=text to"
+BOTH_KEYS = (
+    "set model.data.json_strings=messages to read what spells messages, or model.data.json_strings=text to take"
+)
 
 # Strings that spell messages
 
@@ -165,14 +167,14 @@ def test_rows_behind_the_first_thousand_that_disagree_are_bad_records(source):
     assert BOTH_KEYS in found[SAMPLE]
     found = read(source(*many(spelled, text, {**text, "prompt": ""}, spelled)))
     assert found[SAMPLE].startswith("field 'prompt' is text, where the file's other rows hold the JSON of messages: ")
-    assert found[SAMPLE + 1] == "field 'prompt' is empty, where the file's other rows hold messages."
+    assert found[SAMPLE + 1] == "field 'prompt' is empty, where the file's other rows hold the JSON of messages."
     assert found[-1] == ([user("q")], [assistant("a")], True)
 
 
 def test_an_empty_cell_or_a_null_among_messages_is_a_bad_record_and_changes_nothing(source):
     rows = [{"prompt": text, "completion": "a", "label": "1"} for text in ("", ASKED)]
     assert read(source(*rows)) == [
-        "field 'prompt' is empty, where the file's other rows hold messages.",
+        "field 'prompt' is empty, where the file's other rows hold the JSON of messages.",
         ([user("q")], [assistant("a")], True),
     ]
 
