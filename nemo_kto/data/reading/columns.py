@@ -53,7 +53,7 @@ class Columns:
             return columns[0]
         found = {column: look_up(self.values, column) for column in columns}
         there = [column for column, value in found.items() if not isinstance(value, Missing)]
-        filled = (column for column in there if found[column] is not None)
+        filled = (column for column in there if _is_filled(found[column]))
         return next(filled, there[0] if there else columns[0])
 
     def there(self, name: str) -> bool:
@@ -61,9 +61,9 @@ class Columns:
         return not isinstance(look_up(self.values, self.column(name)), Missing)
 
     def has(self, name: str) -> bool:
-        """Whether the row has such a column, with something in it."""
+        """Whether the row has such a column, with something in it: no null, no empty cell of a table."""
         value = look_up(self.values, self.column(name))
-        return value is not None and not isinstance(value, Missing)
+        return not isinstance(value, Missing) and _is_filled(value)
 
     def get(self, name: str) -> Any:
         """A value that may be missing: None.
@@ -108,3 +108,7 @@ class Columns:
                 f"is missing. To make labels of '{score}', set model.data.desirable_if='>= 4' or the like.", column
             )
         return self.judge.desirable(self.need("label"), column)
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())

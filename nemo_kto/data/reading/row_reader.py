@@ -9,7 +9,7 @@ from nemo_kto.data.reading.conversations import checked_answer, checked_kwargs, 
 from nemo_kto.data.reading.formats import FIELDS, FORMATS
 from nemo_kto.data.reading.json_strings import JSON_STRINGS, MESSAGES, Reading, Spelling
 from nemo_kto.data.reading.labels import Judge, parse_threshold, parse_weight
-from nemo_kto.data.reading.paths import parse_path
+from nemo_kto.data.reading.paths import opened, parse_path
 from nemo_kto.data.reading.records import FeedbackRecord, RecordError
 from nemo_kto.data.reading.settling import (
     KINDS,
@@ -107,7 +107,7 @@ class RowReader:
 
     def _records(self, row: Row, columns: Columns, settled: Settled) -> list[FeedbackRecord]:
         for name in _PICTURES:
-            if row.values.get(name):
+            if opened(row.values.get(name)):  # in a table, an empty list is its JSON
                 raise RecordError("cannot be trained on; only text is.", name)
         tools = checked_tools(columns.get("tools"), columns.column("tools"))
         kwargs = checked_kwargs(columns.get("chat_template_kwargs"), columns.column("chat_template_kwargs"))
@@ -130,19 +130,8 @@ class RowReader:
             records.append(
                 FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs, weight)
             )
-        kind = _kind(records[0])
-        if settled.kind not in (None, kind):
-            if system is not None:
-                raise RecordError(
-                    f"is a system prompt, and the rows before had none and are strings. {KINDS}", system_name
-                )
-            what = (
-                "a string, where the rows before are"
-                if kind == "text"
-                else "made of messages, where the rows before are"
-            )
-            other = "made of messages" if kind == "text" else "strings"
-            raise RecordError(f"is {what} {other}. {KINDS}", answers[0].names[0])
+        if settled.kind not in (None, _kind(records[0])):
+            raise _other_kind(_kind(records[0]), answers[0].names[0], None if system is None else system_name)
         return records
 
     def _kind_of(self, rows: Sequence[Row]) -> Kind | None:
@@ -203,6 +192,14 @@ class RowReader:
         if other in (None, settled.format):
             return ""
         return f" The row is of the format {other}, the file of {settled.format}: keep the two in files of their own."
+
+
+def _other_kind(kind: Kind, name: str, system_name: str | None) -> RecordError:
+    """The error for a row that is of another kind than its file."""
+    if system_name is not None:
+        return RecordError(f"is a system prompt, and the rows before had none and are strings. {KINDS}", system_name)
+    here, others = ("a string", "made of messages") if kind == "text" else ("made of messages", "strings")
+    return RecordError(f"is {here}, where the rows before are {others}. {KINDS}", name)
 
 
 def _kind(record: FeedbackRecord) -> Kind:

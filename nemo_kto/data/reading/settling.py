@@ -75,7 +75,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows with the same columns, and the same of them filled, together: some of them tell the format of all."""
     found: dict[tuple[tuple[str, bool], ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple((name, value is None) for name, value in row.values.items()), []).append(row)
+        found.setdefault(tuple((name, value in (None, "")) for name, value in row.values.items()), []).append(row)
     return list(found.values())
 
 

@@ -312,6 +312,21 @@ def test_rows_of_a_function_behind_many_of_its_records(tmp_path):
 # Formats and labels
 
 
+def test_an_empty_cell_is_as_empty_as_a_null(tmp_path):
+    """A table of several formats, of which each row has one: CSV has no null, the others have no empty text."""
+    row = {"prompt": None, "messages": json.dumps([user("q")]), "chosen": "a", "rejected": "b", "images": None}
+    row |= {"system": None, "weight": None, "tools": None, "preference": None}
+    expected = [([user("q")], [assistant("a")], True), ([user("q")], [assistant("b")], False)]
+    label = {"prompt": "q", "response": "r", "preference": None, "label": "0", "images": None}
+    for name in ("t.csv", "t.jsonl", "t.parquet"):
+        WRITERS[name]([row, row], tmp_path / name)
+        assert read(Source(str(tmp_path / name))) == expected * 2, name
+        WRITERS[name]([label], tmp_path / name)
+        assert read(Source(str(tmp_path / name))) == [("q", "r", False)], name
+    WRITERS["t.csv"]([label | {"images": "[]"}, label | {"images": '["a.png"]'}], tmp_path / "t.csv")
+    assert read(Source(str(tmp_path / "t.csv")))[1] == "field 'images' cannot be trained on; only text is."
+
+
 ALIGNER = {"prompt": "p", "response": "r", "preference": "chosen"}
 
 
