@@ -58,6 +58,7 @@ class Case:
 TEXT = {"prompt": "hello", "completion": "world", "label": True}
 SPELLED = TEXT | {"prompt": json.dumps([user("hello")])}
 SPOKEN = {"prompt": [user("hello")], "completion": [assistant("world")], "label": True}
+WITH_SYSTEM = SPOKEN | {"prompt": [{"role": "system", "content": "s"}, user("hello")]}
 TRACE = {"input": [user("q")], "output": assistant("a"), "scores": [{"name": "user feedback", "value": 1}]}
 RUN = {"inputs": {"input": "q"}, "outputs": {"output": "a"}, "feedback_stats": {"s": {"n": 1, "avg": 1.0}}}
 SCORES = [*TRACE["scores"], {"name": "kind", "stringValue": "up", "dataType": "CATEGORICAL"}]
@@ -77,6 +78,11 @@ def no_fast_tokenizer(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
 
 def no_eos(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     tokenizer.eos_token = None
+
+
+def no_system(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -150,6 +156,26 @@ CASES = {
         "strings that spell special tokens",
         ["", "although the tokenizer has a chat template"],
     ),
+    "a part that the template leaves out": Case(
+        [SPOKEN | {"completion": [assistant("world") | {"reasoning_content": "why"}]}], "leaves its reasoning out"
+    ),
+    "a system prompt that the template refuses": Case(
+        [WITH_SYSTEM], "It takes them without the system message", ["", ""], prepare=no_system
+    ),
+    "a system prompt that cannot be merged": Case(
+        [SPOKEN | {"prompt": [user("hello"), {"role": "system", "content": "s"}]}],
+        "no user's message follows",
+        ["", ""],
+        given=["model.data.system=merge_into_user"],
+    ),
+    "a system prompt and nothing else": Case(
+        [SPOKEN | {"prompt": [{"role": "system", "content": "s"}]}],
+        "no prompt is left",
+        given=["model.data.system=drop"],
+    ),
+    "special tokens in an answer": Case(
+        [SPOKEN | {"completion": [assistant("</s> world")]}], "that an assistant's message spells"
+    ),
     "all too long": Case([TEXT], "Raise model.data.seq_length", fill=["64"], given=["model.data.seq_length=2"]),
 }
 
@@ -178,7 +204,7 @@ def outcome(path: Path, settings: list[str], tokenizer: Any, log: pytest.LogCapt
     ]
     with log.at_level(logging.INFO):
         try:
-            read_data(load_config([*named, *settings]), tokenizer, max_positions=4096)
+            read_data(load_config([*named, *settings]), tokenizer, max_positions=4096, vocab_size=1 << 20)
         except KTOError as error:
             return str(error)
     return " ".join(message for message in log.messages if "model.data." in message)

@@ -103,6 +103,8 @@ def _message(message: Any, name: str, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RecordError(f", message {number}: must be an object, not a {json_type(message)}.", name)
     result = {key: value for key, value in message.items() if value is not None}
+    if isinstance(result.get("function_call"), dict) and not result.get("tool_calls"):  # OpenAI's first form
+        result["tool_calls"] = [{"type": "function", "function": result.pop("function_call")}]
     needed = ("role",) if result.get("tool_calls") else ("role", "content")
     for key in needed:
         if key not in result:
@@ -119,7 +121,7 @@ def _message(message: Any, name: str, number: int) -> dict[str, Any]:
     return result
 
 
-_INSTEAD = ("refusal", "audio", "function_call", "parts", "reasoning_content", "reasoning", "thinking")
+_INSTEAD = ("refusal", "audio", "parts", "reasoning_content", "reasoning", "thinking")
 """Keys that say something where `content` does not."""
 
 
