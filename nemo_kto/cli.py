@@ -150,6 +150,9 @@ def _add_data_commands(commands: Any) -> None:
     _add_reading(convert)
     convert.add_argument("--output", "-o", type=Path, required=True, help="file to create")
     convert.add_argument("--on-bad-record", metavar="WHAT", help="error or skip")
+    convert.add_argument(
+        "--prompt-template", choices=["chat"], help="chat: make messages of strings; a file holds one kind only"
+    )
     convert.set_defaults(run=_command("data", "convert"))
 
     show = actions.add_parser(
@@ -170,11 +173,19 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--field",
         action="append",
         default=[],
-        metavar="NAME=COLUMN",
-        help="column that holds prompt, response, label ...; may be repeated",
+        metavar="NAME=PATH",
+        help="column, or path, that holds prompt, response, label ...; may be repeated",
     )
     parser.add_argument("--reader", metavar="PATH", help="dotted path of a function that reads the files")
     parser.add_argument("--desirable-if", metavar="COMPARISON", help="labels are ratings: '>= 4'")
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="KIND=WORDS",
+        help="what labels of your own mean: desirable=good,like or undesirable=bad; may be repeated",
+    )
+    parser.add_argument("--json-strings", metavar="WHAT", help="auto, messages or text: strings that spell messages")
 
 
 def _add_tokenization(parser: argparse.ArgumentParser) -> None:

@@ -209,6 +209,8 @@ class DataConfig:
     reader: str | None = None
     fields: dict[str, str] | None = None
     desirable_if: str | None = None
+    labels: dict[str, list[str | float | bool]] | None = None
+    json_strings: Literal["auto", "messages", "text"] = "auto"
     on_bad_record: Literal["error", "skip"] = "error"
     seq_length: int = 4096
     overlong: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"

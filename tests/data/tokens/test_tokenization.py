@@ -178,7 +178,7 @@ def test_chat_template_that_refuses(tokenizer):
 
 def test_chat_template_whose_prompt_is_no_beginning(tokenizer):
     numbering = train_byte_level()
-    numbering.chat_template = "{{ messages | length }}" + numbering.chat_template
+    numbering.chat_template = "{{ messages | length }}" + numbering.chat_template.replace("<|assistant|>", "")
     assert re.match(
         "data.jsonl:4: the chat template does not render the prompt as the beginning",
         fault(chat("say", "hello", line=4), numbering),
