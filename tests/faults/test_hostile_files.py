@@ -84,10 +84,25 @@ def as_template(file: Path, marker: Path) -> None:
     file.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ " + f"{globals_}.os.mknod('{marker}')" + " }}")
 
 
+def with_huge_header(file: Path, marker: Path) -> None:
+    """A file of safetensors whose header would be longer than any memory."""
+    file.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+
+
+def as_link(file: Path, marker: Path) -> None:
+    """A link to a file that is none of the folder's."""
+    file.unlink(missing_ok=True)
+    file.symlink_to("/etc/hostname")
+
+
 Plant = Callable[[Path, Path], None]
 WRITTEN: tuple[tuple[str, str, Plant], ...] = (
     ("model", "model.safetensors", as_pickle),
     ("model", "model.safetensors", as_torch),
+    ("model", "model.safetensors", with_huge_header),
+    ("model", "other.safetensors", with_huge_header),
+    ("model", "model.safetensors", as_link),
+    ("model", "tokenizer.json", as_link),
     ("model", "pytorch_model.bin", as_torch),
     ("model", "config.json", as_config_class),
     ("model", "config.json", as_unknown_model),
@@ -102,6 +117,11 @@ WRITTEN: tuple[tuple[str, str, Plant], ...] = (
     ("adapter", "adapter_model.safetensors", as_torch),
     ("adapter", "adapter_model.bin", as_torch),
     ("adapter", "adapter_config.json", as_pickle),
+    ("adapter", "adapter_model.safetensors", with_huge_header),
+    ("adapter", "adapter_model.safetensors", as_link),
+    ("checkpoint", "__0_0.distcp", as_link),
+    ("checkpoint", "hf/config.json", as_link),
+    ("reference_cache", "part-*.safetensors", with_huge_header),
     ("checkpoint", ".metadata", as_pickle),
     ("checkpoint", ".metadata", in_index),
     ("checkpoint", "common.pt", as_torch),
