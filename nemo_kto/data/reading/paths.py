@@ -109,7 +109,7 @@ def _chosen(value: list[Any], step: tuple[str, str], rest: Sequence[Step], way: 
     key, wanted = step
     name = f"[{key}={wanted}]"
     elements = [element for element in value if isinstance(element, Mapping) and key in element]
-    matches = [element for element in elements if _text(element[key]) == wanted]
+    matches = [element for element in elements if _is(element[key], wanted)]
     if not matches:
         there = ", ".join(dict.fromkeys(_text(element[key]) for element in elements)) or "none"
         return Missing(f"'{way}' has no {name}; the values of '{key}' there: {there}")
@@ -117,6 +117,16 @@ def _chosen(value: list[Any], step: tuple[str, str], rest: Sequence[Step], way: 
     if any(other != found[0] for other in found[1:]):
         return Missing(f"'{way}' has {len(matches)} elements {name}, which do not agree", wrong=True)
     return found[0]
+
+
+def _is(value: Any, wanted: str) -> bool:
+    """Whether a value is the one that a path spells; a number is however many digits it is written with."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(wanted) == value
+        except ValueError:
+            return False
+    return _text(value) == wanted
 
 
 def _text(value: Any) -> str:

@@ -233,6 +233,14 @@ SAMPLES = {
         {"conversations": [turn("human", "q")], "chosen": turn("gpt", "a"), "rejected": turn("gpt", "b")},
         [([user("q")], [assistant("a")], True), ([user("q")], [assistant("b")], False)],
     ),
+    "OpenAI messages, a function_call": (
+        "messages",
+        {
+            "messages": [user("1+2?"), {"role": "assistant", "content": None, "function_call": ADD}],
+            "label": True,
+        },
+        [([user("1+2?")], [CALL], True)],
+    ),
     "OpenAI messages, ranking": (
         "message_pairs",
         {"messages": [user("q")], "chosen": assistant("a"), "rejected": [assistant("b")]},

@@ -50,6 +50,7 @@ ROW = {
         ("scores[name=length].value", 12),
         ("scores[name=7].value", True),
         ("scores[value=0].name", "twice"),
+        ("scores[value=12.0].name", "length"),
         ("scores[-1]", "x"),
         ("text.messages[0].content", "inside"),
         ("text.deep[1].x", 2),
