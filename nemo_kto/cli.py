@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_command("report"))
     _add_data_commands(commands)
     _add_checkpoint_commands(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would stop a long job",
+        description="Look at versions, devices, model folder, layout, the first records of the data, the log folder "
+        "and its disk, as a run with these keys would find them. The exit code is 1 if something is wrong.",
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_command("doctor"))
     return parser
 
 

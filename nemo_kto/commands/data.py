@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_kto.config.checks import check_data, check_least
+from nemo_kto.config.folders import check_links
 from nemo_kto.config.reader import build
 from nemo_kto.config.schema import DataConfig, ModelConfig
 from nemo_kto.data.batches.samples import Samples, read_samples
@@ -81,6 +82,8 @@ def _labels(texts: list[str]) -> dict[str, list[str]] | None:
 
 
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
+    if options.tokenizer.is_dir():
+        check_links(options.tokenizer)
     # a reader of somebody's own may need torch
     without_torch = options.own_process and data.reader is None and not options.trust_remote_code
     tokenizer = load_tokenizer(

@@ -98,6 +98,6 @@ def check_named_folders(config: KTOConfig) -> None:
     ):
         if folder is not None and not Path(folder).is_dir():
             raise CheckpointError(f"{key}={folder} is not a folder. Name the one that {file} is in.")
-    for named in (model_folder(config), model.kto.reference.checkpoint, adapter):
-        if named is not None:
+    for named in (tokenizer_folder(config), model_folder(config), model.kto.reference.checkpoint, adapter):
+        if named is not None and Path(named).is_dir():
             check_links(Path(named))

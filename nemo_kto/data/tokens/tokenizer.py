@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_kto.config.folders import check_links
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,18 +39,12 @@ def import_without_torch() -> None:
 
 
 def check_tokenizer_folder(folder: Path) -> None:
-    """Raises what is wrong with a tokenizer's folder as far as its names tell; loads nothing.
-
-    Raises:
-        ConfigError: There is no such folder, or no tokenizer in it.
-        CheckpointError: See `check_links`.
-    """
+    """Raises a ConfigError if there is no such folder, or no tokenizer in it; loads nothing."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; the tokenizer is read from a local Hugging Face folder.")
     # Checked here because transformers may build an empty tokenizer from a config.json alone.
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise ConfigError(f"{folder}: the folder has no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}.")
-    check_links(folder)
 
 
 def load_tokenizer(
