@@ -8,25 +8,29 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
-from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
+from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.model_card import model_card, read_facts
 from nemo_kto.weights.peft_adapter import export_adapter, is_adapter, write_adapter
 
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Value of `export.dtype` -> dtype; None for that of the source."""
+
 
 def run(options: argparse.Namespace) -> None:
     """Run `nemo-kto export-hf`."""
-    export_checkpoint(options.checkpoint, options.folder, merge=options.merge)
+    export_checkpoint(options.checkpoint, options.folder, merge=options.merge, dtype=options.dtype)
     print(f"Wrote {options.folder}")
 
 
@@ -57,34 +61,44 @@ class ExportAtEnd(Callback):
         adapter = model.lora is not None and not merge
         facts = read_facts(self.source_folder)
         card = model_card(facts, model.last_metrics, step=trainer.global_step, adapter=adapter)
+        dtype = _DTYPES[model.config.export.dtype]
         if adapter:
-            export_adapter(model.models, self.source_folder, self.folder, card=card)
+            export_adapter(model.models, self.source_folder, self.folder, dtype=dtype, card=card)
         else:
+            source = self.source_folder
             with adapters_merged(model.models) if merge else nullcontext():
-                export_hf(model.models, model.hf_config, self.folder, tokenizer_folder=self.source_folder, card=card)
+                export_hf(model.models, model.hf_config, self.folder, source_folder=source, dtype=dtype, card=card)
         if trainer.is_global_zero:
             print(f"Aligned {'adapter' if adapter else 'model'}: {self.folder}", flush=True)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> None:
+def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False, dtype: str = "auto") -> None:
     """Write the weights of a checkpoint, saved under any layout, as a Hugging Face folder, in this one process.
 
     Args:
         checkpoint: A checkpoint folder of a run (`<log dir>/checkpoints/<name>`).
         folder: Folder to create.
         merge: Of a run with LoRA, write the whole model instead of an adapter for PEFT.
+        dtype: Dtype of the written weights, `float32`, `bfloat16` or `float16`; `auto` for that of the folder training
+            started from, or, of an adapter, that it was trained in.
 
     Raises:
         CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty, or the
             base model is not where it was.
-        ConfigError: `merge` without LoRA.
+        ConfigError: `merge` without LoRA, or there is no such `dtype`.
     """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype} is not one of {', '.join(_DTYPES)}.")
     source = source_of(checkpoint)
     if merge and not is_adapter(source):
         raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
+    fault = fault_of(checkpoint, checksums=True)
+    if fault is not None:
+        raise DamagedCheckpointError(checkpoint, fault)
     with parallel.default_group():
         adapter = is_adapter(source) and not merge
-        (_export_adapters if adapter else _export_model)(checkpoint, folder, _card_of(checkpoint, adapter=adapter))
+        card = _card_of(checkpoint, adapter=adapter)
+        (_export_adapters if adapter else _export_model)(checkpoint, folder, card, _DTYPES[dtype])
 
 
 def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
@@ -94,18 +108,18 @@ def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
     return model_card(facts, common.get("metrics", {}), step=common["global_step"], adapter=adapter)
 
 
-def _export_adapters(checkpoint: Path, folder: Path, card: str | None) -> None:
+def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
     """Write the adapters of a checkpoint without building the model they belong to."""
     # the optimizer's have names of their own
     tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith("decoder."))
-    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, card=card)
+    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
-def _export_model(checkpoint: Path, folder: Path, card: str | None) -> None:
+def _export_model(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
     layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = load_model(checkpoint, layout)
+    model = load_model(checkpoint, layout, verify=False)  # it has been
     source = source_of(checkpoint)
     with adapters_merged([model]) if is_adapter(source) else nullcontext():
-        export_hf([model], load_hf_config(source), folder, tokenizer_folder=source, card=card)
+        export_hf([model], model.hf_config, folder, source_folder=source, dtype=dtype, card=card)

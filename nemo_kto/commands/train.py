@@ -193,7 +193,7 @@ def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
     if config.export.enabled:
         folder = export_directory(config)
         if not folder.exists():
-            export_checkpoint(last, folder, merge=config.export.merge_adapters)
+            export_checkpoint(last, folder, merge=config.export.merge_adapters, dtype=config.export.dtype)
         adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
         print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)
     log_dir = log_directory(config)

@@ -79,6 +79,7 @@ class ExportConfig:
 
     enabled: bool = True
     folder: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     merge_adapters: bool = False
 
 
@@ -113,6 +114,7 @@ class TokenizerConfig:
     """`model.tokenizer`."""
 
     path: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(kw_only=True)
@@ -208,6 +210,8 @@ class DataConfig:
     reader: str | None = None
     fields: dict[str, str] | None = None
     desirable_if: str | None = None
+    labels: dict[str, list[str | float | bool]] | None = None
+    json_strings: Literal["auto", "messages", "text"] = "auto"
     on_bad_record: Literal["error", "skip"] = "error"
     seq_length: int = 4096
     overlong: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"

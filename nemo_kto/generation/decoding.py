@@ -98,12 +98,12 @@ def generate(
         Token ids of each answer, without the prompt, with the stop token if there was one.
 
     Raises:
-        DataError: A prompt is empty, or leaves no room for an answer.
+        DataError: A prompt is empty, leaves no room for an answer, or holds a token that the model lacks.
     """
     model = unwrapped(chunks[0])
     cached = model.attends_by_document if use_cache is None else use_cache
     assert model.attends_by_document or not cached, "only DocumentAttention keeps keys and values"
-    _check_prompts(prompts, model.max_sequence_length)
+    _check_prompts(prompts, model.max_sequence_length, model.vocab_size)
     scorer = _NextTokenScorer(chunks=chunks, place=place, layout=layout)
     size = _AT_ONCE * place.dp_size
     answers: list[list[int]] = []
@@ -176,12 +176,17 @@ def next_tokens(
     return drawn.clamp_(max=logits.shape[1] - 1)  # a diverged model's logits are no numbers: any token will do
 
 
-def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int) -> None:
+def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int, vocab_size: int) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not 0 < prompt.numel() < max_positions:
             raise DataError(
                 f"Prompt {number} has {prompt.numel()} tokens; to be answered it needs 1 to "
                 f"{max_positions - 1}, as the model has {max_positions} positions. Leave it out or change its length."
+            )
+        if prompt.max() >= vocab_size:
+            raise DataError(
+                f"Prompt {number} holds the token number {int(prompt.max())}, which the model lacks; its numbers end "
+                f"at {vocab_size - 1}. Leave it out, or use the tokenizer that belongs to the model."
             )
 
 

@@ -11,6 +11,7 @@ key that config.json leaves out then raises an AttributeError.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -89,10 +90,30 @@ def _nothing(hf: Any) -> dict[str, Any]:
     return {}
 
 
+def own_fields(hf: Any) -> frozenset[str]:
+    """Return the fields of transformers' configuration `hf` that its architecture has.
+
+    It keeps other keys of config.json too, such as the `sliding_window` of a llama model, and computes nothing with
+    them.
+    """
+    # the channels of a head are looked for in every architecture
+    return frozenset({"model_type", "head_dim", *inspect.signature(type(hf).__init__).parameters})
+
+
+def own_field(hf: Any, name: str) -> Any:
+    """Return a field of transformers' configuration `hf`; None where its architecture has none of this name."""
+    return getattr(hf, name, None) if name in own_fields(hf) else None
+
+
 def unlike_llama(hf: Any) -> dict[str, Any]:
-    """Return field -> value of what a family like Llama cannot have here: biases, another activation."""
-    biases = {name: True for name in ("attention_bias", "mlp_bias") if getattr(hf, name, False)}
-    return biases if hf.hidden_act == "silu" else {**biases, "hidden_act": hf.hidden_act}
+    """Return field -> value of what a family like Llama cannot have here: biases, another activation, no window."""
+    found: dict[str, Any] = {name: True for name in ("attention_bias", "mlp_bias") if own_field(hf, name)}
+    if hf.hidden_act not in ("silu", "swish"):
+        found["hidden_act"] = hf.hidden_act
+    window = own_field(hf, "sliding_window")
+    if window is not None and window < 1:
+        found["sliding_window"] = window
+    return found
 
 
 def _dense(hf: Any) -> None:
@@ -140,12 +161,12 @@ class Family:
 
 def sliding_window(hf: Any) -> dict[str, Any]:
     """Return Megatron's fields of a model with windows of `sliding_window` tokens, on the layers of `layer_types`."""
-    size = getattr(hf, "sliding_window", None)
-    if not size or not getattr(hf, "use_sliding_window", True):
+    size, layer_types = own_field(hf, "sliding_window"), own_field(hf, "layer_types")
+    if size is None:
         return {}
     # Hugging Face counts the token itself among the `size` visible ones, Megatron only those before it
     fields: dict[str, Any] = {"window_size": (size - 1, 0)}
-    layer_types = getattr(hf, "layer_types", None)
-    if layer_types:
-        fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in layer_types]
-    return fields
+    if layer_types is None:
+        return fields
+    windows = [int(kind == "sliding_attention") for kind in layer_types]
+    return {**fields, "window_attn_skip_freq": windows} if any(windows) else {}

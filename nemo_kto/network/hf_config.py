@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,30 +12,63 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network import moe, rotary
-from nemo_kto.network.families import family_of
+from nemo_kto.network.families import dimensions_of, family_of
+from nemo_kto.network.stored import has_own_output_layer, has_weights
+from nemo_kto.quiet import is_global_rank_zero
+
+logger = logging.getLogger(__name__)
 
 
 def load_hf_config(path: str | Path) -> PretrainedConfig:
     """Return the configuration of the Hugging Face model in folder `path`, checked for what Megatron can express.
 
+    As in transformers, a model whose output layer differs from its embedding is not tied, whatever its config.json
+    says. The folder need not have weights.
+
     Raises:
-        CheckpointError: `path` is not a folder with a readable `config.json`.
+        CheckpointError: `path` is not a folder with a readable `config.json`, or its weights cannot be read.
         ConfigError: The model is of an unsupported architecture or uses an unsupported feature.
     """
-    file = Path(path) / "config.json"
+    folder = Path(path)
+    config = read_hf_config(folder)
+    check_hf_config(config)
+    if config.tie_word_embeddings and has_weights(folder) and has_own_output_layer(folder):
+        _warn_untied(folder)
+        config.tie_word_embeddings = False
+    return config
+
+
+def read_hf_config(folder: Path) -> PretrainedConfig:
+    """Return what the `config.json` of a folder says, of a supported architecture.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: The model is of an unsupported architecture.
+    """
+    file = folder / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json. Name the folder of a Hugging Face model.")
+        raise CheckpointError(f"{folder} has no config.json. Name the folder of a Hugging Face model.")
     try:
         named = SimpleNamespace(model_type=json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
     family_of(named, file)  # before transformers: it may not know the architecture either
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base
         raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
-    check_hf_config(config)
     return config
+
+
+@functools.cache
+def _warn_untied(folder: Path) -> None:
+    """Say once what is read otherwise than it is written."""
+    if is_global_rank_zero():
+        logger.warning(
+            "%s: config.json says tie_word_embeddings, but the output layer's weights differ from the embedding's. "
+            "They are two matrices then, as in transformers; what is exported says so in its config.json.",
+            folder,
+        )
 
 
 def check_hf_config(config: PretrainedConfig) -> None:
@@ -42,6 +77,10 @@ def check_hf_config(config: PretrainedConfig) -> None:
     family = family_of(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ConfigError(f"{source}: per_layer_config is not supported, as layers that differ in size are not.")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ConfigError(f"{source}: transformers_weights is not supported. Call the file model.safetensors.")
     mixture = family.mixture(config)
     unsupported = {
         **family.unsupported(config),
@@ -55,6 +94,13 @@ def check_hf_config(config: PretrainedConfig) -> None:
             "without noise, two or more for each token where their probabilities are normalised; biases and other "
             "activations only where the architecture always has them."
         )
+    try:
+        rotary.RotaryEmbedding(config, dimensions_of(config).head_channels)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: no rotary embedding can be computed from rope_parameters={rotary.rope_parameters(config)} "
+            f"({error!r}). Correct config.json."
+        ) from error
 
 
 def hf_config_from_sizes(

@@ -11,13 +11,14 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nemo_kto.network.families import family_of
+
 SUPPORTED_TYPES = ("default", "linear", "llama3", "longrope")
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the rotary embedding's parameters; transformers 4 kept them in `rope_scaling` and `rope_theta`."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", 10000.0), "rope_type": "default", **found}
+    """Return the rotary embedding's parameters, into which transformers has put those of older configurations."""
+    return dict(config.rope_parameters or {})
 
 
 def unsupported_fields(config: PretrainedConfig, *, partial: bool) -> dict[str, Any]:
@@ -28,12 +29,14 @@ def unsupported_fields(config: PretrainedConfig, *, partial: bool) -> dict[str, 
         partial: Whether its family rotates a share of each head's channels.
     """
     rope = rope_parameters(config)
-    found = {}
+    if "rope_type" not in rope:  # one for each kind of layer
+        return {"rope_parameters": rope}
     if rope["rope_type"] not in SUPPORTED_TYPES:
-        found["rope_parameters.rope_type"] = rope["rope_type"]
-    if not partial and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found["rope_parameters.partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return found
+        return {"rope_parameters.rope_type": rope["rope_type"]}
+    factor = rope.get("partial_rotary_factor")
+    if not partial and factor not in (None, 1.0):
+        return {"rope_parameters.partial_rotary_factor": factor}
+    return {}
 
 
 class RotaryEmbedding:
@@ -56,7 +59,8 @@ class RotaryEmbedding:
         self.switch: int | None = None
         self.factor = 1.0
         if rope["rope_type"] == "default":
-            channels = int(head_channels * rope.get("partial_rotary_factor", 1.0))
+            share = rope.get("partial_rotary_factor", 1.0) if family_of(config).partial_rotary else 1.0
+            channels = int(head_channels * share)
             exponents = torch.arange(0, channels, 2, dtype=torch.float32) / channels
             self.inverse_frequencies = 1.0 / (rope["rope_theta"] ** exponents)
             return

@@ -7,9 +7,13 @@ Tensor legend: `h` hidden size, `f` feed-forward size, `a` query heads, `g` key/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nemo_kto.network.family import Dimensions
 from nemo_kto.network.weight_rules import FusedQKV, PaddedVocab, Piece, Rule, stacked
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 
 _OURS = "decoder.layers.{layer}."
 _THEIRS = "model.layers.{layer}."
@@ -18,13 +22,13 @@ _THEIRS = "model.layers.{layer}."
 def outer(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the rules of what is outside the layers: embedding, final norm, output layer."""
     h, vocabulary = sizes.hidden, PaddedVocab(sizes.vocabulary)
+    output = Piece(OUTPUT, (sizes.vocabulary, h))
+    embedding = Piece(EMBEDDING, (sizes.vocabulary, h), elsewhere=(output,) if sizes.tied else ())
 
-    yield Rule(
-        "embedding.word_embeddings.weight", (Piece("model.embed_tokens.weight", (sizes.vocabulary, h)),), vocabulary
-    )
+    yield Rule("embedding.word_embeddings.weight", (embedding,), vocabulary)
     yield Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", (h,)),))
     if not sizes.tied:
-        yield Rule("output_layer.weight", (Piece("lm_head.weight", (sizes.vocabulary, h)),), vocabulary)
+        yield Rule("output_layer.weight", (output,), vocabulary)
 
 
 def attention(
@@ -83,6 +87,9 @@ def feed_forward(sizes: Dimensions, *, fused: str | None = None) -> Iterator[Rul
 def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> Iterator[Rule]:
     """Yield the rules of the router and the experts of each layer that has some, with the norm before them.
 
+    transformers 5 calls the block `mlp` in every family, and keeps each layer's experts in two tensors, in which it
+    saves them too, if told so.
+
     Args:
         sizes: Of the model.
         block: Name of the mixture in a layer.
@@ -94,15 +101,24 @@ def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> 
     if mixture is None:
         return
     h, m, e, layers = sizes.hidden, mixture.feed_forward, mixture.experts, mixture.sparse_layers
-    ours, theirs = f"{_OURS}mlp.experts.experts.{{expert}}.", f"{_THEIRS}{block}.experts.{{expert}}."
+    ours, blocks = _OURS + "mlp.experts.experts.{expert}.", list(dict.fromkeys([block, "mlp"]))
     yield _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", layers, h)
-    yield _one("mlp.router.weight", f"{block}.gate.weight", layers, e, h)
-    for key, name, shape in (
-        ("linear_fc1.weight_w", gate, (m, h)),
-        ("linear_fc1.weight_v", up, (m, h)),
-        ("linear_fc2.weight", down, (h, m)),
+    routers = [Piece(f"{_THEIRS}{place}.gate.weight", (e, h)) for place in blocks]
+    yield Rule(_OURS + "mlp.router.weight", (_anywhere(*routers),), layers=layers)
+    for key, name, fused, shapes, part in (
+        ("linear_fc1.weight_w", gate, "gate_up_proj", ((m, h), (m, h)), 0),
+        ("linear_fc1.weight_v", up, "gate_up_proj", ((m, h), (m, h)), 1),
+        ("linear_fc2.weight", down, "down_proj", ((h, m),), 0),
     ):
-        yield Rule(ours + key, (Piece(f"{theirs}{name}.weight", shape),), layers=layers, experts=e)
+        single = [Piece(f"{_THEIRS}{place}.experts.{{expert}}.{name}.weight", shapes[part]) for place in blocks]
+        all_in_one = [stacked(f"{_THEIRS}{place}.experts.{fused}", *shapes)[part] for place in blocks]
+        places = [*single, *(replace(piece, stacked=e) for piece in all_in_one)]
+        yield Rule(ours + key, (_anywhere(*places),), layers=layers, experts=e)
+
+
+def _anywhere(first: Piece, *others: Piece) -> Piece:
+    """Return the first of the places that a piece may be at; it knows the others."""
+    return replace(first, elsewhere=others)
 
 
 def _one(key: str, name: str, layers: range | tuple[int, ...], *shape: int) -> Rule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,22 +28,60 @@ class Piece:
         shape: Shape of the piece.
         first_row: Where it begins in the tensor.
         total_rows: Rows of the tensor; None for those of the piece.
+        stacked: Number of the matrices that the tensor holds one behind the other, one for each expert; None where it
+            is a single matrix.
+        place: Which of them this one is.
+        elsewhere: Where other folders keep it, as transformers' own renaming has it.
     """
 
     name: str
     shape: tuple[int, ...]
     first_row: int = 0
     total_rows: int | None = None
+    stacked: int | None = None
+    place: int = 0
+    elsewhere: tuple[Piece, ...] = ()
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        return (self.total_rows or self.shape[0], *self.shape[1:])
+        matrices = () if self.stacked is None else (self.stacked,)
+        return (*matrices, self.total_rows or self.shape[0], *self.shape[1:])
 
     def within(self, region: Region) -> Region:
         """Return where the block `region` of the piece lies in the tensor."""
         rows, *rest = region
-        return (slice(rows.start + self.first_row, rows.stop + self.first_row), *rest)
+        matrices = () if self.stacked is None else (slice(self.place, self.place + 1),)
+        return (*matrices, slice(rows.start + self.first_row, rows.stop + self.first_row), *rest)
+
+    def at(self, layer: int | str, expert: int | str) -> Piece:
+        """Return the piece of one layer and expert."""
+        name = self.name.format(layer=layer, expert=expert)
+        place = 0 if self.stacked is None else int(expert)
+        elsewhere = tuple(piece.at(layer, expert) for piece in self.elsewhere)
+        return Piece(name, self.shape, self.first_row, self.total_rows, self.stacked, place, elsewhere)
+
+    def found_among(self, names: Collection[str]) -> list[Piece]:
+        """Return where a folder with tensors of these names keeps the piece: nowhere, once, or in several copies."""
+        found = (
+            replace(piece, name=name, elsewhere=())
+            for piece in (self, *self.elsewhere)
+            for name in spellings(piece.name)
+            if name in names
+        )
+        return list(found)
+
+
+_PREFIX = "model."
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return the names that transformers takes for `name`.
+
+    Where a name has no place in the model, it adds the prefix, which is missing where a model was saved without its
+    output layer, or takes it away.
+    """
+    return (name, name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else _PREFIX + name)
 
 
 def stacked(name: str, *shapes: tuple[int, ...]) -> tuple[Piece, ...]:
@@ -164,7 +202,7 @@ class Rule:
 
     def at(self, layer: int | str, expert: int | str) -> Rule:
         """Return the rule of one tensor."""
-        pieces = tuple(replace(piece, name=piece.name.format(layer=layer, expert=expert)) for piece in self.pieces)
+        pieces = tuple(piece.at(layer, expert) for piece in self.pieces)
         return Rule(self.key.format(layer=layer, expert=expert), pieces, self.layout)
 
 
@@ -186,11 +224,13 @@ def match(rules: Sequence[Rule], key: str) -> Rule:
     raise KeyError(f"no rule for the Megatron tensor {key}")
 
 
-def expected_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that a Hugging Face folder must hold, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def all_pieces(rules: Iterable[Rule]) -> Iterator[Piece]:
+    """Yield every piece that a model is made of."""
     for rule in rules:
         for layer, expert in itertools.product(rule.layers, range(rule.experts)):
-            for piece in rule.at(layer, expert).pieces:
-                shapes[piece.name] = piece.tensor_shape
-    return shapes
+            yield from rule.at(layer, expert).pieces
+
+
+def expected_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a Hugging Face folder, by the name its family is published with."""
+    return {piece.name: piece.tensor_shape for piece in all_pieces(rules)}

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -22,9 +23,12 @@ from nemo_kto.runs.records import check_named, sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 80
+"""Characters of a text that a message quotes."""
+
 
 def read_data(
-    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, trains: bool = True
+    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, vocab_size: int, trains: bool = True
 ) -> KTODataModule:
     """Return the data of the run, read and tokenised.
 
@@ -32,6 +36,7 @@ def read_data(
         config: The configuration.
         tokenizer: The tokenizer.
         max_positions: The longest document the model is defined for, in tokens.
+        vocab_size: Number of tokens the model has; the tokenizer may have others, as long as no record does.
         trains: Whether there has to be data to train on; otherwise, to validate on.
 
     Raises:
@@ -67,6 +72,8 @@ def read_data(
     )
     module = KTODataModule(settings, tokenizer)
     module.prepare()
+    if highest_token_id(tokenizer) >= vocab_size:
+        _check_tokens(module, tokenizer, vocab_size)
     for split, samples in module.splits.items():
         own = module.own_prompt_pairs(split)
         if own and is_global_rank_zero():
@@ -80,6 +87,34 @@ def read_data(
                 "" if split == "validation" or data.shuffle else ", model.data.shuffle=true makes it rare",
             )
     return module
+
+
+def highest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest number a tokenizer gives to a token, which may be more than it has tokens."""
+    return max(tokenizer.get_vocab().values())
+
+
+def _check_tokens(module: KTODataModule, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise a DataError for the first sample with a token that the model does not have."""
+    for split, samples in module.splits.items():
+        for number, store in enumerate(samples.stores):
+            beyond = np.flatnonzero(store.tokens >= vocab_size)
+            mine = np.flatnonzero(samples.store_of == number)
+            rows = store.samples[samples.place[mine]]
+            middle = rows["start"] + rows["prompt"]
+            ends = np.searchsorted(beyond, middle + samples.response_kept[mine])
+            starts = np.searchsorted(beyond, middle - samples.prompt_kept[mine])
+            bad = np.flatnonzero(ends > starts)
+            if len(bad):
+                names, file_of = module.files_of(split)
+                token = int(store.tokens[beyond[starts[bad[0]]]])
+                prompt = tokenizer.decode(samples[int(mine[bad[0]])].prompt)
+                raise DataError(
+                    f"{split} data: {names[file_of[mine[bad[0]]]]}: {len(bad)} samples hold tokens that the model "
+                    f"lacks, such as {tokenizer.convert_ids_to_tokens(token)!r}, number {token}; its numbers end at "
+                    f"{vocab_size - 1}. Use the tokenizer that belongs to the model, or take such tokens out of the "
+                    f"data. The first of the samples begins {prompt[:_SHOWN]!r}."
+                )
 
 
 def _division(model: ModelConfig) -> Division:

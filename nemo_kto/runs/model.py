@@ -11,7 +11,8 @@ from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
 from nemo_kto.network.megatron_config import Recompute
-from nemo_kto.weights.folder import SafetensorsFolder
+from nemo_kto.runs.data import highest_token_id
+from nemo_kto.weights.import_hf import check_weights
 
 _SIZES = (
     "num_layers",
@@ -51,32 +52,28 @@ def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     """Return the Hugging Face configuration of the model: of the folder, or from the sizes in `model`.
 
     Raises:
-        ConfigError: Sizes contradict the folder, are incomplete, or the tokenizer has more tokens than the model.
+        ConfigError: Sizes contradict the folder, or are incomplete.
         CheckpointError: The folder is no usable model.
     """
     sizes = {name: getattr(config.model, name) for name in _SIZES}
     given = {name: value for name, value in sizes.items() if value is not None}
     folder = config.pretrained_checkpoint.restore_from_path
     if folder is None:
-        return hf_config_from_sizes(
-            vocab_size=len(tokenizer),
+        hf_config = hf_config_from_sizes(
+            vocab_size=highest_token_id(tokenizer) + 1,  # the tokenizer may leave out some below
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             **given,
         )
+        hf_config.dtype = params_dtype_of(config)  # so a checkpoint is exported as the run itself would
+        return hf_config
     if given:
         raise ConfigError(
             f"{', '.join('model.' + name for name in given)}: the sizes come from "
             f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
         )
     hf_config = load_hf_config(folder)
-    with SafetensorsFolder(Path(folder)):
-        pass  # raises for a folder without weights, before any process is started
-    if len(tokenizer) > hf_config.vocab_size:
-        raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model in {folder} only {hf_config.vocab_size}. "
-            "Use the tokenizer that belongs to the model."
-        )
+    check_weights(Path(folder), hf_config)
     return hf_config
 
 

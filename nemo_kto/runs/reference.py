@@ -15,10 +15,12 @@ from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.batches.reference_cache import ReferenceCache
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
+from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.projections import LoRASettings, projections_of
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.weights.folder import SafetensorsFolder, weights_digest
+from nemo_kto.weights.folder import weights_digest
+from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
 
 logger = logging.getLogger(__name__)
@@ -172,13 +174,12 @@ def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:
         raise CheckpointError(f"model.kto.reference.checkpoint: {error}") from error
     different = [
         f"{name} ({theirs.get(name)}, not {ours.get(name)})"
-        for name in sorted({**theirs, **ours})
-        if name not in _IRRELEVANT and not name.endswith("_token_id") and theirs.get(name) != ours.get(name)
+        for name in sorted(own_fields(hf_config) - set(_IRRELEVANT))
+        if not name.endswith("_token_id") and theirs.get(name) != ours.get(name)
     ]
     if different:
         raise ConfigError(
             f"model.kto.reference.checkpoint={folder} has another architecture than the model that is trained: "
             f"{', '.join(different)}."
         )
-    with SafetensorsFolder(folder):
-        pass  # raises for a folder without weights
+    check_weights(folder, hf_config)

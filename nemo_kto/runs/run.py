@@ -64,13 +64,19 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(tokenizer_folder(config))
+    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     check_named_folders(config)
     hf_config = hf_config_of(config, tokenizer)
     layout = layout_of(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)
     reference = reference_settings(config, hf_config, lora, accelerator=accelerator)
-    data = read_data(config, tokenizer, max_positions=hf_config.max_position_embeddings, trains=trains)
+    data = read_data(
+        config,
+        tokenizer,
+        max_positions=hf_config.max_position_embeddings,
+        vocab_size=hf_config.vocab_size,
+        trains=trains,
+    )
     config = settle_loss_weights(config, data)
     if reference.mode == "cached":
         cache = cache_settings(config, hf_config, reference, data, tokenizer)

@@ -13,6 +13,7 @@ random numbers.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import queue
@@ -41,9 +42,18 @@ from torch.distributed.checkpoint import CheckpointException
 from nemo_kto.errors import CheckpointError, DamagedCheckpointError, DivergenceError
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint_folders import is_finished
-from nemo_kto.runtime.checkpoint_manifest import Entry, entry_of, first_fault, read_manifest, write_manifest
+from nemo_kto.runtime.checkpoint_manifest import (
+    MANIFEST_FILE,
+    Entry,
+    entry_of,
+    first_fault,
+    read_manifest,
+    write_manifest,
+)
 from nemo_kto.runtime.no_code import index_fault, nothing_executed
 from nemo_kto.runtime.write_results import WriteResults, become_helper
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
@@ -127,6 +137,8 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
     def _verify(self, folder: Path) -> None:
         """Compare each file with the manifest, a share of them on every rank; one exchange of a text."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        if rank == 0 and not (folder / MANIFEST_FILE).exists():
+            logger.warning("%s has no %s, so nothing tells whether its files are as they were.", folder, MANIFEST_FILE)
         fault = first_fault(folder, checksums=False)
         if rank == 0 and fault is None:
             fault = index_fault(folder)

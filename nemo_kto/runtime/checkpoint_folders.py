@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nemo_kto.config.folders import link_out_of
 from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.runtime.checkpoint_manifest import first_fault
 
@@ -40,7 +41,12 @@ def fault_of(checkpoint: Path, *, checksums: bool) -> str | None:
         checksums: Whether its files are read, to compare them with what was written; otherwise only their sizes.
     """
     missing = next((name for name in _PARTS if not (checkpoint / name).is_file()), None)
-    return first_fault(checkpoint, checksums=checksums) if missing is None else f"{missing} is missing"
+    if missing is not None:
+        return f"{missing} is missing"
+    link = link_out_of(checkpoint, below=True)
+    if link is not None:
+        return f"{link.name} is a link out of the checkpoint"
+    return first_fault(checkpoint, checksums=checksums)
 
 
 def newest_whole(folder: Path, *, checksums: bool = False) -> tuple[Path | None, list[DamagedCheckpointError]]:

@@ -116,6 +116,8 @@ def first_fault(folder: Path, *, names: Iterable[str] | None = None, checksums: 
         return str(error)
     for name in () if entries is None else (entries if names is None else names):
         assert entries is not None
+        if name not in entries:
+            return f"{name} is none of its files"
         fault = _fault_of(folder / name, entries[name], checksums=checksums)
         if fault is not None:
             return f"{name} {fault}"

@@ -1,30 +1,31 @@
-"""Import and export of a Megatron model's weights from and to a Hugging Face folder, one tensor at a time.
+"""Export of a Megatron model's weights to a Hugging Face folder, one tensor at a time.
 
-Importing involves no communication: every rank checks the whole folder by its file headers, so that all ranks fail
-alike, then reads from disk only the rows and columns it holds. Exporting is collective: the blocks of each tensor
-travel to rank 0, which writes them.
+It is collective: the blocks of each tensor travel to rank 0, which writes them.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import Leaf, sharded_leaves
-from nemo_kto.network.weight_rules import Piece, match
+from nemo_kto.network.weight_rules import Piece, Rule, match
 from nemo_kto.runtime import parallel
-from nemo_kto.weights.folder import INDEX_FILE, WEIGHTS_FILE, NewFolder, configured_dtype, copy_companions
+from nemo_kto.weights.folder import NewFolder, configured_dtype, copy_companions
+from nemo_kto.weights.shard_writer import ShardWriter
+from nemo_kto.weights.source_form import StoredForm, describes, stored_form, write_config
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_FILE = 5 * 10**9
+"""Bytes above which weights are divided that come from a single file, or from none."""
 
 
 @torch.no_grad()
@@ -33,62 +34,156 @@ def export_hf(
     hf_config: PretrainedConfig,
     folder: str | Path,
     *,
-    tokenizer_folder: str | Path | None = None,
+    source_folder: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     card: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder; collective over all ranks, rank 0 writes.
 
-    The folder appears under its name when it is complete. Rank 0 holds at most one file's tensors plus one in memory.
+    The folder appears under its name when it is complete. Rank 0 holds at most one file's tensors plus one in memory,
+    and a layer's experts where they are one tensor.
 
     Args:
         chunks: This rank's chunks of the model, not wrapped.
         hf_config: Its configuration.
         folder: Folder to create; it may exist only if it is empty.
-        tokenizer_folder: Folder whose tokenizer, chat template and generation config are copied; its `config.json`
-            too, letter by letter, when it describes this very model.
-        dtype: Dtype of the written weights; None for the one `hf_config` names, which is the imported folder's, or
-            the model's own if it names none.
-        max_shard_bytes: Size above which the weights are divided into several files.
+        source_folder: The folder the model comes from, or what `write_source_folder` made of it, on rank 0; its
+            tokenizer, chat template and generation config are copied. If its config.json describes this very model, it
+            is kept but for what changed; so are the names of tensors, and, unless told otherwise, dtypes and files.
+        dtype: Dtype of the written weights; None for that of each tensor in the source, or else the one `hf_config`
+            names, or the model's own.
+        max_shard_bytes: Size above which the weights are divided into several files; None to divide them as the source
+            does.
         card: Text of its README.md, on rank 0; None for none.
 
     Raises:
-        CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
+        CheckpointError: `folder` exists and is not empty, or cannot be written, or the source cannot be read; raised
+            on all ranks.
     """
-    new = NewFolder(Path(folder))
-    dtype = dtype or configured_dtype(hf_config) or next(chunks[0].parameters()).dtype
-    writer = _ShardWriter(new.partial, max_shard_bytes)
     failure = f"The model cannot be written to {folder}"
+    plan = _Plan(chunks[0], hf_config, NewFolder(Path(folder)), dtype=dtype)
 
-    def finish() -> None:
-        writer.finish()
-        _write_companions(new.partial, hf_config, dtype, Path(tokenizer_folder) if tokenizer_folder else None)
-        if card is not None:
-            (new.partial / "README.md").write_text(card, encoding="utf-8")
-        new.finish()
+    def start() -> None:
+        plan.start(Path(source_folder) if source_folder else None, max_shard_bytes)
 
-    parallel.run_on_rank_zero(new.start, failure)
-    rules = chunks[0].rules()
-    for key, full in gathered_tensors(chunks):
+    parallel.run_on_rank_zero(start, failure)
+    for key, full in gathered_tensors(chunks, order=plan.order):
         if full is not None:
-            rule = match(rules, key)
-            for piece, tensor in zip(rule.pieces, rule.layout.split(full), strict=True):
-                writer.add(piece, tensor.to(device="cpu", dtype=dtype))
-    parallel.run_on_rank_zero(finish, failure)
+            plan.add(key, full)
+    parallel.run_on_rank_zero(lambda: plan.finish(card), failure)
+
+
+class _Plan:
+    """What is written where, on rank 0.
+
+    Args:
+        model: A chunk of the model.
+        hf_config: Its configuration.
+        new: The folder that is made.
+        dtype: See `export_hf`.
+    """
+
+    def __init__(
+        self, model: KTOGPTModel, hf_config: PretrainedConfig, new: NewFolder, *, dtype: torch.dtype | None
+    ) -> None:
+        self._rules = model.rules()
+        self._own_dtype = next(model.parameters()).dtype
+        self._hf_config = hf_config
+        self._new = new
+        self._dtype = dtype
+        self._companions: Path | None = None
+        self._source: Path | None = None
+        self._form: StoredForm | None = None
+
+    def start(self, companions: Path | None, max_shard_bytes: int | None) -> None:
+        """Read how the source stores the model, and make room."""
+        self._companions = companions
+        if companions is not None and describes(companions, self._hf_config):
+            self._source, self._form = companions, stored_form(companions)
+        self._new.start()
+        self._writer = self._writer_of(max_shard_bytes)
+
+    def order(self, key: str) -> tuple[Any, ...]:
+        """Return what the model's tensors are sorted by: the files of the source, then layers."""
+        files = [
+            self._file_of.get(place.name, "") for piece in self._rule(key).pieces for place in self._places(piece)
+        ]
+        return (min(files), max(files), natural(key))
+
+    def add(self, key: str, full: torch.Tensor) -> None:
+        """Take a full tensor of the model."""
+        rule = self._rule(key)
+        for piece, tensor in zip(rule.pieces, rule.layout.split(full), strict=True):
+            first, *copies = self._places(piece)
+            self._writer.add(first, tensor.cpu())
+            for copy in copies:
+                self._writer.add(copy, tensor.cpu().clone())  # tensors of a file must not share memory
+
+    def finish(self, card: str | None) -> None:
+        """Write what is left, and all that stands beside the weights; give the folder its name."""
+        self._writer.finish()
+        dtype = self._dtype if self._form is not None else self._dtype_of("")
+        if self._writer.too_large is not None:
+            logger.warning(
+                "%s holds %.4g, more than float16 can (65504): it is written in bfloat16, as is every other tensor of "
+                "which that is true.",
+                *self._writer.too_large,
+            )
+            # else whoever loads the folder would make float16 of it
+            named = dtype or configured_dtype(self._hf_config)
+            dtype = torch.bfloat16 if named in (None, torch.float16) else dtype
+        folder = self._new.partial
+        if self._companions is not None:
+            copy_companions(self._companions, folder)
+        write_config(folder, self._hf_config, source=self._source, dtype=dtype)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        self._new.finish()
+
+    @property
+    def _file_of(self) -> dict[str, str]:
+        return {} if self._form is None else self._form.file_of
+
+    def _rule(self, key: str) -> Rule:
+        return match(self._rules, key)
+
+    def _places(self, piece: Piece) -> list[Piece]:
+        """Return where a piece is written: where the source has it, copies of tied matrices included."""
+        return piece.found_among(self._file_of) or [piece]
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        if self._dtype is None and name in self._file_of:
+            assert self._form is not None
+            return self._form.dtype(name)
+        return self._dtype or configured_dtype(self._hf_config) or self._own_dtype
+
+    def _writer_of(self, max_shard_bytes: int | None) -> ShardWriter:
+        folder, form = self._new.partial, self._form
+        if form is None or max_shard_bytes is not None:
+            return ShardWriter(folder=folder, dtype_of=self._dtype_of, max_bytes=max_shard_bytes or _LARGEST_FILE)
+        if self._dtype is None:
+            # the same tensors in the same files; twice the size is for a source that is divided across layers
+            return ShardWriter(
+                folder=folder, dtype_of=self._dtype_of, max_bytes=2 * form.largest_file, file_of=form.file_of
+            )
+        limit = form.largest_file if len(form.files) > 1 else max(form.largest_file, _LARGEST_FILE)
+        return ShardWriter(folder=folder, dtype_of=self._dtype_of, max_bytes=limit)
 
 
 def gathered_tensors(
-    chunks: Sequence[KTOGPTModel], *, adapters: bool = False
+    chunks: Sequence[KTOGPTModel], *, adapters: bool = False, order: Callable[[str], Any] | None = None
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield (key, full tensor) of all stages in turn, on rank 0; (key, None) elsewhere.
 
-    One exchange of names and places, then one message per block that rank 0 does not hold itself. Of equal blocks on
-    several ranks (data parallelism, norms, tied embeddings) the lowest rank's is taken.
+    One exchange of names and places, one broadcast of the names' order, then one message per block that rank 0 does
+    not hold itself. Of equal blocks on several ranks (data parallelism, norms, tied embeddings) the lowest rank's is
+    taken.
 
     Args:
         chunks: This rank's chunks of the model, not wrapped.
         adapters: See `sharded_leaves`.
+        order: What the keys are sorted by, on rank 0; None for the order of layers.
     """
     rank = dist.get_rank()
     leaves = {(leaf.key, _corner(leaf)): leaf for chunk in chunks for leaf in sharded_leaves(chunk, adapters=adapters)}
@@ -100,7 +195,9 @@ def gathered_tensors(
         for key, corner in places:
             owners.setdefault(key, {}).setdefault(corner, owner)
     any_parameter = next(chunks[0].parameters())
-    for key in sorted(owners, key=_natural):
+    keys = sorted(owners, key=order or natural) if rank == 0 else list(owners)
+    dist.broadcast_object_list(keys, src=0)
+    for key in keys:
         full = None
         for corner, owner in owners[key].items():
             global_shape, region = everyone[owner][key, corner]
@@ -121,85 +218,6 @@ def _corner(leaf: Leaf) -> tuple[int, ...]:
     return tuple(part.start for part in leaf.region)
 
 
-def _natural(key: str) -> list[tuple[int, str]]:
+def natural(key: str) -> list[tuple[int, str]]:
     """Return a sort key under which layer 10 follows layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
-
-
-@dataclass
-class _ShardWriter:
-    """Joins pieces to tensors, and writes a file whenever the next tensor would make it larger than `max_bytes`.
-
-    A file that cannot be written is an error of `finish` only: until then the other ranks go on sending.
-    """
-
-    folder: Path
-    max_bytes: int
-    _pieces: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
-    _pending: dict[str, torch.Tensor] = field(default_factory=dict)
-    _pending_bytes: int = 0
-    _total_bytes: int = 0
-    _files: list[list[str]] = field(default_factory=list)
-    _error: OSError | None = None
-
-    def add(self, piece: Piece, values: torch.Tensor) -> None:
-        """Take a piece of a tensor; the tensor is written once all its rows are there."""
-        pieces = self._pieces.setdefault(piece.name, {})
-        pieces[piece.first_row] = values
-        if sum(map(len, pieces.values())) < piece.tensor_shape[0]:
-            return
-        parts = [part for _, part in sorted(self._pieces.pop(piece.name).items())]
-        tensor = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-        if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
-            self._flush()
-        self._pending[piece.name] = tensor
-        self._pending_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write what is left, give the files their final names and write the index if there are several."""
-        assert not self._pieces, f"the table lacks rows of {list(self._pieces)}"
-        self._flush()
-        if self._error is not None:
-            raise self._error
-        count = len(self._files)
-        if count == 1:
-            self._unnamed(0).rename(self.folder / WEIGHTS_FILE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._files):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._unnamed(number).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _flush(self) -> None:
-        try:
-            save_file(self._pending, self._unnamed(len(self._files)), metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            self._error = self._error or OSError(str(error))
-        self._files.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _unnamed(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"
-
-
-def _write_companions(folder: Path, config: PretrainedConfig, dtype: torch.dtype, source: Path | None) -> None:
-    """Write config.json and copy what else makes a folder loadable."""
-    if source is not None:
-        copy_companions(source, folder)
-    if source is not None and configured_dtype(config) == dtype and _describes(source, config):
-        shutil.copyfile(source / "config.json", folder / "config.json")
-        return
-    written = type(config).from_dict(config.to_dict())
-    written.dtype = dtype
-    written.save_pretrained(folder)
-
-
-def _describes(folder: Path, config: PretrainedConfig) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    found = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    return {**found, "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}

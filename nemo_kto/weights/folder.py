@@ -1,4 +1,4 @@
-"""Hugging Face folders: their tensors read one block at a time, what stands beside them, and how a new one appears."""
+"""Hugging Face folders: what stands beside the weights, how two are told apart, and how a new one appears."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError
-from nemo_kto.network.weight_rules import Piece, Region
 
-WEIGHTS_FILE = "model.safetensors"
-
-
-INDEX_FILE = "model.safetensors.index.json"
-
-
-_COMPANIONS = (
-    "generation_config.json",
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -40,90 +29,19 @@ _COMPANIONS = (
     "additional_chat_templates",
 )
 
+_MODEL_FILES = ("generation_config.json",)
 
 _NAMES_SHOWN = 5
 
-
 _SAMPLES = 32
-
 
 _SAMPLED_BYTES = 1 << 12
 
 
-class SafetensorsFolder:
-    """The tensors of a folder with one `model.safetensors` or with shards and an index; a context manager.
-
-    Args:
-        folder: Folder of a Hugging Face model.
-
-    Raises:
-        CheckpointError: The folder has no weights in the safetensors format, or they cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._stack = ExitStack()
-        self._handles: dict[str, Any] = {}
-        self._file_of = self._locate()
-
-    def __enter__(self) -> SafetensorsFolder:
-        """Return the folder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the files."""
-        self._stack.close()
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors of the folder."""
-        return set(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, from the file's header."""
-        return tuple(self._slice_of(name).get_shape())
-
-    def read(self, piece: Piece, region: Region) -> torch.Tensor:
-        """Return one block of a piece of a tensor in the file's dtype; nothing else of the tensor is read."""
-        block: torch.Tensor = self._slice_of(piece.name)[piece.within(region)]
-        return block
-
-    def _slice_of(self, name: str) -> Any:
-        handle = self._open(self._file_of[name])
-        try:
-            return handle.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / self._file_of[name]} lacks the tensor {name}: {error}.") from error
-
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file} cannot be read: {error}. Download it again.") from error
-        return self._handles[file]
-
-    def _locate(self) -> dict[str, str]:
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{index} is not an index of weights: {error!r}. Download it again.") from error
-        if (self.folder / WEIGHTS_FILE).is_file():
-            return dict.fromkeys(self._open(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
-        hint = ""
-        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.gguf")):
-            hint = " Save the model with transformers' save_pretrained first: only safetensors are read."
-        raise CheckpointError(f"{self.folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}.{hint}")
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first few of many names, as a text."""
+def listed(names: Sequence[str], kind: str = "tensors") -> str:
+    """Return the first few of many names of things of a kind, as a text."""
     more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more tensors" if more > 0 else "")
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more {kind}" if more > 0 else "")
 
 
 class NewFolder:
@@ -152,8 +70,8 @@ class NewFolder:
 
 
 def configured_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """Return the dtype named by a configuration, if any; transformers 4 calls it `torch_dtype`."""
-    named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    """Return the dtype named by a configuration, if any."""
+    named = getattr(config, "dtype", None)
     return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
 
 
@@ -163,23 +81,39 @@ def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
     Args:
         config: The configuration, if it counts.
         folder: Folder with safetensors files, of a model or an adapter; None for none.
+
+    Raises:
+        CheckpointError: One of the files is none.
     """
     fields = {} if config is None else config.to_dict()
     description = {key: value for key, value in fields.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.blake2b(json.dumps(description, sort_keys=True, default=str).encode(), digest_size=16)
     for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        # a file is the length of its header (8 bytes), the header, and the tensors at the offsets it names
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-            for name, tensor in sorted(header.items()):
-                if name != "__metadata__":
-                    start, end = (8 + length + offset for offset in tensor["data_offsets"])
-                    digest.update(f"{name}:{tensor['dtype']}:{tensor['shape']}:".encode())
-                    for place in _sampled_places(start, end):
-                        stream.seek(place)
-                        digest.update(stream.read(min(_SAMPLED_BYTES, end - place)))
+        try:
+            _digest_tensors(file, digest)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{file} is no safetensors file that can be read ({error}).") from error
     return digest.hexdigest()
+
+
+def _digest_tensors(file: Path, digest: Any) -> None:
+    """Add many places of each tensor of a file: the length of its header (8 bytes), the header, the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"its header would have {length:,} bytes")
+        header = json.loads(stream.read(length))
+        for name, tensor in sorted(header.items()):
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in tensor["data_offsets"])
+                digest.update(f"{name}:{tensor['dtype']}:{tensor['shape']}:".encode())
+                for place in _sampled_places(start, end):
+                    stream.seek(place)
+                    digest.update(stream.read(min(_SAMPLED_BYTES, end - place)))
+
+
+_MOST_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads at most."""
 
 
 def _sampled_places(start: int, end: int) -> list[int]:
@@ -188,11 +122,32 @@ def _sampled_places(start: int, end: int) -> list[int]:
     return sorted({start + (last - start) * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config, byte by byte, as far as `source` has them."""
-    for name in _COMPANIONS:
+def copy_companions(source: Path, folder: Path, *, of_tokenizer: bool = True, of_model: bool = True) -> None:
+    """Copy what stands beside the weights, byte by byte, as far as `source` has it.
+
+    Args:
+        source: Where from.
+        folder: Where to; files that are there already are replaced.
+        of_tokenizer: Copy tokenizer and chat template.
+        of_model: Copy the generation config.
+    """
+    names = [*(_TOKENIZER_FILES if of_tokenizer else ()), *(_MODEL_FILES if of_model else ())]
+    for config, wanted in (("tokenizer_config.json", of_tokenizer), ("config.json", of_model)):
+        names += _code_of(source / config) if wanted else []
+    for name in names:
         found = source / name
         if found.is_dir():
-            shutil.copytree(found, folder / name)
+            shutil.copytree(found, folder / name, dirs_exist_ok=True)
         elif found.is_file():
             shutil.copyfile(found, folder / name)
+
+
+def _code_of(config: Path) -> list[str]:
+    """Return the Python files that a configuration names beside itself, for whoever trusts them; never run here."""
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {}
+        places = [place for value in named.values() for place in (value if isinstance(value, list) else [value])]
+    except (OSError, ValueError, AttributeError):
+        return []
+    modules = dict.fromkeys(place.split(".")[0] for place in places if isinstance(place, str))
+    return [f"{module}.py" for module in modules if module.isidentifier()]  # others are in repositories of their own

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nemo_kto.errors import CheckpointError
+from nemo_kto.network.families import family_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import sharded_leaves
-from nemo_kto.network.weight_rules import expected_shapes, match
-from nemo_kto.weights.folder import SafetensorsFolder, listed
+from nemo_kto.network.stored import DTYPES, SafetensorsFolder
+from nemo_kto.network.tables import OUTPUT
+from nemo_kto.network.weight_rules import all_pieces, match, spellings
+from nemo_kto.weights.folder import listed
 
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old folders store; computed from the configuration
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers that old folders store, as transformers ignores them: they follow from the configuration."""
 
 
 @torch.no_grad()
@@ -27,25 +32,48 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     """
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
-        _check_tensors(source, model)
+        _check_tensors(source, model.hf_config)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
-            block = rule.layout.read(rule.pieces, leaf.region, source.read)
+            pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
+            block = rule.layout.read(pieces, leaf.region, source.read)
             leaf.data[: len(block)].copy_(block)
             leaf.data[len(block) :].zero_()
 
 
-def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
+def check_weights(folder: Path, hf_config: Any) -> None:
+    """Raise a CheckpointError unless a folder holds exactly the tensors of a model, in the right shapes.
+
+    Reads the files' headers only.
+
+    Args:
+        folder: Folder of a Hugging Face model.
+        hf_config: The model's configuration, from `load_hf_config`.
+    """
+    with SafetensorsFolder(folder) as source:
+        _check_tensors(source, hf_config)
+
+
+def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
     """Raise a CheckpointError unless the folder holds exactly the model's tensors in the right shapes."""
-    expected = expected_shapes(model.rules())
-    missing = sorted(expected.keys() - source.names)
+    expected: dict[str, tuple[int, ...]] = {}
+    missing: set[str] = set()
+    for piece in all_pieces(family_of(hf_config).rules(hf_config)):
+        found = piece.found_among(source.names)
+        if found:
+            expected[found[0].name] = found[0].tensor_shape
+        else:
+            missing.add(piece.name)
+    # a tied matrix may be there a second time: `load_hf_config` has seen that it is the same
+    copies = set(spellings(OUTPUT)) if hf_config.tie_word_embeddings else set()
+    surplus = sorted(name for name in source.names - expected.keys() - copies if not _IGNORED.search(name))
+    if missing == {OUTPUT}:
+        raise CheckpointError(_without_output_layer(source, hf_config, surplus))
     if missing:
         raise CheckpointError(
-            f"{source.folder} lacks {listed(missing)}. Its weights are incomplete or belong to another config.json."
+            f"{source.folder} lacks {listed(sorted(missing))}. Its weights are incomplete or belong to another "
+            "config.json."
         )
-    surplus = sorted(name for name in source.names - expected.keys() if not _IGNORED.search(name))
-    if model.share_embeddings_and_output_weights and "lm_head.weight" in surplus:
-        surplus.remove("lm_head.weight")  # some folders store the tied matrix a second time
     if surplus:
         raise CheckpointError(f"{source.folder} holds tensors its config.json has no place for: {listed(surplus)}.")
     for name, shape in expected.items():
@@ -53,3 +81,21 @@ def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
             raise CheckpointError(
                 f"{source.folder}: {name} has the shape {list(source.shape(name))}, config.json says {list(shape)}."
             )
+        if source.dtype(name) not in DTYPES:
+            raise CheckpointError(
+                f"{source.folder}: {name} is stored as {source.dtype(name)}; quantised weights cannot be trained. Use "
+                "the model's unquantised folder."
+            )
+
+
+def _without_output_layer(source: SafetensorsFolder, hf_config: Any, surplus: list[str]) -> str:
+    """Return what to say of a model without an output layer; transformers would fill one with random numbers."""
+    saved_as = ", ".join(
+        getattr(hf_config, "architectures", None) or ["an architecture that config.json does not name"]
+    )
+    instead = f", but has {listed(surplus)}" if surplus else ""
+    return (
+        f"{source.folder} lacks {OUTPUT}, the output layer{instead}: it was saved as {saved_as}. Use the folder of "
+        "the whole language model, or, if its output layer is the embedding, set tie_word_embeddings to true in its "
+        "config.json."
+    )

@@ -7,11 +7,10 @@ gathers the adapters on rank 0.
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
+import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,26 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered, parts_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
 from nemo_kto.network.sharded import sharded_leaves
-from nemo_kto.network.weight_rules import Piece, stacked
+from nemo_kto.network.stored import ADAPTER_FILE, check_one_kind
 from nemo_kto.runtime import parallel
+from nemo_kto.weights.adapter_tensors import (
+    WEIGHTS_FILE,
+    expected_shapes,
+    joined,
+    linear_sizes,
+    piece_of,
+    place_of,
+    stored_shapes,
+)
 from nemo_kto.weights.export_hf import gathered_tensors
 from nemo_kto.weights.folder import NewFolder, copy_companions, listed
+from nemo_kto.weights.shard_writer import cast
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = ADAPTER_FILE
 
 _FEATURES = (
     "alora_invocation_tokens",
@@ -58,11 +68,10 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _SHAPE = ("target_modules", "adapter_dim", "alpha", "rslora", "layer_selection")
 """Keys of `model.peft.lora_tuning` that an adapter folder fixes."""
 
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]\.weight")
-
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether `folder` holds a PEFT adapter rather than a model."""
+    """Return whether `folder` holds a PEFT adapter rather than a model; a CheckpointError if it holds both."""
+    check_one_kind(folder)
     return (folder / CONFIG_FILE).is_file()
 
 
@@ -91,7 +100,7 @@ def read_adapter_settings(folder: Path) -> LoRASettings:
     if config.get("peft_type") != "LORA" or used:
         what = f"uses {listed(used)}" if used else f"is {config.get('peft_type')}, not LORA"
         raise CheckpointError(f"The adapter in {folder} {what}, which is not possible here. Merge it into its model.")
-    found = {name: _place(name) for name in _shapes(folder)}
+    found = {name: place_of(name) for name in stored_shapes(folder)}
     strange = sorted(name for name, place in found.items() if place is None)
     if strange or not found:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} has tensors of no projection known here: {listed(strange)}.")
@@ -150,32 +159,61 @@ def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedCon
         CheckpointError: It cannot be used at all, or lacks tensors, or they have other shapes.
     """
     found = read_adapter_settings(folder)
+    if max(found.layers) >= hf_config.num_hidden_layers:
+        raise CheckpointError(
+            f"The adapter in {folder} has tensors of layer {max(found.layers) + 1}, and the model only has "
+            f"{hf_config.num_hidden_layers} layers. It is of another model."
+        )
     theirs, ours = (_as_keys(kind, hf_config.num_hidden_layers) for kind in (found, settings))
     different = [f"model.peft.lora_tuning.{key}={theirs[key]}" for key in _SHAPE if theirs[key] != ours[key]]
     if different:
         raise ConfigError(f"The adapter in {folder} is of another kind. Set {' '.join(different)}.")
-    expected, shapes = _expected_shapes(settings, hf_config), _shapes(folder)
+    expected, shapes = expected_shapes(settings, hf_config), stored_shapes(folder)
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise CheckpointError(_incomplete(folder, missing, shapes.keys()))
     for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            has = f"has the shape {list(shapes[name])}" if name in shapes else "is missing"
+        if shapes[name] != shape:
             raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: {name} {has}, the model needs {list(shape)}. Is it of another model?"
+                f"{folder / WEIGHTS_FILE}: {name} has the shape {list(shapes[name])}, the model needs {list(shape)}. "
+                "Is it of another model?"
             )
+
+
+def _incomplete(folder: Path, missing: Sequence[str], found: Collection[str]) -> str:
+    """Return what to say of an adapter that lacks tensors of layers and projections of which it has some."""
+    for name in missing:
+        if {name.replace("lora_A", "lora_B"), name.replace("lora_B", "lora_A")} & set(found):
+            return (
+                f"{folder / WEIGHTS_FILE}: {name} is missing, though its other half is there. Save the adapter again."
+            )
+    places = dict.fromkeys(place for place in map(place_of, missing) if place is not None)
+    lacking = listed([f"{projection} of layer {layer + 1}" for layer, projection in places], "projections")
+    return (
+        f"The adapter in {folder} has nothing for {lacking}. Here all layers with adapters have them for the same "
+        "projections. Merge it into its model with PEFT and start from that, or train one whose target_modules are "
+        "the same in all layers_to_transform."
+    )
 
 
 @torch.no_grad()
 def import_adapter(model: KTOGPTModel, folder: Path) -> None:
     """Fill this rank's part of the adapters; `check_adapter` has been passed. Values are cast to their dtype."""
-    sizes = _sizes(model.hf_config)
+    sizes = linear_sizes(model.hf_config)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
         for leaf in sharded_leaves(model, adapters=True):
-            piece = _piece(leaf.key, sizes, rank=leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1])
+            piece = piece_of(leaf.key, sizes, rank=leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1])
             leaf.data.copy_(source.get_slice(piece.name)[piece.within(leaf.region)])
 
 
 @torch.no_grad()
 def export_adapter(
-    chunks: Sequence[KTOGPTModel], source_folder: Path, folder: Path, *, card: str | None = None
+    chunks: Sequence[KTOGPTModel],
+    source_folder: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
 ) -> None:
     """Write the adapters of a model as a folder for PEFT; collective over all ranks, rank 0 writes.
 
@@ -183,22 +221,28 @@ def export_adapter(
         chunks: This rank's chunks of the model, not wrapped.
         source_folder: Folder with the adapters' `adapter_config.json`, tokenizer and chat template, which are copied.
         folder: Folder to create; it may exist only if it is empty. It appears under its name when it is complete.
+        dtype: Dtype of the written adapters, but see `shard_writer.cast`; None for that they were trained in.
         card: Text of its README.md, on rank 0; None for none.
 
     Raises:
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
     tensors = {key: full.cpu() for key, full in gathered_tensors(chunks, adapters=True) if full is not None}
-    write = partial(write_adapter, tensors, source_folder, folder, card=card)
+    write = partial(write_adapter, tensors, source_folder, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
 def write_adapter(
-    tensors: Mapping[str, torch.Tensor], source_folder: Path, folder: Path, *, card: str | None = None
+    tensors: Mapping[str, torch.Tensor],
+    source_folder: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
 ) -> None:
     """Write an adapter folder from full tensors by their names in the sharded state dict, on this process.
 
-    `card` is the text of its README.md; None for none.
+    The other arguments are those of `export_adapter`.
 
     Raises:
         OSError: See `export_adapter`.
@@ -207,8 +251,13 @@ def write_adapter(
     new.start()
     copy_companions(source_folder, new.partial)
     shutil.copyfile(source_folder / CONFIG_FILE, new.partial / CONFIG_FILE)
+    written = joined(tensors)
+    if dtype is not None:
+        written = {name: cast(tensor, dtype) for name, tensor in written.items()}
+        if any(tensor.dtype != dtype for tensor in written.values()):
+            logger.warning("%s: float16 cannot hold all numbers; some tensors are written in bfloat16.", folder)
     try:
-        save_file(_joined(tensors), new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(written, new.partial / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     if card is not None:
@@ -246,81 +295,3 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
         "rslora": str(settings.rslora).lower(),
         "layer_selection": "null" if whole else [layer + 1 for layer in settings.layers],
     }
-
-
-def _sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Return part of a linear layer -> (its outputs, its inputs)."""
-    model = dimensions_of(hf)
-    hidden, inner = model.hidden, model.feed_forward
-    queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
-
-
-def _expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the adapters, by PEFT's name."""
-    sizes = _sizes(hf)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, projection in itertools.product(settings.layers, settings.projections):
-        key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
-        for matrix in ("lora_a", "lora_b"):
-            piece = _piece(key + matrix, sizes, rank=settings.rank)
-            shapes[piece.name] = piece.tensor_shape
-    return shapes
-
-
-_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])(?:_(\w+))?")
-_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
-
-
-def _named(key: str) -> tuple[str, str, str]:
-    """Return (PEFT's name, projection, part or "") of an adapter's matrix named `key` in the sharded state dict."""
-    match = _KEY.fullmatch(key)
-    assert match is not None, key
-    layer, block, projection, kind, part = match.groups()
-    name = f"base_model.model.model.layers.{layer}.{_BLOCKS[block]}.{projection}.lora_{kind.upper()}.weight"
-    return name, projection, part or ""
-
-
-def _piece(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int) -> Piece:
-    """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors."""
-    name, projection, part = _named(key)
-    parts = parts_of(projection)
-    if name.endswith("lora_A.weight"):
-        return Piece(name, (rank, sizes[parts[0]][1]))
-    pieces = stacked(name, *((sizes[part][0], rank) for part in parts))
-    return pieces[parts.index(part) if part else 0]
-
-
-def _joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    orders: dict[str, tuple[str, ...]] = {}
-    for key, tensor in tensors.items():
-        name, projection, part = _named(key)
-        found.setdefault(name, {})[part] = tensor
-        orders[name] = parts_of(projection) if part else ("",)
-    return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
-
-
-def _place(name: str) -> tuple[int, str] | None:
-    """Return (layer, projection) of PEFT's tensor `name`; None if it is of no projection known here."""
-    match = _TENSOR.fullmatch(name)
-    return (int(match[1]), match[2]) if match and match[2] in LINEAR_OF else None
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an adapter folder, from the file's header."""
-    file = folder / WEIGHTS_FILE
-    try:
-        with safe_open(file, framework="pt") as source:
-            return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Save the adapter with PEFT as safetensors.") from error

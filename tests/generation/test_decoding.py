@@ -205,6 +205,9 @@ def answer_in_other_states(folder: Path, adapter: Path) -> dict[str, Any]:
             results[f"length {length}"] = [len(text) for text in answer(chunks, layout, GREEDY, prompts=given)]
         except DataError as error:
             results[f"length {length}"] = str(error)
+    with pytest.raises(DataError) as beyond:
+        answer(chunks, layout, GREEDY, prompts=[torch.tensor([1, tiny_hf.VOCAB_SIZE])])
+    results["beyond"] = str(beyond.value)
     tokens: list[int] = []
     handle = chunks[0].register_forward_pre_hook(
         lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -378,6 +381,12 @@ def test_a_prompt_needs_tokens_and_room_for_an_answer(other_states: dict[str, An
         assert other_states[f"length {length}"].startswith(
             f"Prompt 2 has {length} tokens; to be answered it needs 1 to 63, as the model has 64 positions."
         )
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(other_states: dict[str, Any]) -> None:
+    """Its embedding would be zeros: a row of padding."""
+    wanted = f"Prompt 1 holds the token number {tiny_hf.VOCAB_SIZE}, which the model lacks; its numbers end at "
+    assert other_states["beyond"].startswith(wanted + str(tiny_hf.VOCAB_SIZE - 1))
 
 
 # draws

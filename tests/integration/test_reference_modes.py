@@ -366,10 +366,12 @@ def test_another_architecture_is_refused_by_its_fields(
 ) -> None:
     other = make_model_folder(tmp_path / "other")
     config = other / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-3, "num_hidden_layers": 3}))
+    changed = {"rms_norm_eps": 1e-3, "num_hidden_layers": 3, "sliding_window": 5, "a_key_of_mine": 1}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
     values = settings(root, tmp_path / "log", model__kto__reference__checkpoint=str(other))
     ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and "num_hidden_layers (3, not 4)" in message and "rms_norm_eps (0.001" in message
+    assert "sliding_window" not in message and "a_key_of_mine" not in message  # a llama model has no such fields
 
 
 @pytest.mark.parametrize("kind", WHOLE_FIRST)

@@ -133,7 +133,7 @@ def use_adapter(source: Path, target: Path, name: str, layout: Layout) -> None:
         off = tiny_hf.packed_logits(model)
     with adapters_merged([model]):
         merged = tiny_hf.packed_logits(model)
-        export_hf([model], hf_config, target / "merged", tokenizer_folder=base)
+        export_hf([model], hf_config, target / "merged", source_folder=base)
     again = tiny_hf.packed_logits(model)
     clear_adapters(model)
     cleared = tiny_hf.packed_logits(model)
@@ -345,6 +345,14 @@ def test_tensors_that_do_not_fit_the_model_are_named(source: Path, tmp_path: Pat
         check_adapter(folder, settings, hf_config)
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
     with pytest.raises(CheckpointError, match=r"k_proj.lora_B.weight is missing"):
+        check_adapter(folder, settings, hf_config)
+    save_file({key: tensor for key, tensor in tensors.items() if ".layers.2.self_attn.k_proj." not in key}, file)
+    with pytest.raises(CheckpointError, match=r"nothing for k_proj of layer 3\. .*Merge it") as partial:
+        check_adapter(folder, settings, hf_config)
+    assert "another model" not in str(partial.value)
+    beyond = name.replace("layers.2", "layers.7")
+    save_file({**tensors, beyond: tensors[name].clone()}, file)
+    with pytest.raises(CheckpointError, match=r"layer 8, and the model only has 4 layers.*another model"):
         check_adapter(folder, settings, hf_config)
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"no projection known here: base_model.model.lm_head.lora_A.weight"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from nemo_kto.config.folders import export_folder, log_directory
@@ -17,6 +18,7 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs import reference
 from nemo_kto.runs.layout import layout_of
+from nemo_kto.runs.model import hf_config_of
 from nemo_kto.runs.schedule import Schedule, plan_schedule, warn_about_rates
 
 
@@ -180,3 +182,16 @@ def test_a_run_shorter_than_its_schedule_is_warned_about(
     config.model.optim.sched = SchedConfig(name=name, warmup_steps=warmup, constant_steps=constant)
     warn_about_rates(config, Schedule(total=20, per_epoch=20, val_interval=0, val_batches=0))
     assert ("does not follow its schedule" in caplog.text) is warned
+
+
+def test_a_model_from_sizes_has_room_for_the_tokenizers_last_token() -> None:
+    """The numbers of tokens may leave out some; the dtype is written down for exports of checkpoints."""
+    config = KTOConfig()
+    for name, size in {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2}.items():
+        setattr(config.model, name, size)
+    config.model.max_position_embeddings = 16
+    config.trainer.precision = "bf16-mixed"
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1, "<pad>": 7}, bos_token_id=None, eos_token_id=0)
+    found = hf_config_of(config, tokenizer)  # type: ignore[arg-type]
+    assert found.vocab_size == 8
+    assert found.dtype == torch.bfloat16

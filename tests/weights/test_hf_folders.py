@@ -15,12 +15,12 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
+from nemo_kto.network.stored import SafetensorsFolder
 from nemo_kto.network.weight_rules import Piece
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
-from nemo_kto.weights.export_hf import _write_companions, export_hf
-from nemo_kto.weights.folder import SafetensorsFolder
+from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import import_hf
 from tests.network import tiny_hf
 
@@ -84,7 +84,7 @@ def convert_folders(source: Path, results: Path, layouts: list[str]) -> None:
                 [model],
                 hf_config,
                 target,
-                tokenizer_folder=source / name,
+                source_folder=source / name,
                 max_shard_bytes=SMALL_FILE if name in ("llama_files", "phi3") else 10**9,
             )
             logits, place = tiny_hf.packed_logits(model), parallel.position()
@@ -328,21 +328,31 @@ def test_bad_folders_are_named(source: Path, tmp_path: Path, run_ranks: Callable
 # what goes beside the weights
 
 
-def test_companion_files_and_configuration(source: Path, tmp_path: Path) -> None:
+def export_beside_foreign_files(source: Path, companions: Path, target: Path) -> None:
+    """Export a llama model in bfloat16, with the tokenizer of a folder that holds another model."""
+    enable_cpu()
+    divide("TP1")
+    hf_config = load_hf_config(source)
+    model = build(hf_config, "TP1")
+    import_hf(model, source)
+    export_hf([model], hf_config, target, source_folder=companions, dtype=torch.bfloat16)
+    assert hf_config.dtype == torch.float32  # the given configuration is left alone
+
+
+def test_companion_files_and_configuration(source: Path, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     tokenizer, target = tmp_path / "tokenizer", tmp_path / "target"
     (tokenizer / "additional_chat_templates").mkdir(parents=True)
-    target.mkdir()
     copied = ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
     for name in copied:
         (tokenizer / name).write_text(name)
     (tokenizer / "config.json").write_text((source / "qwen3" / "config.json").read_text())  # of another model
     (tokenizer / "model.safetensors").write_text("weights of another model")
 
-    _write_companions(target, load_hf_config(source / "llama"), torch.bfloat16, tokenizer)
+    run_ranks(export_beside_foreign_files, 1, source / "llama", tokenizer, target)
 
     written = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert {*copied, "config.json"} <= written <= {*copied, "config.json", "generation_config.json"}
+    assert written == {*copied, "config.json", "model.safetensors"}
     assert (target / "chat_template.jinja").read_text() == "chat_template.jinja"
     config = json.loads((target / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")
-    assert load_hf_config(source / "llama").dtype == torch.float32  # the given configuration is left alone
+    assert {tensor.dtype for tensor in tiny_hf.stored_tensors(target).values()} == {torch.bfloat16}

@@ -1,0 +1,98 @@
+"""What PEFT calls an adapter's tensors, which shapes they have, and what they are in the sharded state dict."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from nemo_kto.errors import CheckpointError
+from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of
+from nemo_kto.network.weight_rules import Piece, stacked
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Return part of a linear layer -> (its outputs, its inputs)."""
+    model = dimensions_of(hf)
+    hidden, inner = model.hidden, model.feed_forward
+    queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the adapters, by PEFT's name."""
+    sizes = linear_sizes(hf)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, projection in itertools.product(settings.layers, settings.projections):
+        key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
+        for matrix in ("lora_a", "lora_b"):
+            piece = piece_of(key + matrix, sizes, rank=settings.rank)
+            shapes[piece.name] = piece.tensor_shape
+    return shapes
+
+
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]\.weight")
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])(?:_(\w+))?")
+_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
+
+
+def _named(key: str) -> tuple[str, str, str]:
+    """Return (PEFT's name, projection, part or "") of an adapter's matrix named `key` in the sharded state dict."""
+    match = _KEY.fullmatch(key)
+    assert match is not None, key
+    layer, block, projection, kind, part = match.groups()
+    name = f"base_model.model.model.layers.{layer}.{_BLOCKS[block]}.{projection}.lora_{kind.upper()}.weight"
+    return name, projection, part or ""
+
+
+def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int) -> Piece:
+    """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors."""
+    name, projection, part = _named(key)
+    parts = parts_of(projection)
+    if name.endswith("lora_A.weight"):
+        return Piece(name, (rank, sizes[parts[0]][1]))
+    pieces = stacked(name, *((sizes[part][0], rank) for part in parts))
+    return pieces[parts.index(part) if part else 0]
+
+
+def joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    for key, tensor in tensors.items():
+        name, projection, part = _named(key)
+        found.setdefault(name, {})[part] = tensor
+        orders[name] = parts_of(projection) if part else ("",)
+    return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
+
+
+def place_of(name: str) -> tuple[int, str] | None:
+    """Return (layer, projection) of PEFT's tensor `name`; None if it is of no projection known here."""
+    match = _TENSOR.fullmatch(name)
+    return (int(match[1]), match[2]) if match and match[2] in LINEAR_OF else None
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter folder, from the file's header."""
+    file = folder / WEIGHTS_FILE
+    try:
+        with safe_open(file, framework="pt") as source:
+            return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Save the adapter with PEFT as safetensors.") from error
