@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_kto import stopping
 from nemo_kto.errors import run_guarded
-from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
+from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise, without_wandb
 
 if TYPE_CHECKING:
     from nemo_kto.config.schema import KTOConfig
@@ -253,7 +253,8 @@ def _command(module: str, action: str = "run") -> Callable[[argparse.Namespace],
 
 def _imported(module: str, action: str) -> Callable[[Any], None]:
     """Return a function of a module of `nemo_kto.commands`."""
-    loaded = importlib.import_module(f"nemo_kto.commands.{module}")
+    with without_wandb():
+        loaded = importlib.import_module(f"nemo_kto.commands.{module}")
     silence_loaded_packages()
     function: Callable[[Any], None] = getattr(loaded, action)
     return function

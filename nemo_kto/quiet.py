@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
 """Environment variable; 1 shows everything again."""
@@ -34,6 +36,22 @@ def silence_startup_noise() -> None:
     warnings.filterwarnings("ignore", module=_WARNING_MODULES)
     for name in _PACKAGES:
         logging.getLogger(name).setLevel(_STILL_SHOWN)
+
+
+@contextmanager
+def without_wandb() -> Iterator[None]:
+    """Let what is imported meanwhile do without wandb, which makes two temporary folders when it is imported.
+
+    Megatron imports it for its own inference. A logger that needs it imports it later.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 def silence_loaded_packages() -> None:

@@ -14,11 +14,13 @@ from nemo_kto.data.reading.parts import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
 from nemo_kto.errors import DataError
 from nemo_kto.network.families import sizes_of_folder
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate, resumable_checkpoint
 from nemo_kto.runs.layout import check_division, known_layout
 from nemo_kto.runs.records import check_named, sources, without_training
 from nemo_kto.runtime.launch import check_environment
 from nemo_kto.runtime.layout import ModelSizes
+from nemo_kto.runtime.log_lock import check_free
 
 
 def check_early(config: KTOConfig, command: str) -> None:
@@ -39,6 +41,8 @@ def check_early(config: KTOConfig, command: str) -> None:
     check_functions(config)
     if command == "train":
         check_callbacks(config)
+        if is_global_rank_zero():  # the others are of that very run
+            check_free(log_directory(config))
     if command == "evaluate":
         checkpoint_to_evaluate(config)
         config = without_training(config)

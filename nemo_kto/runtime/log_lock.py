@@ -109,10 +109,7 @@ def _take_from_the_dead(lock: Path, *, now: float) -> None:
         return
     gone = holder.is_gone if holder is not None and holder.is_near else _is_silent(lock, holder, now=now)
     if not gone:
-        raise ConfigError(
-            f"Another run ({holder}) is writing to {lock.parent}. Wait for its end or stop it; or name another folder "
-            "in exp_manager.explicit_log_dir."
-        )
+        raise _in_use(lock, holder)
     aside = _aside(lock.parent)
     try:
         lock.rename(aside)
@@ -123,6 +120,21 @@ def _take_from_the_dead(lock: Path, *, now: float) -> None:
         return
     logger.warning("The run that wrote to %s (%s) is gone: this one goes on there.", lock.parent, holder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(log_dir: Path) -> None:
+    """Raise a ConfigError if it is certain, without waiting, that another run holds the lock of a log folder."""
+    lock = log_dir / FOLDER
+    holder, _ = _holder(lock)
+    if holder is not None and holder.is_near and not holder.is_gone:
+        raise _in_use(lock, holder)
+
+
+def _in_use(lock: Path, holder: ProcessName | None) -> ConfigError:
+    return ConfigError(
+        f"Another run ({holder}) is writing to {lock.parent}. Wait for its end or stop it; or name another folder in "
+        "exp_manager.explicit_log_dir."
+    )
 
 
 def _holder(lock: Path) -> tuple[ProcessName | None, str | None]:

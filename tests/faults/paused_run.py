@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nemo_kto.quiet import silence_startup_noise
+from nemo_kto.quiet import silence_startup_noise, without_wandb
 from nemo_kto.stopping import take_signals
 from tests.waiting import wait_until
 
@@ -60,8 +60,9 @@ def main() -> None:
     """Run the command."""
     pause("import")
     silence_startup_noise()
-    from nemo_kto.commands import train as training
-    from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
+    with without_wandb():
+        from nemo_kto.commands import train as training
+        from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 
     pause_in_saves()
     configure = MegatronGPTKTOModel.configure_model
