@@ -49,9 +49,9 @@ class Place:
 
     def meet(self, *, minutes: float = PATIENT, facts: dict[str, str] | None = None) -> Any:
         """Make the default group, compare the facts and return the watchdog; each rank has taken 7 steps."""
-        from nemo_kto.runtime import meeting
-        from nemo_kto.runtime.watchdog import watch_over
+        from nemo_kto.runtime import meeting, watchdog
 
+        watchdog._TICK, watchdog._FOR_STACKS = 0.2, 4.0
         rules = meeting.RankRules(
             timeout=timedelta(minutes=minutes), hang_folder=self.folder / "hang", facts=facts or {}
         )
@@ -63,9 +63,9 @@ class Place:
             world_size=self.world_size,
             rules=rules,
         )
-        watchdog = watch_over(store, step=lambda: 7, exit_codes=dict, rules=rules)
+        guard = watchdog.watch_over(store, step=lambda: 7, exit_codes=dict, rules=rules)
         meeting.check_alike(rules.facts)
-        return watchdog
+        return guard
 
     def note(self, name: str) -> None:
         """Tell the test that this rank has come to a place."""
