@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from nemo_kto.commands.export import ExportAtEnd, export_checkpoint
 from nemo_kto.config.folders import (
     ANSWERS_FILE,
+    DIVERGED_FILE,
     export_directory,
     export_folder,
     log_directory,
@@ -25,6 +26,7 @@ from nemo_kto.errors import KTOError
 from nemo_kto.generation.answers import AnswerPrompts
 from nemo_kto.generation.decoding import Sampling
 from nemo_kto.generation.prompts import stop_token_ids
+from nemo_kto.kto.divergence import RecordsFile
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import resumable_checkpoint
 from nemo_kto.runs.data import prompts_to_answer
@@ -53,7 +55,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         ConfigError: The configuration or layout cannot work.
         DataError: A data file cannot be used.
         CheckpointError: The model folder or a checkpoint cannot be used, or a checkpoint not be written.
-        DivergenceError: A gradient is not finite.
+        DivergenceError: A loss, gradient or parameter is not finite.
     """
     stop = graceful_stop(config)  # its time begins here
     named = named_callbacks(config)
@@ -90,6 +92,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
             replace = last is not None and config.export.folder is None
             trainer.callbacks.append(ExportAtEnd(export_to, source_folder, replace=replace))  # type: ignore[attr-defined]
         model = run.model()
+        model.records_file = RecordsFile(log_dir / DIVERGED_FILE, run.tokenizer, run.data)
         if config.generation.num_prompts:
             answers = _answers(run, log_dir)
             trainer.callbacks.append(answers)  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ _LEAST = {
     "trainer.log_every_n_steps": 1,
     "trainer.kto.save_interval": 0,
     "trainer.kto.gradient_clip_val": 0,
+    "trainer.kto.max_skipped_steps": 1,
     "exp_manager.checkpoint_callback_params.save_top_k": -1,
     "model.seed": 0,
     "model.micro_batch_size": 1,

@@ -13,6 +13,9 @@ FACTS_FILE = "run.json"
 ANSWERS_FILE = "generations.jsonl"
 """What policy and reference answered to prompts."""
 
+DIVERGED_FILE = "diverged.jsonl"
+"""The records of steps whose loss or gradient was not finite."""
+
 
 def log_directory(config: KTOConfig) -> Path:
     """Return the folder of the run's logs, checkpoints and export."""

@@ -33,6 +33,7 @@ from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.steps import step_if_finite
 
 logger = logging.getLogger(__name__)
 
@@ -200,9 +201,11 @@ class MegatronStrategy(DDPStrategy):
             "eps": optim.eps,
         }
 
-    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Step Megatron's optimizer, which takes no closure; returns (updated, gradient norm, zeros in gradient)."""
-        return optimizer.step()
+    def optimizer_step(
+        self, optimizer: Any, closure: Any, model: Any = None, *, usable: bool = True, **kwargs: Any
+    ) -> Any:
+        """Step Megatron's optimizer, which takes no closure; see `step_if_finite`."""
+        return step_if_finite(optimizer, usable=usable)
 
     @property
     def _module(self) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import sharded_leaves
-from nemo_kto.network.weight_rules import expected_shapes, match
+from nemo_kto.network.weight_rules import Piece, Region, expected_shapes, match
 from nemo_kto.weights.folder import SafetensorsFolder, listed
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old folders store; computed from the configuration
@@ -23,16 +25,28 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     Needs no communication and holds one block of one tensor in memory at a time.
 
     Raises:
-        CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes.
+        CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes, or a value
+            that this rank reads is not finite.
     """
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
-            block = rule.layout.read(rule.pieces, leaf.region, source.read)
+            block = rule.layout.read(rule.pieces, leaf.region, partial(_read_finite, source))
             leaf.data[: len(block)].copy_(block)
             leaf.data[len(block) :].zero_()
+
+
+def _read_finite(source: SafetensorsFolder, piece: Piece, region: Region) -> torch.Tensor:
+    """Return what `source.read` does; training from NaN would look like a learning rate that is too high."""
+    block = source.read(piece, region)
+    if not is_finite(block):
+        raise CheckpointError(
+            f"{source.folder}: {piece.name} holds values that are not finite (NaN or infinity). The files are "
+            "damaged, or the model had diverged: use another copy of it."
+        )
+    return block
 
 
 def _check_tensors(source: SafetensorsFolder, model: KTOGPTModel) -> None:
