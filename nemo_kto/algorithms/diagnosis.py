@@ -206,8 +206,8 @@ class GradientSpikes:
         last = " Further ones are not said." if self._said == self._most else ""
         return (
             f"The gradient of step {step} is a spike: its norm is {norm:.3g}, and the median of the {known} steps "
-            f"before {median:.3g}. If more follow, lower model.optim.lr, and see that trainer.kto.gradient_clip_val is not 0."
-            + last
+            f"before {median:.3g}. If more follow, lower model.optim.lr, and see that "
+            f"trainer.kto.gradient_clip_val is not 0.{last}"
         )
 
 

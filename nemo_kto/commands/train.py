@@ -18,6 +18,7 @@ from nemo_kto.config.folders import (
     export_directory,
     export_folder,
     log_directory,
+    log_directory_key,
     model_folder,
     tokenizer_folder,
 )
@@ -30,12 +31,14 @@ from nemo_kto.kto.divergence import RecordsFile
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import resumable_checkpoint
 from nemo_kto.runs.data import prompts_to_answer
+from nemo_kto.runs.early import check_folders
 from nemo_kto.runs.facts import run_facts, write_facts
 from nemo_kto.runs.resume import check_same_run, run_identity, write_identity
 from nemo_kto.runs.run import Run, prepare
 from nemo_kto.runs.schedule import Schedule, warn_about_rates
 from nemo_kto.runs.trainer import finishes, graceful_stop, named_callbacks, training_trainer
 from nemo_kto.runtime.checkpoint_folders import step_of
+from nemo_kto.runtime.disk import explained
 from nemo_kto.weights.source_folder import write_source_folder
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     """
     stop = graceful_stop(config)  # its time begins here
     named = named_callbacks(config)
+    check_folders(config, "train")
     run = prepare(config)
     config = run.config
     warn_about_rates(config, run.schedule)
@@ -79,14 +83,17 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         source_folder = Path(temporary)
         if is_global_rank_zero():
             facts = run_facts(run)
-            _write_source(source_folder, run, identity, facts)
+            with explained(source_folder):
+                _write_source(source_folder, run, identity, facts)
             steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
             print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
-        trainer = training_trainer(run, source_folder=source_folder, resumes=last is not None)
+        with explained(log_dir, log_directory_key(config)):
+            trainer = training_trainer(run, source_folder=source_folder, resumes=last is not None)
         # now: exp_manager puts a folder's older files aside
         run.data.list_bad_records(log_dir / "bad_records.jsonl")
         if is_global_rank_zero():
-            write_facts(log_dir, facts)
+            with explained(log_dir, log_directory_key(config)):
+                write_facts(log_dir, facts)
         trainer.callbacks.append(stop)  # type: ignore[attr-defined]
         if export_to is not None:
             replace = last is not None and config.export.folder is None

@@ -84,6 +84,7 @@ def initialize(layout: Layout, *, seed: int) -> None:
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
     megatron_fixes.write_without_manager()
+    megatron_fixes.outlive_failed_writes()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():

@@ -32,6 +32,7 @@ from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
+from nemo_kto.runtime.disk import reason_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.steps import step_if_finite
 
@@ -311,9 +312,14 @@ class MegatronStrategy(DDPStrategy):
             ckpt.fuse_torch_adam(getattr(optimizer, "_optimizer", optimizer))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint folder."""
+        """Remove a checkpoint folder; one that cannot be removed is no reason to end a run."""
+        folder = _folder(filepath)
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(_folder(filepath))
+            try:
+                self.checkpoint_io.remove_checkpoint(folder)
+            except OSError as error:
+                reason = reason_of(error, folder)
+                logger.warning("%s is not needed any more, but cannot be removed: %s.", folder, reason)
 
 
 def _folder(filepath: str | Path) -> Path:
