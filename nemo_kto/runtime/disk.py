@@ -45,6 +45,8 @@ def reason_of(error: BaseException, path: Path) -> str:
         return "no space is left on its file system"
     if of_torch:
         return "PyTorch could not write a file of it to its end"
+    if "worker results" in text or "results_queue" in text:  # Megatron's
+        return "a process that wrote a part of it has ended"
     if number is None:
         return (text.strip().splitlines() or [type(error).__name__])[0]
     return _REASONS.get(number, os.strerror(number))
