@@ -39,7 +39,7 @@ WITH_CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("command")
+    folder = tmp_path_factory.mktemp("command") / "it's a=b, [c] {d} ünï"  # for every run: no path has to be quoted
     make_model_folder(folder / "hf")
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=9, seed=2)
@@ -51,7 +51,7 @@ def command(root: Path, log_dir: Path, *, script: Path = SCRIPT, **changes: Any)
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
@@ -106,7 +106,7 @@ def complete_command(root: Path, log_dir: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the log folder of a run under tensor parallelism, with checkpoints and export."""
-    log_dir = tmp_path_factory.mktemp("uninterrupted")
+    log_dir = tmp_path_factory.mktemp("uninterrupted") / 'log=dir, (1) "q"'
     code, output, errors = run(complete_command(root, log_dir), **SECRETS)
     assert code == 0, output + errors
     (log_dir / "output.txt").write_text(output + errors)
