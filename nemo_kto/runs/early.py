@@ -61,8 +61,8 @@ def check_folders(config: KTOConfig, command: str) -> None:
         command: Name of a module of `nemo_kto.commands`.
 
     Raises:
-        ConfigError: A folder that has to be named is not, or is in the way.
-        CheckpointError: A folder or a checkpoint is not there, or nothing can be written to one.
+        ConfigError: A folder that has to be named is not, or is in the way, or nothing can be written to it.
+        CheckpointError: A folder or a checkpoint is not there.
     """
     if command == "evaluate":
         checkpoint_to_evaluate(config)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, ConfigError
 
 _REASONS = {
     errno.EROFS: "its file system is read-only",
@@ -94,15 +94,18 @@ def explained(path: Path, key: str = "") -> Iterator[None]:
         key: The configuration key that names it, if there is one.
 
     Raises:
-        CheckpointError: The block raised an OSError.
+        ConfigError: The block raised an OSError, and a key names the place.
+        CheckpointError: It did, and none does.
     """
     try:
         yield
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
-        named = f" Name another place in {key}, or mend that." if key else ""
-        raise CheckpointError(f"{path} cannot be written: {reason_of(error, path)}.{named}") from error
+        text = f"{path} cannot be written: {reason_of(error, path)}."
+        if key:
+            raise ConfigError(f"{text} Mend that, or name another place in {key}.") from error
+        raise CheckpointError(text) from error
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -113,7 +116,7 @@ def check_writable(folder: Path, key: str) -> None:
         key: The configuration key that names it.
 
     Raises:
-        CheckpointError: It could not.
+        ConfigError: It could not.
     """
     with explained(folder, key), tempfile.TemporaryFile(dir=existing(folder)) as file:
         file.write(b"\0" * 4096)

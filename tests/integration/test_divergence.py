@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,11 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nemo_kto.runtime.checkpoint_folders import newest_whole
 from tests.distributed_harness import free_port
-from tests.integration.assets import assert_alike, make_model_folder, read_series, settings, train_on_rank
+from tests.integration.assets import (
+    assert_alike,
+    make_model_folder,
+    read_series,
+    refusal_on_rank,
+    settings,
+    train_on_rank,
+)
 
 NAN = float("nan")
 SKIP = {"trainer__kto__on_nan": "skip_step"}
@@ -119,31 +128,17 @@ def broken(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> Run:
     return run
 
 
-@pytest.mark.parametrize(
-    ("world_size", "changes", "what", "rank", "said"),
-    [
-        (2, {}, "loss", 1, "The loss of step 3 is not finite. The policy's log-probs came first, on rank 1;"),
-        (2, PP2, "loss", 0, "The loss of step 3 is not finite. The policy's log-probs came first, on rank 1;"),
-        (2, {}, "gradient", 1, "decoder.layers.0.self_attention.linear_proj.weight came first, on rank 1."),
-        (2, TP2, "gradient", 1, "decoder.layers.0.self_attention.linear_proj.weight came first, on rank 1."),
-        # of the second stage, whose first layer is the model's third
-        (2, PP2, "gradient", 1, "decoder.layers.2.self_attention.linear_proj.weight came first, on rank 1."),
-        (2, {}, "gradient once", 1, "The gradient of step 3 is not finite, but was when it was computed again"),
-    ],
-)
-def test_all_ranks_end_in_the_same_step_and_say_where_it_began(
-    broken: Run, tmp_path: Path, world_size: int, changes: dict[str, Any], what: str, rank: int, said: str
+def test_all_ranks_end_in_the_same_step_and_the_last_checkpoint_is_kept(
+    broken: Run, root: Path, tmp_path: Path
 ) -> None:
-    answers = broken(world_size, what, rank, (3,), **changes, **SAVING)
+    """And the records of that step are written down."""
+    answers = broken(2, "loss", 1, (3,), **SAVING)
     for message, _ in answers:
-        assert said in message
+        assert "The loss of step 3 is not finite. The policy's log-probs came first, on rank 1;" in message
         assert "The last checkpoint is kept." in message and str(tmp_path / "log" / "diverged.jsonl") in message
     last = newest_whole(tmp_path / "log" / "checkpoints")[0]
     assert last is not None and last.name.endswith("step=2-last")
 
-
-def test_the_records_of_the_step_are_written_down(broken: Run, root: Path, tmp_path: Path) -> None:
-    answers = broken(2, "loss", 1, (3,))
     (line,) = (tmp_path / "log" / "diverged.jsonl").read_text(encoding="utf-8").splitlines()
     entry = json.loads(line)
     assert (entry["step"], entry["what"], entry["where"], entry["rank"]) == (3, "loss", "policy's log-probs", 1)
@@ -159,20 +154,37 @@ def test_the_records_of_the_step_are_written_down(broken: Run, root: Path, tmp_p
         assert broke or record["log_prob"] < 0
 
 
-@pytest.mark.parametrize("changes", [{}, SKIP])
-def test_a_parameter_that_is_not_finite_ends_the_run(broken: Run, changes: dict[str, Any]) -> None:
+LAYER = "decoder.layers.{}.self_attention.linear_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "said"),
+    [
+        (PP2, "loss", "The policy's log-probs came first, on rank 1;"),
+        pytest.param({}, "gradient", f"That of {LAYER.format(0)} came first, on rank 1.", marks=pytest.mark.slow),
+        (TP2, "gradient", f"That of {LAYER.format(0)} came first, on rank 1."),
+        # of the second stage, whose first layer is the model's third
+        (PP2, "gradient", f"That of {LAYER.format(2)} came first, on rank 1."),
+        ({}, "gradient once", "The gradient of step 2 is not finite, but was when it was computed again"),
+    ],
+)
+def test_where_it_began_is_said_under_every_layout(broken: Run, changes: dict[str, Any], what: str, said: str) -> None:
+    for message, _ in broken(2, what, 0 if what == "loss" else 1, (2,), **changes):
+        assert said in message
+
+
+def test_a_parameter_that_is_not_finite_ends_the_run(broken: Run) -> None:
     """Also where steps may be left out: no later one could be finite."""
-    for message, _ in broken(2, "parameter", 1, (2,), **changes, **TP2):
-        name = "decoder.layers.0.self_attention.linear_proj.weight"
-        assert f"The parameter {name}, on rank 1, is not finite before step 3" in message
+    for message, _ in broken(2, "parameter", 1, (1,), **SKIP, **TP2):
+        assert f"The parameter {LAYER.format(0)}, on rank 1, is not finite before step 2" in message
 
 
 def test_no_checkpoint_is_written_of_it(broken: Run, tmp_path: Path) -> None:
     """It would replace the last good one."""
-    for message, _ in broken(2, "parameter", 1, (3,), **TP2, **SAVING):
-        assert "rank 1, is not finite after step 3. Nothing is written of it" in message
+    for message, _ in broken(2, "parameter", 1, (2,), **TP2, **SAVING):
+        assert "rank 1, is not finite after step 2. Nothing is written of it" in message
     last = newest_whole(tmp_path / "log" / "checkpoints")[0]
-    assert last is not None and last.name.endswith("step=2-last")
+    assert last is not None and last.name.endswith("step=1-last")
 
 
 def test_nothing_is_exported_of_it(broken: Run, tmp_path: Path) -> None:
@@ -181,29 +193,51 @@ def test_nothing_is_exported_of_it(broken: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "log" / "hf").exists()
 
 
+@pytest.fixture(scope="module")
+def of_one_process(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]
+) -> dict[str, Any]:
+    """Return the series of a run of one process that leaves out two steps."""
+    log_dir = tmp_path_factory.mktemp("one")
+    values = settings(root, log_dir, trainer__kto__max_steps=7, **SKIP)
+    ((message, _),) = run_ranks(broken_run, 1, free_port(), values, "gradient", 0, (2, 5))
+    assert message == "no error"
+    return read_series(log_dir)
+
+
 @pytest.mark.parametrize(
-    ("world_size", "changes"),
-    [(1, {}), (2, {"model__optim__overlap_param_sync": True}), (2, TP2), (2, PP2)],
-    ids=["1", "DP2", "TP2", "PP2"],
+    ("changes", "what"),
+    [
+        ({"model__optim__overlap_param_sync": True}, "loss"),
+        (TP2, "gradient"),
+        (PP2, "gradient"),
+        pytest.param({"model__optim__overlap_grad_sync": True}, "gradient", marks=pytest.mark.slow),
+        pytest.param(TP2, "loss", marks=pytest.mark.slow),
+        pytest.param(PP2, "loss", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_left_out_changes_nothing_under_every_layout(
-    broken: Run, tmp_path: Path, world_size: int, changes: dict[str, Any], what: str
+    broken: Run, of_one_process: dict[str, Any], tmp_path: Path, changes: dict[str, Any], what: str
 ) -> None:
     """`Breaks` compares parameters and optimizer state bit by bit; the other steps are those of one process."""
-    for message, _ in broken(world_size, what, -1, (2, 5), trainer__kto__max_steps=7, **SKIP, **changes):
+    for message, _ in broken(2, what, -1, (2, 5), trainer__kto__max_steps=7, **SKIP, **changes):
         assert message == "no error"
-    series = read_series(tmp_path / "log")
+    series, expected = read_series(tmp_path / "log"), of_one_process
     assert [series["train/skipped_steps"][step] for step in range(7)] == [0, 1, 1, 1, 2, 2, 2]
     assert sorted(series["train/grad_norm"]) == [0, 2, 3, 5, 6]
     # the learning rate is a function of the step's number, left out or not
-    assert all(old > new for old, new in zip(*[list(series["train/lr"].values())[i:] for i in (0, 1)], strict=False))
-    broken(1, "gradient", 0, (2, 5), log_dir=tmp_path / "one", trainer__kto__max_steps=7, **SKIP)
-    expected = read_series(tmp_path / "one")
+    assert series["train/lr"] == expected["train/lr"]
+    assert [new < old for old, new in itertools.pairwise(series["train/lr"].values())] == [True] * 6
     if what == "loss":  # then those two steps have no metrics
-        expected = {name: {k: v for k, v in values.items() if k not in (1, 4)} for name, values in expected.items()}
-        series = {name: {k: v for k, v in values.items() if k not in (1, 4)} for name, values in series.items()}
-    assert_alike({**series, "val/loss": {}, "val/kl": {}}, {**expected, "val/loss": {}, "val/kl": {}})
+        expected, series = (
+            {
+                name: {step: value for step, value in values.items() if step not in (1, 4)}
+                for name, values in run.items()
+            }
+            for run in (expected, series)
+        )
+    unvalidated: dict[str, Any] = {"val/loss": {}, "val/kl": {}}
+    assert_alike(series | unvalidated, expected | unvalidated)
 
 
 def test_too_many_in_a_row_end_the_run(broken: Run) -> None:
@@ -255,12 +289,33 @@ def test_a_folder_with_weights_that_are_not_finite_is_named(root: Path, tmp_path
         model.model.layers[2].self_attn.v_proj.weight[15, 3] = math.inf
     model.save_pretrained(folder)
     values = settings(root, tmp_path / "log", pretrained_checkpoint__restore_from_path=str(folder), **TP2)
-    for kind, message in run_ranks(refusal, 2, free_port(), values):
+    for kind, message in run_ranks(refusal_on_rank, 2, free_port(), values):
         assert kind == "CheckpointError"
         assert f"{folder}: model.layers.2.self_attn.v_proj.weight" in message and "not finite" in message
 
 
-def refusal(port: int, overrides: dict[str, Any]) -> tuple[str, str]:
-    from tests.integration.assets import refusal_on_rank
+def test_weights_that_float16_cannot_hold_are_no_start(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    """The file is fine, and what becomes of it is not."""
+    folder = make_model_folder(tmp_path / "large")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 3] = 1e5
+    model.save_pretrained(folder)
+    changes = {"pretrained_checkpoint__restore_from_path": str(folder), "trainer__precision": "16-mixed"}
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), settings(root, tmp_path / "log", **changes))
+    assert kind == "CheckpointError" and "embedding.word_embeddings.weight are not finite in torch.float16" in message
+    assert "trainer.precision=bf16-mixed" in message
 
-    return refusal_on_rank(port, overrides)
+
+def test_an_adapter_that_is_not_finite_is_no_start(root: Path, tmp_path: Path, run_ranks: Any) -> None:
+    lora = {"model__peft__peft_scheme": "lora", "model__peft__lora_tuning__adapter_dim": 2}
+    exported = settings(root, tmp_path / "log", **lora, trainer__kto__max_steps=1, export__enabled=True)
+    run_ranks(train_on_rank, 1, free_port(), exported)
+    file = tmp_path / "log" / "hf" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = NAN
+    save_file(tensors, file)
+    start = {"model__peft__lora_tuning__restore_from_path": str(file.parent)}
+    values = settings(root, tmp_path / "other", **lora, **start)
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
+    assert kind == "CheckpointError" and message.startswith(f"{file.parent}: the values of ") and "finite" in message
