@@ -73,6 +73,24 @@ class DamagedCheckpointError(CheckpointError):
         return DamagedCheckpointError, (self.folder, self.fault)
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; the same on all ranks, and nothing is left of it.
+
+    Attributes:
+        folder: Where it would be.
+        reason: Why, in words.
+    """
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"The checkpoint {folder} could not be written: {reason}.")
+        self.folder = folder
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between ranks."""
+        return SaveError, (self.folder, self.reason)
+
+
 def run_guarded(action: Callable[[], None]) -> None:
     """Run `action`; an error that is the user's to mend becomes one line on stderr and exit code 1.
 

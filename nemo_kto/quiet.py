@@ -66,6 +66,8 @@ def silence_loaded_packages() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] in _PACKAGES:
             logging.getLogger(name).setLevel(_STILL_SHOWN)
+    # of each writer of a checkpoint that fails; ours says it once, and better
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def is_global_rank_zero() -> bool:

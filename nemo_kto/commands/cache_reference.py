@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.early import check_folders
 from nemo_kto.runs.facts import common_facts
 from nemo_kto.runs.run import prepare
 from nemo_kto.runs.trainer import finishes, graceful_stop, strategy, trainer_settings
@@ -29,6 +30,7 @@ def cache_reference(config: KTOConfig) -> bool:
         RankError: See `train`.
     """
     stop = graceful_stop(config)
+    check_folders(config, "cache_reference")
     run = prepare(config)
     assert run.reference.cache is not None, "reference.mode is cached"
     trainer = Trainer(

@@ -27,6 +27,7 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate
+from nemo_kto.runs.early import check_folders
 from nemo_kto.runs.facts import common_facts
 from nemo_kto.runs.records import without_training
 from nemo_kto.runs.resume import check_scored_like_trained
@@ -69,6 +70,7 @@ def evaluate(config: KTOConfig) -> dict[str, Any] | None:
         CheckpointError: A folder or the checkpoint cannot be used, or the results not be written.
         RankError: See `train`.
     """
+    check_folders(config, "evaluate")
     checkpoint = checkpoint_to_evaluate(config)
     output = Path(config.evaluation.output or log_directory(config) / OUTPUT_FILE).absolute()
     run = prepare(without_training(config), trains=False)

@@ -15,9 +15,11 @@ from nemo_kto import stopping
 from nemo_kto.commands.export import ExportAtEnd, export_checkpoint
 from nemo_kto.config.folders import (
     ANSWERS_FILE,
+    DIVERGED_FILE,
     export_directory,
     export_folder,
     log_directory,
+    log_directory_key,
     model_folder,
     tokenizer_folder,
 )
@@ -26,15 +28,18 @@ from nemo_kto.errors import KTOError
 from nemo_kto.generation.answers import AnswerPrompts
 from nemo_kto.generation.decoding import Sampling
 from nemo_kto.generation.prompts import stop_token_ids
+from nemo_kto.kto.divergence import RecordsFile
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import resumable_checkpoint
 from nemo_kto.runs.data import prompts_to_answer
+from nemo_kto.runs.early import check_folders
 from nemo_kto.runs.facts import common_facts, run_facts, write_facts
 from nemo_kto.runs.resume import check_same_run, contents, run_identity, write_identity
 from nemo_kto.runs.run import Run, prepare
 from nemo_kto.runs.schedule import Schedule, warn_about_rates
 from nemo_kto.runs.trainer import finishes, graceful_stop, named_callbacks, training_trainer
 from nemo_kto.runtime.checkpoint_folders import step_of
+from nemo_kto.runtime.disk import explained
 from nemo_kto.runtime.log_lock import FOLDER as LOCK_FOLDER
 from nemo_kto.runtime.log_lock import log_folder_held
 from nemo_kto.runtime.loop import GracefulStop
@@ -60,13 +65,15 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> bool:
         ConfigError: The configuration or layout cannot work, or another run is writing to the log folder.
         DataError: A data file cannot be used.
         CheckpointError: The model folder or a checkpoint cannot be used, or a checkpoint not be written.
-        DivergenceError: A gradient is not finite.
+        DivergenceError: A loss, gradient or parameter is not finite.
         RankError: Another process of the run is gone, or cannot be reached.
     """
     stop = graceful_stop(config)  # its time begins here
     log_dir = log_directory(config)
+    check_folders(config, "train")
+    held = log_folder_held(log_dir, log_directory_key(config))
     try:
-        with log_folder_held(log_dir) if is_global_rank_zero() else nullcontext(log_dir / LOCK_FOLDER) as own_folder:
+        with held if is_global_rank_zero() else nullcontext(log_dir / LOCK_FOLDER) as own_folder:
             return _train(config, stop, source_folder=own_folder / "source", callbacks=callbacks)
     finally:
         stopping.give_back()
@@ -94,20 +101,24 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
 
     if is_global_rank_zero():
         facts = run_facts(run)
-        _write_source(source_folder, run, identity, facts)
+        with explained(log_dir, log_directory_key(config)):
+            _write_source(source_folder, run, identity, facts)
         steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
         print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
     common = common_facts(run, {**contents(identity), "the checkpoint to go on from": last})
-    trainer = training_trainer(run, common, source_folder=source_folder, resumes=last is not None)
+    with explained(log_dir, log_directory_key(config)):
+        trainer = training_trainer(run, common, source_folder=source_folder, resumes=last is not None)
     # now: exp_manager puts a folder's older files aside
     run.data.list_bad_records(log_dir / "bad_records.jsonl")
     if is_global_rank_zero():
-        write_facts(log_dir, facts)
+        with explained(log_dir, log_directory_key(config)):
+            write_facts(log_dir, facts)
     added: list[Callback] = [stop]
     if export_to is not None:
         replace = last is not None and config.export.folder is None
         added.append(ExportAtEnd(export_to, source_folder, replace=replace))
     model = run.model()
+    model.records_file = RecordsFile(log_dir / DIVERGED_FILE, run.tokenizer, run.data)
     if config.generation.num_prompts:
         answers = _answers(run, log_dir)
         added.append(answers)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_kto import stopping
-from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, log_directory
+from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, export_directory, log_directory
 from nemo_kto.config.plugins import load_object
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, StoppedEarly
@@ -21,11 +21,21 @@ from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runs.run import Run
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves
-from nemo_kto.runtime.loggers import new_wandb_run, open_mlflow, read_runs, write_runs
+from nemo_kto.runtime.loggers import (
+    new_wandb_run,
+    open_mlflow,
+    outlive_failures,
+    outlive_log_files,
+    read_runs,
+    write_runs,
+)
 from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop, StopReason
 from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
 from nemo_kto.runtime.meeting import RankRules
+from nemo_kto.runtime.saving import RunCheckpoints
+from nemo_kto.runtime.space import Plan, SpaceCheck
 from nemo_kto.runtime.strategy import MegatronStrategy
+from nemo_kto.weights.folder import configured_dtype
 
 
 def trainer_settings(run: Run) -> dict[str, Any]:
@@ -154,7 +164,12 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
         **trainer_settings(run),
         strategy=strategy(run, facts, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
-        callbacks=[ProgressBar(), StartUpTime(), *([FinishBackgroundSaves()] if params.async_save else [])],
+        callbacks=[
+            ProgressBar(),
+            StartUpTime(),
+            SpaceCheck(_space_plan(run)),
+            *([FinishBackgroundSaves()] if params.async_save else []),
+        ],
     )
     trainer.fit_loop.epoch_loop = StepLoop(
         trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0
@@ -162,9 +177,27 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
     _add_loggers_and_checkpoints(trainer, config, validates=bool(schedule.val_interval), resumes=resumes)
     checkpoints: Any = trainer.checkpoint_callback
     if checkpoints is not None:
+        RunCheckpoints.adopt(checkpoints, trainer)
         checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
         checkpoints._enable_version_counter = False  # the same step has the same name; see ShardedCheckpointIO
     return trainer
+
+
+def _space_plan(run: Run) -> Plan:
+    """Return what the run is going to write."""
+    config, schedule = run.config, run.schedule
+    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(run.config)
+    best = manager.checkpoint_callback_params.save_top_k if schedule.val_interval else 0
+    if best == -1:
+        best = -(-schedule.total // schedule.val_interval)
+    return Plan(
+        checkpoints=log_directory(config) / "checkpoints" if manager.create_checkpoint_callback else None,
+        at_once=best + 2,  # the last one, and the one that is to replace it
+        params_dtype=params_dtype,
+        export=export_directory(config) if export.enabled else None,
+        export_dtype=configured_dtype(run.hf_config) or params_dtype,
+        whole_model=run.lora is None or export.merge_adapters,
+    )
 
 
 def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validates: bool, resumes: bool) -> None:
@@ -181,6 +214,8 @@ def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validat
         runs["mlflow"] = mlflow.run_id
     if runs and leads:
         write_runs(log_dir, runs)
+    outlive_failures(trainer.loggers, log_dir)
+    outlive_log_files()
 
 
 def _exp_manager_settings(config: KTOConfig, *, validates: bool, wandb_run: str | None) -> dict[str, Any]:

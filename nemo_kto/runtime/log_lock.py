@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_kto import stopping
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import ConfigError
+from nemo_kto.runtime.disk import explained
 from nemo_kto.runtime.processes import ProcessName, this_process
 
 logger = logging.getLogger(__name__)
@@ -43,19 +44,20 @@ _LONG_AGO = 3600.0
 
 
 @contextlib.contextmanager
-def log_folder_held(log_dir: Path) -> Iterator[Path]:
+def log_folder_held(log_dir: Path, key: str) -> Iterator[Path]:
     """Hold the lock of a log folder, which is made if need be; yields the lock's own folder.
 
+    Args:
+        log_dir: The log folder.
+        key: The configuration key that names it.
+
     Raises:
-        ConfigError: Another run holds it.
-        CheckpointError: Nothing can be written there.
+        ConfigError: Another run holds it, or nothing can be written there.
     """
-    try:
+    with explained(log_dir, key):
         log_dir.mkdir(parents=True, exist_ok=True)
         lock = _take(log_dir)
         owner = os.open(lock / _OWNER, os.O_RDWR)
-    except OSError as error:
-        raise CheckpointError(f"{log_dir} cannot be written to ({error.strerror}).") from error
     ended = threading.Event()
     keeper = threading.Thread(target=_keep, args=(lock, owner, ended), name="log folder", daemon=True)
     keeper.start()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from nemo_kto.errors import CheckpointError, KTOError
 from nemo_kto.runtime import cpu_megatron, megatron_fixes
 from nemo_kto.runtime.launch import check_environment, known_device_count
 from nemo_kto.runtime.layout import Layout
+
+_T = TypeVar("_T")
 
 
 def device_count(devices: int | str, accelerator: str) -> int:
@@ -67,6 +70,7 @@ def initialize(layout: Layout, *, seed: int, timeout: timedelta = timedelta(minu
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
     megatron_fixes.write_without_manager()
+    megatron_fixes.outlive_failed_writes()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():
@@ -145,6 +149,28 @@ def position() -> RankPosition:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def run_everywhere(action: Callable[[], _T]) -> _T:
+    """Return what `action` returns, which every rank runs, or fail together: one gathering of objects.
+
+    Args:
+        action: What may go wrong on some ranks; without exchanges between them.
+
+    Raises:
+        KTOError: `action` raised it on this rank, or another.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except KTOError as error:
+        failure = error
+    failures: list[KTOError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    first = next((error for error in failures if error is not None), None)
+    if first is not None:
+        raise first
+    return cast(_T, result)
 
 
 def run_on_rank_zero(action: Callable[[], None], failure: str) -> None:

@@ -33,9 +33,11 @@ from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import meeting, parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
+from nemo_kto.runtime.disk import reason_of
 from nemo_kto.runtime.launcher import HelperContext, RankLauncher
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import OwnSignals
+from nemo_kto.runtime.steps import step_if_finite
 from nemo_kto.runtime.watchdog import Watchdog, watch_over
 
 logger = logging.getLogger(__name__)
@@ -239,9 +241,11 @@ class MegatronStrategy(DDPStrategy):
             "eps": optim.eps,
         }
 
-    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Step Megatron's optimizer, which takes no closure; returns (updated, gradient norm, zeros in gradient)."""
-        return optimizer.step()
+    def optimizer_step(
+        self, optimizer: Any, closure: Any, model: Any = None, *, usable: bool = True, **kwargs: Any
+    ) -> Any:
+        """Step Megatron's optimizer, which takes no closure; see `step_if_finite`."""
+        return step_if_finite(optimizer, usable=usable)
 
     @property
     def _module(self) -> Any:
@@ -348,9 +352,14 @@ class MegatronStrategy(DDPStrategy):
             ckpt.fuse_torch_adam(getattr(optimizer, "_optimizer", optimizer))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint folder."""
+        """Remove a checkpoint folder; one that cannot be removed is no reason to end a run."""
+        folder = _folder(filepath)
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(_folder(filepath))
+            try:
+                self.checkpoint_io.remove_checkpoint(folder)
+            except OSError as error:
+                reason = reason_of(error, folder)
+                logger.warning("%s is not needed any more, but cannot be removed: %s.", folder, reason)
 
 
 def _folder(filepath: str | Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import ConfigError
 from nemo_kto.runtime import log_lock, processes
 from nemo_kto.runtime.log_lock import log_folder_held
 from nemo_kto.runtime.processes import ProcessName, this_process
@@ -25,7 +25,7 @@ HOLD = """
 import signal, sys
 from pathlib import Path
 from nemo_kto.runtime.log_lock import log_folder_held
-with log_folder_held(Path(sys.argv[1])) as own:
+with log_folder_held(Path(sys.argv[1]), "the_key") as own:
     (own / "source").mkdir()
     (own / "source" / "config.json").touch()
     print("held", flush=True)
@@ -46,7 +46,7 @@ def holder(log_dir: Path) -> subprocess.Popen[str]:
 
 
 def test_it_comes_and_goes(tmp_path: Path) -> None:
-    with log_folder_held(tmp_path / "new" / "log") as own:
+    with log_folder_held(tmp_path / "new" / "log", "the_key") as own:
         assert own.is_dir() and own.parent == tmp_path / "new" / "log"
         found = json.loads((own / "owner.json").read_text())
         assert found["pid"] == os.getpid() and found["host"]
@@ -54,7 +54,7 @@ def test_it_comes_and_goes(tmp_path: Path) -> None:
 
 
 def test_it_goes_when_the_run_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), log_folder_held(tmp_path):
+    with pytest.raises(ZeroDivisionError), log_folder_held(tmp_path, "the_key"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
@@ -64,11 +64,11 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     try:
         with (
             pytest.raises(ConfigError, match=rf"Another run \(process {first.pid} on .* is writing to {tmp_path}\."),
-            log_folder_held(tmp_path),
+            log_folder_held(tmp_path, "the_key"),
         ):
             pass
         first.send_signal(signal.SIGSTOP)  # it may go on at any time
-        with pytest.raises(ConfigError, match=f"process {first.pid} "), log_folder_held(tmp_path):
+        with pytest.raises(ConfigError, match=f"process {first.pid} "), log_folder_held(tmp_path, "the_key"):
             pass
         assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
     finally:
@@ -81,7 +81,7 @@ def test_a_killed_one_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
     first = holder(tmp_path)
     first.kill()  # and not waited for: a zombie is dead, too
     wait_until(lambda: ProcessName(**_of(first.pid)).is_gone)
-    with log_folder_held(tmp_path) as own:
+    with log_folder_held(tmp_path, "the_key") as own:
         assert [path.name for path in own.iterdir()] == ["owner.json"]
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +115,7 @@ def test_one_elsewhere_that_is_silent_is_gone(
 ) -> None:
     monkeypatch.setattr(log_lock, "_SILENCE", 0.2)
     lock_of_another_machine(tmp_path)
-    with log_folder_held(tmp_path) as own:
+    with log_folder_held(tmp_path, "the_key") as own:
         assert json.loads((own / "owner.json").read_text())["pid"] == os.getpid()
     assert "node7). Waiting up to" in caplog.text and "on node7) is gone" in caplog.text
 
@@ -136,7 +136,7 @@ def test_one_elsewhere_that_touches_it_lives(tmp_path: Path, monkeypatch: pytest
     thread = threading.Thread(target=touch)
     thread.start()
     try:
-        with pytest.raises(ConfigError, match="on node7"), log_folder_held(tmp_path):
+        with pytest.raises(ConfigError, match="on node7"), log_folder_held(tmp_path, "the_key"):
             pass
     finally:
         ended.set()
@@ -151,7 +151,7 @@ def test_one_elsewhere_of_yesterday_is_not_waited_for(tmp_path: Path, monkeypatc
     lock = lock_of_another_machine(tmp_path)
     before = (lock / "owner.json").stat().st_mtime - 86400
     os.utime(lock / "owner.json", (before, before))
-    with log_folder_held(tmp_path):
+    with log_folder_held(tmp_path, "the_key"):
         pass
 
 
@@ -175,7 +175,7 @@ def test_one_that_was_faster_keeps_it(tmp_path: Path, monkeypatch: pytest.Monkey
     log_lock_holder = log_lock._holder
     monkeypatch.setattr(log_lock, "_take_from_the_dead", take_late)
     try:
-        with pytest.raises(ConfigError, match=f"process {first.pid} "), log_folder_held(tmp_path / "log"):
+        with pytest.raises(ConfigError, match=f"process {first.pid} "), log_folder_held(tmp_path / "log", "the_key"):
             pass
     finally:
         first.kill()
@@ -201,12 +201,15 @@ def test_a_lock_that_is_taken_away_ends_its_run(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is in the way"), log_folder_held(tmp_path):
+    with pytest.raises(ConfigError, match="is in the way"), log_folder_held(tmp_path, "the_key"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written to"), log_folder_held(tmp_path / "file" / "log"):
+    with (
+        pytest.raises(ConfigError, match="log cannot be written: .* name another place in the_key"),
+        log_folder_held(tmp_path / "file" / "log", "the_key"),
+    ):
         pass
