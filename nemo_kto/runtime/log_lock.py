@@ -145,9 +145,9 @@ def _holder(lock: Path) -> tuple[ProcessName | None, str | None]:
         found = json.loads((lock / _OWNER).read_text(encoding="utf-8"))
         name = str(found.pop("lock"))
         return ProcessName(**found), name
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, "unreadable"
 
 
