@@ -33,6 +33,9 @@ _PATIENCE = 5.0
 _ANSWER = 3.0
 """Seconds in which the store answers, unless the process that holds it is gone or was stopped."""
 
+_STAY = 10.0
+"""Most seconds that a rank stays so that the others find out what it knows."""
+
 _GOODBYE = 300.0
 """Most seconds that rank 0 needs to end its loggers."""
 
@@ -123,10 +126,6 @@ class Ranks:
             number = self._store.add("words", 1)
             self._store.set(f"words {number}", json.dumps([self.rank, kind, text]))
 
-    def _note_heard(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._store.add("heard", 1)
-
     def leave_together(self) -> None:
         """Wait until rank 0 has ended its part: the first to end may have the rest killed, as `srun` does."""
         with contextlib.suppress(RuntimeError):
@@ -147,25 +146,38 @@ class Ranks:
         if self.hangs:  # the others end for that, and so does this one, with all that is to be said
             time.sleep(_GOODBYE)
         if _is_broken(error):
-            return self._explained(error)
-        if isinstance(error, KTOError):
+            error = self._explained(error)
+        elif isinstance(error, KTOError):
             if self.rank != 0:  # if rank 0 has found the same, it says so
                 _wait_for(self._is_said, seconds=_PATIENCE / 2)
             error.said_here = self._claim()
-        if self.rank == 0:
-            others = len(self.processes) - 1
-            with contextlib.suppress(RuntimeError):  # its last words go with it
-                _wait_for(lambda: self._store.add("heard", 0) >= others, seconds=_PATIENCE / 2)
-        else:
-            self._note_heard()
+        self.stay_for_others(says=getattr(error, "said_here", False) is True)
         return error
+
+    def stay_for_others(self, *, says: bool) -> None:
+        """Stay while the others need this rank to find out what went wrong, and who says it.
+
+        The store is rank 0's. Where it is gone, the first of those that are left speaks, and must not have left.
+
+        Args:
+            says: Whether that is this one.
+        """
+        others = len(self.processes) - 1
+        try:
+            if self.rank == 0:
+                _wait_for(lambda: self._store.add("heard", 0) >= others - len(self.dead()), seconds=_STAY)
+            else:
+                self._store.add("heard", 1)
+        except RuntimeError:
+            near = sum(process.is_near for process in self.processes) - 1
+            if says:
+                _wait_for(lambda: len(self.dead()) == near, seconds=_STAY)
 
     def _explained(self, error: BaseException) -> BaseException:
         if stopping.requested() and not self.stop_together:
             return stopping.Stopped(str(stopping.requested()))  # so were the others, a moment before
         before = beats(self._store, len(self.processes))
         cause = _wait_for(lambda: self.cause(self._store), seconds=_PATIENCE)
-        self._note_heard()
         if cause is None:
             after = beats(self._store, len(self.processes))
             silent = [rank for rank in range(len(self.processes)) if before.get(rank) == after.get(rank)]

@@ -114,23 +114,25 @@ class Watchdog:
         error = self.ranks.lost(cause)
         if error.said_here:
             stopping.say_anyhow(f"error: {error}")
+        self.ranks.stay_for_others(says=error.said_here is True)
         stopping.leave(1)
 
     # the run hangs
 
     def _end_run(self) -> None:
         """Write down where this rank is, see that the others do, and end this process."""
+        first = self.ranks.is_first_here()  # by now: those that have said where they are leave one by one
         step, where = self.ranks.step(), in_words(self._frame())
         stack = report(self._frame())
         stopped = self._wake_stopped()  # last, as the run then goes on for a moment
         leads = self.ranks.ask(lambda store: store.add("hang", 1) == 1)
         if leads is None:
-            leads = self.ranks.is_first_here()
+            leads = first
         if signalled := self._stacks.read():
             stack = f"When it was woken:\n{signalled}\nSome seconds later:\n{stack}"
         self._write_stack(self.ranks.rank, step, stack)
         self.ranks.ask(lambda store: store.set(f"stack {self.ranks.rank}", json.dumps([step, where, stopped])))
-        found = self._await_stacks(step)
+        found = self._await_stacks(step, asks=first)
         silent = [rank for rank in range(len(self.ranks.processes)) if rank not in found]
         if leads:
             self._say(step, found, silent)
@@ -149,10 +151,12 @@ class Watchdog:
             self.ranks.processes[rank].signal(signal.SIGCONT)
         return stopped
 
-    def _await_stacks(self, step: int) -> dict[int, tuple[str, list[int]]]:
+    def _await_stacks(self, step: int, *, asks: bool) -> dict[int, tuple[str, list[int]]]:
         """Return rank -> (where it is, which ranks it found stopped), of those that have written their stacks.
 
-        Of those near that have not, C code writes them.
+        Args:
+            step: Number of steps taken.
+            asks: Whether this rank has C code write those of ranks near it that have not.
         """
         found: dict[int, tuple[str, list[int]]] = {}
 
@@ -165,7 +169,7 @@ class Watchdog:
 
         self._await(ask)
         for rank, process in enumerate(self.ranks.processes):
-            if rank not in found and self.ranks.is_first_here() and not process.is_gone:
+            if asks and rank not in found and not process.is_gone:
                 process.signal(STACK_SIGNAL)
                 time.sleep(_TICK)
                 stack = read_stacks(process.pid, self._stack_numbers[rank]) or "It does not answer.\n"

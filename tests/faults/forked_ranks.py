@@ -51,7 +51,7 @@ class Place:
         """Make the default group, compare the facts and return the watchdog; each rank has taken 7 steps."""
         from nemo_kto.runtime import meeting, watchdog
 
-        watchdog._TICK, watchdog._FOR_STACKS = 0.2, 4.0
+        watchdog._TICK = 0.2
         rules = meeting.RankRules(
             timeout=timedelta(minutes=minutes), hang_folder=self.folder / "hang", facts=facts or {}
         )

@@ -67,10 +67,13 @@ def test_rank_0_can_be_the_one(tmp_path: Path) -> None:
 
 
 def leave_one_waiting(place: Place) -> None:
-    place.meet(minutes=SOON)
+    guard = place.meet(minutes=SOON)
     if place.rank == 0:
         place.wait_for("never")
-    dist.all_reduce(torch.ones(1))
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        raise guard.ranks.settle(error) from error
 
 
 def test_ranks_that_run_are_named_by_where_they_are(tmp_path: Path) -> None:
@@ -82,6 +85,7 @@ def test_ranks_that_run_are_named_by_where_they_are(tmp_path: Path) -> None:
 
 
 def hold_pythons_lock(place: Place) -> None:
+    watchdog._FOR_STACKS = 4.0  # that are waited for in vain
     place.meet(minutes=SOON)
     if place.rank == 1:
         mutex = ctypes.create_string_buffer(64)
