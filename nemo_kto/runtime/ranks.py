@@ -33,8 +33,8 @@ _PATIENCE = 5.0
 _ANSWER = 3.0
 """Seconds in which the store answers, unless the process that holds it is gone or was stopped."""
 
-_STAY = 10.0
-"""Most seconds that a rank stays so that the others find out what it knows."""
+_STAY = 5.0
+"""Most seconds that a rank stays so that the others find out what it knows: more than two beats."""
 
 _GOODBYE = 300.0
 """Most seconds that rank 0 needs to end its loggers."""
@@ -59,6 +59,7 @@ class Ranks:
         step: Returns the number of steps taken.
         hangs: Whether one has found that the run hangs.
         stop_together: Whether all are far enough to be stopped together; before that each ends by itself.
+        settles: Whether the main thread is finding out what went wrong.
     """
 
     def __init__(
@@ -74,10 +75,13 @@ class Ranks:
         self.processes = processes
         self.hangs = False
         self.stop_together = False
+        self.settles = False
         self.step = step
         self._exit_codes = exit_codes
         self._store = store
         self._questions: queue.Queue[Callable[[dist.Store], None]] = queue.Queue()
+        self._first_dead: list[int] = []  # others leave for them, and are dead then too
+        self._heard: str | None = None  # what another rank says this run ends for
         self._ended = threading.Event()
         threading.Thread(target=self._talk, args=(store.clone(),), name="ranks", daemon=True).start()
 
@@ -93,6 +97,9 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # it goes with rank 0
                 store.set(f"beat {self.rank}", json.dumps([beat, self.step()]))
                 self.hangs = self.hangs or store.check(["hang"])
+                if self._heard is None and store.check(["lost"]):
+                    self._heard = store.get("lost").decode()
+                    store.set(f"heard {self.rank}", "")
             with contextlib.suppress(queue.Empty):
                 self._questions.get(timeout=_BEAT)(store)
 
@@ -143,6 +150,13 @@ class Ranks:
         """
         if len(self.processes) == 1:
             return error
+        self.settles = True
+        try:
+            return self._settled(error)
+        finally:
+            self.settles = False
+
+    def _settled(self, error: BaseException) -> BaseException:
         if self.hangs:  # the others end for that, and so does this one, with all that is to be said
             time.sleep(_GOODBYE)
         if _is_broken(error):
@@ -157,21 +171,24 @@ class Ranks:
     def stay_for_others(self, *, says: bool) -> None:
         """Stay while the others need this rank to find out what went wrong, and who says it.
 
-        The store is rank 0's. Where it is gone, the first of those that are left speaks, and must not have left.
+        The store is rank 0's. Where it is gone, the first of those that are left speaks, and the others have to see
+        that it is left. They may wait in an exchange with this one, and only their other threads see anything.
 
         Args:
             says: Whether that is this one.
         """
-        others = len(self.processes) - 1
         try:
+            self._store.set(f"heard {self.rank}", "")
             if self.rank == 0:
-                _wait_for(lambda: self._store.add("heard", 0) >= others - len(self.dead()), seconds=_STAY)
-            else:
-                self._store.add("heard", 1)
+                _wait_for(self._all_have_heard, seconds=_STAY)
         except RuntimeError:
             near = sum(process.is_near for process in self.processes) - 1
             if says:
                 _wait_for(lambda: len(self.dead()) == near, seconds=_STAY)
+
+    def _all_have_heard(self) -> bool:
+        left = set(range(len(self.processes))) - set(self.dead())
+        return all(self._store.check([f"heard {rank}"]) for rank in left)
 
     def _explained(self, error: BaseException) -> BaseException:
         if stopping.requested() and not self.stop_together:
@@ -189,7 +206,10 @@ class Ranks:
     def lost(self, cause: str) -> RankError:
         """Return the error of a run that has lost a rank."""
         found = RankError(f"{cause}. The others cannot go on without it. Run the same command again.")
-        found.said_here = self.claim()
+        found.said_here = self._heard is None and self.claim()
+        if found.said_here:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("lost", cause)
         return found
 
     def cause(self, store: dist.Store | None) -> str | stopping.Stopped | None:
@@ -205,14 +225,18 @@ class Ranks:
                 return f"Rank {rank}: {text.rstrip('.')}" if kind == "error" else f"{self.named(rank)} failed: {text}"
         if stopping.requested() and not self.stop_together:
             return None
-        for rank in self.dead():
+        if self._heard is not None:
+            return self._heard
+        for rank in self._first_dead or self.dead():
             step = beats(store, len(self.processes)).get(rank, (0, self.step()))[1]
             return f"{self.named(rank)} {self._end_of(rank)} after step {step}"
         return None
 
     def dead(self) -> list[int]:
         """Return the other ranks whose processes are gone, of those that can be looked at from here."""
-        return [rank for rank, process in enumerate(self.processes) if rank != self.rank and process.is_gone]
+        found = [rank for rank, process in enumerate(self.processes) if rank != self.rank and process.is_gone]
+        self._first_dead = self._first_dead or found
+        return found
 
     def _end_of(self, rank: int) -> str:
         """Return how a process that is gone has ended, in words."""
@@ -246,8 +270,11 @@ class Ranks:
         return self.is_first_here() if claimed is None else claimed  # without rank 0 there is no store
 
     def is_first_here(self) -> bool:
-        """Return whether no rank before this one is left, of those that can be looked at."""
-        return not any(process.is_near and not process.is_gone for process in self.processes[: self.rank])
+        """Return whether no rank before this one was left when the first was gone, of those that can be looked at."""
+        dead = self._first_dead or self.dead()
+        return not any(
+            process.is_near and rank not in dead for rank, process in enumerate(self.processes[: self.rank])
+        )
 
 
 def beats(store: dist.Store | None, world_size: int) -> dict[int, tuple[int, int]]:

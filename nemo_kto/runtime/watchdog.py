@@ -91,7 +91,8 @@ class Watchdog:
             idle, seen, computed = 0.0 if works else idle + passed, found, seconds
             if self.ranks.hangs or idle > self._limit:
                 self._end_run()
-            self._alone = self._alone + passed if self.ranks.dead() and not self.run_is_over else 0.0
+            waits_for_the_dead = bool(self.ranks.dead()) and not self.run_is_over and not self.ranks.settles
+            self._alone = self._alone + passed if waits_for_the_dead else 0.0
             if self._alone > _FOR_THE_MAIN_THREAD:
                 self._end_alone()
 
