@@ -81,8 +81,13 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
     def __init__(self, *, background: bool = False, source_folder: Path | None = None, verify: bool = True) -> None:
         super().__init__()
         self.background = background
-        self.source_folder = source_folder
         self.verify = verify
+        self._source: dict[
+            Path, bytes
+        ] = {}  # the folder may be gone when a checkpoint is written, with the log folder
+        if source_folder is not None and is_global_rank_zero():
+            files = (path for path in source_folder.rglob("*") if path.is_file())
+            self._source = {path.relative_to(source_folder): path.read_bytes() for path in files}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -120,9 +125,11 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
         try:
             self.remove_checkpoint(folder)
             folder.mkdir(parents=True)
-            if self.source_folder is not None:
-                shutil.copytree(self.source_folder, folder / SOURCE_FOLDER)
-        except (OSError, shutil.Error) as error:
+            for name, content in self._source.items():
+                file = folder / SOURCE_FOLDER / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        except OSError as error:
             return error
         return None
 

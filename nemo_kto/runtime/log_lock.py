@@ -56,19 +56,11 @@ def log_folder_held(log_dir: Path, key: str) -> Iterator[Path]:
     """
     with explained(log_dir, key):
         log_dir.mkdir(parents=True, exist_ok=True)
-        lock = _take(log_dir)
-        owner = os.open(lock / _OWNER, os.O_RDWR)
-    ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(lock, owner, ended), name="log folder", daemon=True)
-    keeper.start()
+        keeper = _Keeper(_take(log_dir))
     try:
-        yield lock
+        yield keeper.lock
     finally:
-        ended.set()
-        keeper.join()
-        if _is_held(lock, owner):
-            _remove(lock)
-        os.close(owner)
+        keeper.end()
 
 
 def _take(log_dir: Path) -> Path:
@@ -180,17 +172,49 @@ def _touched(lock: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def _keep(lock: Path, owner: int, ended: threading.Event) -> None:
-    """Touch the lock; end this process when it has been taken away, as another run writes there now."""
-    while not ended.wait(_TOUCH):
-        with contextlib.suppress(OSError):
-            os.utime(owner)
-        if not _is_held(lock, owner) and not ended.is_set():
-            stopping.say(
-                f"error: {lock} was removed, or another run has taken it over. This run ends, as two in one folder "
-                "would remove each other's checkpoints."
-            )
-            stopping.leave(1)
+class _Keeper(threading.Thread):
+    """Touches a lock; ends this process when another run has taken it over, as that one writes there now.
+
+    A lock that is gone without another in its place went with the log folder; with that it comes back.
+    """
+
+    def __init__(self, lock: Path) -> None:
+        super().__init__(name="log folder", daemon=True)
+        self.lock = lock
+        self._owner = os.open(lock / _OWNER, os.O_RDWR)
+        self._ended = threading.Event()
+        self.start()
+
+    def end(self) -> None:
+        """Give the lock back."""
+        self._ended.set()
+        self.join()
+        if _is_held(self.lock, self._owner):
+            _remove(self.lock)
+        os.close(self._owner)
+
+    def run(self) -> None:
+        """Do so until the end."""
+        while not self._ended.wait(_TOUCH):
+            with contextlib.suppress(OSError):
+                os.utime(self._owner)
+            if _is_held(self.lock, self._owner):
+                continue
+            try:
+                self._make_anew()
+            except ConfigError:
+                stopping.say(
+                    f"error: Another run has taken over {self.lock}. This run ends, as two in one folder would remove "
+                    "each other's checkpoints."
+                )
+                stopping.leave(1)
+            except OSError:  # not there, or full: whoever has something to write there says so
+                continue
+
+    def _make_anew(self) -> None:
+        if self.lock.parent.is_dir():
+            lost, self._owner = self._owner, os.open(_take(self.lock.parent) / _OWNER, os.O_RDWR)
+            os.close(lost)
 
 
 def _is_held(lock: Path, owner: int) -> bool:

@@ -381,7 +381,7 @@ def test_a_full_disk(troubled: Run, small_disk: Callable[[str], Path]) -> None:
 
 def test_a_disk_without_inodes(troubled: Run, small_disk: Callable[[str], Path]) -> None:
     """Room for what a run keeps, and not for a second checkpoint beside it."""
-    place = small_disk("size=16m,nr_inodes=36")
+    place = small_disk("size=16m,nr_inodes=48")
     (answer,) = troubled(1, NOTHING, log_dir=place / "log")
     assert "no inode is left on its file system, which holds too many files." in answer["error"]
     assert newest_whole(place / "log" / "checkpoints", checksums=True)[0] is not None

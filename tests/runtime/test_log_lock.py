@@ -182,20 +182,45 @@ def test_one_that_was_faster_keeps_it(tmp_path: Path, monkeypatch: pytest.Monkey
         first.wait(HANG)
 
 
-def test_a_lock_that_is_taken_away_ends_its_run(tmp_path: Path) -> None:
+def quick_holder(log_dir: Path) -> subprocess.Popen[str]:
+    """Return a process that holds the lock and looks at it all the time."""
     program = "from nemo_kto.runtime import log_lock\nlog_lock._TOUCH = 0.05\n" + HOLD
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)],
+        [sys.executable, "-c", program, str(log_dir)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    (tmp_path / "lock").rename(tmp_path / "away")
-    _, errors = process.communicate(timeout=HANG)
+    return process
+
+
+def test_a_lock_that_is_taken_over_ends_its_run(tmp_path: Path) -> None:
+    process = quick_holder(tmp_path / "log")
+    with log_folder_held(tmp_path / "other", "the_key") as other:
+        (tmp_path / "log").rename(tmp_path / "away")
+        (tmp_path / "log").mkdir()
+        other.rename(tmp_path / "log" / "lock")
+        _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1
-    assert errors.startswith(f"error: {tmp_path / 'lock'} was removed, or another run has taken it over.")
+    assert errors.startswith(f"error: Another run has taken over {tmp_path / 'log' / 'lock'}. This run ends")
+
+
+def test_a_lock_that_was_lost_with_its_folder_is_made_anew(tmp_path: Path) -> None:
+    log_dir = tmp_path / "log"
+    process = quick_holder(log_dir)
+    try:
+        before = (log_dir / "lock" / "owner.json").read_text()
+        log_dir.rename(tmp_path / "away")
+        log_dir.mkdir()
+        wait_until((log_dir / "lock" / "owner.json").exists, process=process)
+        assert (log_dir / "lock" / "owner.json").read_text() != before
+        with pytest.raises(ConfigError, match=f"process {process.pid} "), log_folder_held(log_dir, "the_key"):
+            pass
+    finally:
+        process.kill()
+        process.wait(HANG)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
