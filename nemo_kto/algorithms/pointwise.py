@@ -11,7 +11,8 @@ part, `T` tokens of a row, `a` heads, `d` channels of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,26 @@ def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         `[..., f]` in the dtype of `projected`.
     """
-    output: Tensor = _SwiGLU.apply(projected, weights)  # type: ignore[no-untyped-call]
+    output: Tensor = _GatedUnit.apply(projected, weights, _SILU)  # type: ignore[no-untyped-call]
     return output
+
+
+def geglu(projected: Tensor) -> Tensor:
+    """Return `gelu(gate) * up` (arXiv 2002.05202, eq. 5) with the tanh form of GELU (arXiv 1606.08415, section 2).
+
+    Args:
+        projected: `[..., 2 f]`, the gate's channels first.
+
+    Returns:
+        `[..., f]` in the dtype of `projected`.
+    """
+    output: Tensor = _GatedUnit.apply(projected, None, _GELU)  # type: ignore[no-untyped-call]
+    return output
+
+
+def gelu(values: Tensor) -> Tensor:
+    """Return the tanh form of GELU (arXiv 1606.08415, section 2); only `values` are kept for the backward pass."""
+    return F.gelu(values, approximate="tanh")
 
 
 def rotate(values: Tensor, table: Tensor) -> Tensor:
@@ -90,20 +109,42 @@ class _RMSNorm(torch.autograd.Function):
         return grad_values.to(values.dtype), grad_weight, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Activation(NamedTuple):
+    """A function of the gate, and what its gradient is written with: gradient, gate, where to."""
+
+    function: Callable[[Tensor], Tensor]
+    gradient_into: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _silu_gradient(grad: Tensor, gate: Tensor, into: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=into)  # type: ignore[no-any-return]
+
+
+def _gelu_gradient(grad: Tensor, gate: Tensor, into: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(  # type: ignore[no-any-return]
+        grad, gate, approximate="tanh", grad_input=into
+    )
+
+
+_SILU = _Activation(F.silu, _silu_gradient)
+_GELU = _Activation(gelu, _gelu_gradient)
+
+
+class _GatedUnit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, weights: Tensor | None, activation: _Activation) -> Tensor:
         ctx.save_for_backward(projected, weights)
+        ctx.activation = activation
         gate, up = projected.chunk(2, dim=-1)
-        output = F.silu(gate).mul_(up)
+        output = activation.function(gate).mul_(up)
         return output if weights is None else (output * weights).to(projected.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         projected, weights = ctx.saved_tensors
         gate, up = projected.chunk(2, dim=-1)
-        activated, grad_weights = F.silu(gate), None
+        activated, grad_weights = ctx.activation.function(gate), None
         if weights is not None:
             if ctx.needs_input_grad[1]:
                 grad_weights = ((activated * up).to(weights.dtype) * grad).sum(-1, keepdim=True)
@@ -112,8 +153,8 @@ class _SwiGLU(torch.autograd.Function):
         grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
         torch.mul(grad, activated, out=grad_up)
         torch.mul(grad, up, out=grad_gate)
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_projected, grad_weights
+        ctx.activation.gradient_into(grad_gate, gate, grad_gate)
+        return grad_projected, grad_weights, None
 
 
 class _Rotation(torch.autograd.Function):

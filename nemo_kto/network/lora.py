@@ -40,7 +40,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
-from nemo_kto.network.projections import LINEAR_OF, PARTS, LoRASettings, parts_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, linear_layers, parts_of
 from nemo_kto.network.sharded import sharded_leaves
 
 
@@ -239,10 +239,12 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         number = layer.layer_number - 1
         if number not in settings.layers:
             continue
-        for name in PARTS:
+        for name, parts in linear_layers(model.hf_config).items():
             chosen = [projection for projection in settings.projections if LINEAR_OF[projection] == name]
             if chosen:
-                _adapt(layer.get_submodule(name), name, chosen=chosen, settings=settings, switch=switch, layer=number)
+                linear = layer.get_submodule(name)
+                _adapt(linear, parts, chosen=chosen, settings=settings, switch=switch)
+                linear._dropout_salt = zlib.crc32(f"{number}.{name}".encode())
         layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
     model.adapter_switch = switch
     if model.config.recompute_granularity == "full" and model.pre_process:
@@ -264,8 +266,9 @@ def _note_dropout_keys(switch: _Switch) -> Any:
 
 
 def _adapt(
-    linear: Any, name: str, *, chosen: Sequence[str], settings: LoRASettings, switch: _Switch, layer: int
+    linear: Any, parts: Sequence[str], *, chosen: Sequence[str], settings: LoRASettings, switch: _Switch
 ) -> None:
+    """Give a linear layer adapters; see `linear_layers` for its parts."""
     classes = {
         ColumnParallelLinear: AdaptedColumnParallelLinear,
         RowParallelLinear: AdaptedRowParallelLinear,
@@ -275,14 +278,13 @@ def _adapt(
     is_column = isinstance(linear, ColumnParallelLinear)
     outputs, inputs = linear.weight.shape
     linear._groups = 1
-    rows = dict.fromkeys(PARTS[name], outputs // len(PARTS[name]))
-    if name == "self_attention.linear_qkv":  # Megatron keeps each key/value head with those of its queries
+    rows = dict.fromkeys(parts, outputs // len(parts))
+    if "q_proj" in parts:  # Megatron keeps each key/value head with those of its queries
         linear._groups = config.num_query_groups // tp_size
         per_group = config.num_attention_heads // config.num_query_groups
         rows = {"q_proj": per_group * config.kv_channels, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
     linear._parts = tuple(rows.items())
     linear._switch, linear._settings = switch, settings
-    linear._dropout_salt = zlib.crc32(f"{layer}.{name}".encode())
     linear._sharded_dim = {}
     adapters = torch.nn.ModuleDict()
     for projection in chosen:

@@ -7,15 +7,21 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_kto.network.family import Mixture
+from nemo_kto.network.family import ACTIVATIONS, Mixture, Refusals, activation_field
 
 
-def unsupported_fields(mixture: Mixture) -> dict[str, Any]:
-    """Return field of the configuration -> value, of those values that Megatron cannot express."""
+def unsupported_fields(mixture: Mixture, hf: Any) -> Refusals:
+    """Return what Megatron cannot express of a mixture of experts."""
+    found: Refusals = {}
     # Megatron refuses the probability of a single expert, normalised to one: the router would learn nothing
     learns = mixture.chosen > 1 or not mixture.normalized
-    possible = 1 <= mixture.chosen <= mixture.experts and learns
-    return {} if possible else {"num_experts_per_tok": mixture.chosen}
+    if not (1 <= mixture.chosen <= mixture.experts and learns):
+        reason = "Supported are one to all experts, and two or more where their probabilities are made to sum to one."
+        found["num_experts_per_tok"] = (mixture.chosen, reason)
+    field = activation_field(hf)
+    if ACTIVATIONS.get(getattr(hf, field)) != "silu":
+        found[field] = (getattr(hf, field), "Experts have silu.")
+    return found
 
 
 def transformer_fields(

@@ -6,7 +6,7 @@ Tensor legend: `h` hidden size, `f` feed-forward size, `a` query heads, `g` key/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from nemo_kto.network.family import Dimensions
@@ -26,20 +26,18 @@ def outer(sizes: Dimensions) -> Iterator[Rule]:
     embedding = Piece(EMBEDDING, (sizes.vocabulary, h), elsewhere=(output,) if sizes.tied else ())
 
     yield Rule("embedding.word_embeddings.weight", (embedding,), vocabulary)
-    yield Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", (h,)),))
+    for suffix in ("weight", "bias") if sizes.norm_biases else ("weight",):
+        yield Rule(f"decoder.final_layernorm.{suffix}", (Piece(f"model.norm.{suffix}", (h,)),))
     if not sizes.tied:
         yield Rule("output_layer.weight", (output,), vocabulary)
 
 
-def attention(
-    sizes: Dimensions, *, bias: bool = False, head_norms: bool = False, fused: str | None = None
-) -> Iterator[Rule]:
+def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused: str | None = None) -> Iterator[Rule]:
     """Yield the rules of each layer's attention, with the norm before it.
 
     Args:
         sizes: Of the model.
-        bias: Whether queries, keys and values have a bias.
-        head_norms: Whether each head's queries and keys are normed.
+        norm: Name of that norm in a layer; None where there is none.
         fused: Name of the one projection that returns queries, keys and values, in this order; None where there are
             three, `q_proj`, `k_proj` and `v_proj`.
     """
@@ -54,34 +52,66 @@ def attention(
             return stacked(f"{theirs}{fused}.{suffix}", *shapes)
         return tuple(Piece(f"{theirs}{part}_proj.{suffix}", shape) for part, shape in zip("qkv", shapes, strict=True))
 
-    yield _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", layers, h)
+    if norm is not None:
+        yield from _norm("self_attention.linear_qkv.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
     yield Rule(ours + "linear_qkv.weight", projection("weight", h), layout, layers)
     yield _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", layers, h, queries)
-    if bias:
+    if sizes.biases.inputs:
         yield Rule(ours + "linear_qkv.bias", projection("bias"), layout, layers)
-    if head_norms:
+    if sizes.biases.output:
+        yield _one("self_attention.linear_proj.bias", "self_attn.o_proj.bias", layers, h)
+    if sizes.head_norms:
         yield _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", layers, d)
         yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, d)
 
 
-def feed_forward(sizes: Dimensions, *, fused: str | None = None) -> Iterator[Rule]:
+def feed_forward(
+    sizes: Dimensions, *, norm: str | None = "post_attention_layernorm", fused: str | None = None
+) -> Iterator[Rule]:
     """Yield the rules of the gated feed-forward part of each dense layer, with the norm before it.
 
     Args:
         sizes: Of the model.
+        norm: Name of that norm in a layer; None where there is none.
         fused: Name of the one projection that returns gate and up, in this order; None where there are two,
             `gate_proj` and `up_proj`.
     """
     h, f, layers = sizes.hidden, sizes.feed_forward, sizes.dense_layers
     if not layers:
         return
-    gate, up = Piece(f"{_THEIRS}mlp.gate_proj.weight", (f, h)), Piece(f"{_THEIRS}mlp.up_proj.weight", (f, h))
-    if fused is not None:
-        gate, up = stacked(f"{_THEIRS}mlp.{fused}.weight", (f, h), (f, h))
-    yield _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", layers, h)
-    yield Rule(_OURS + "mlp.linear_fc1.weight_w", (gate,), layers=layers)
-    yield Rule(_OURS + "mlp.linear_fc1.weight_v", (up,), layers=layers)
-    yield _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers, h, f)
+    if norm is not None:
+        yield from _norm("mlp.linear_fc1.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
+    for suffix, columns in (("weight", (h,)), ("bias", ())) if sizes.biases.feed_forward else (("weight", (h,)),):
+        gate, up = (Piece(f"{_THEIRS}mlp.{part}_proj.{suffix}", (f, *columns)) for part in ("gate", "up"))
+        if fused is not None:
+            gate, up = stacked(f"{_THEIRS}mlp.{fused}.{suffix}", (f, *columns), (f, *columns))
+        yield Rule(f"{_OURS}mlp.linear_fc1.{suffix}_w", (gate,), layers=layers)
+        yield Rule(f"{_OURS}mlp.linear_fc1.{suffix}_v", (up,), layers=layers)
+    yield from _linear("mlp.linear_fc2.", "mlp.down_proj.", layers, h, f, biased=sizes.biases.feed_forward)
+
+
+def plain_feed_forward(
+    sizes: Dimensions, *, up: str, down: str, norm: str = "post_attention_layernorm"
+) -> Iterator[Rule]:
+    """Yield the rules of a feed-forward part that is not gated, with the norm before it.
+
+    Args:
+        sizes: Of the model, all of whose layers are dense.
+        up: Name of its first projection.
+        down: Name of its second.
+        norm: Name of the norm in a layer.
+    """
+    h, f, layers, biased = sizes.hidden, sizes.feed_forward, sizes.dense_layers, sizes.biases.feed_forward
+    yield from _norm("mlp.linear_fc1.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
+    yield from _linear("mlp.linear_fc1.", f"mlp.{up}.", layers, f, h, biased=biased)
+    yield from _linear("mlp.linear_fc2.", f"mlp.{down}.", layers, h, f, biased=biased)
+
+
+def norms_after(sizes: Dimensions, *, attention: str, feed_forward: str) -> Iterator[Rule]:
+    """Yield the rules of the norms behind attention and feed-forward part, by their names in a layer."""
+    layers, h = range(sizes.layers), sizes.hidden
+    yield from _norm("post_self_attn_layernorm.", attention, layers, h, biased=sizes.norm_biases)
+    yield from _norm("post_mlp_layernorm.", feed_forward, layers, h, biased=sizes.norm_biases)
 
 
 def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> Iterator[Rule]:
@@ -121,5 +151,18 @@ def _anywhere(first: Piece, *others: Piece) -> Piece:
     return replace(first, elsewhere=others)
 
 
-def _one(key: str, name: str, layers: range | tuple[int, ...], *shape: int) -> Rule:
+def _one(key: str, name: str, layers: Sequence[int], *shape: int) -> Rule:
     return Rule(_OURS + key, (Piece(_THEIRS + name, shape),), layers=layers)
+
+
+def _norm(key: str, name: str, layers: Sequence[int], channels: int, *, biased: bool) -> Iterator[Rule]:
+    """Yield the rules of a norm: `key` and a suffix, and its `name` in a layer."""
+    for suffix in ("weight", "bias") if biased else ("weight",):
+        yield _one(key + suffix, f"{name}.{suffix}", layers, channels)
+
+
+def _linear(key: str, name: str, layers: Sequence[int], outputs: int, inputs: int, *, biased: bool) -> Iterator[Rule]:
+    """Yield the rules of a linear layer, whose names get suffixes."""
+    yield _one(f"{key}weight", f"{name}weight", layers, outputs, inputs)
+    if biased:
+        yield _one(f"{key}bias", f"{name}bias", layers, outputs)

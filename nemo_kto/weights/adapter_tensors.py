@@ -32,6 +32,8 @@ def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
         "gate_proj": (inner, hidden),
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
+        "c_fc": (inner, hidden),
+        "c_proj": (hidden, inner),
     }
 
 

@@ -53,11 +53,14 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [1.0, 2.1, 3.7],
     "original_max_position_embeddings": 8,
 }
+# cosines and sines have a factor; the longer documents reach positions that are new to the embedding
+YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e2, "factor": 8.0, "original_max_position_embeddings": 8}
 _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}  # not beyond the vocabulary
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
+    "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }
 """Kind of model -> its configuration."""
@@ -84,7 +87,12 @@ def make_model_folder(folder: Path, *, seed: int = 0, kind: str = "llama", tied:
     }
     config_class, own = KINDS[kind]
     config = config_class(**sizes, **own)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for vector in (*model.parameters(), *model.buffers()):
+            if vector.dim() == 1 and not vector.any():  # biases and the like, which would do nothing as they begin
+                vector.normal_(std=0.2)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

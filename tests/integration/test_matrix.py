@@ -66,6 +66,8 @@ TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2
 # rotary embeddings that depend on a document's length, which context parallelism cuts; fused tensors
 FUSED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "tp2pp2", "cp2", "tp2sp_cp2")}
 GAPS_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2", "pp2uneven", "pp2vpp2", "cp2")}
+DENSE_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "tp2sp_cp2")}
+"""Those that each of the other dense families is tried under."""
 LORA = {
     "model__peft__peft_scheme": "lora",
     "model__peft__lora_tuning__adapter_dim": 4,
@@ -86,8 +88,10 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "experts": ("experts", EXPERT_LAYOUTS, {}),
     "fused": ("fused", FUSED_LAYOUTS, {}),
     "gaps": ("gaps", GAPS_LAYOUTS, {}),
+    "biases": ("biases", DENSE_LAYOUTS, {}),
     "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
+    "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
 }
@@ -111,6 +115,7 @@ DEFAULT = {
     *{("fused", name, "kept") for name in ("tp2sp_cp2", "pp2")},
     ("fused, adapters", "tp2sp", "kept"),
     ("gaps", "pp2vpp2", "kept"),
+    ("biases", "tp2sp", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
     ("few adapters", "pp2", "kept"),

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_kto.network.attention import DocumentAttention
+from nemo_kto.network.model_config import ModelConfig
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 
@@ -21,7 +21,7 @@ def attention(
     *, layer_number: int = 1, softmax_scale: float | None = None, cp_group: Any = None, **config: object
 ) -> DocumentAttention:
     """Build the module as Megatron's SelfAttention does."""
-    transformer = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=HEADS, **config)
+    transformer = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=HEADS, **config)
     transformer.context_parallel_size = cp_group.size() if cp_group else 1
     return DocumentAttention(
         config=transformer,

@@ -86,7 +86,7 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("llama", "linear", "phi3"))])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("llama", "phi3")) or "rope" in name])
 def test_rotary_embedding_is_transformers(name: str) -> None:
     """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""
     config = MODELS[name]

@@ -17,8 +17,8 @@ from nemo_kto.network.attention import DocumentAttention
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
-from nemo_kto.network.layer_specs import SequenceParallelRMSNorm
 from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.norms import SequenceParallelRMSNorm
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
@@ -84,10 +84,9 @@ def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("hidden_act", "gelu"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "axial", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"quant_method": "fp8"}),
     ],
@@ -245,9 +244,11 @@ def check_construction() -> None:
         build(sizes["llama"], transformer_impl="transformer_engine")
     check_shard_marks(sizes["qwen2_tied"])
     check_shard_marks(sizes["qwen3_moe_mixed"])
+    check_shard_marks(sizes["llama_biases"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
+    check_random_weights(sizes["llama_biases"])
     whole = kept_activations(sizes["llama"])
     selective = kept_activations(sizes["llama"], Recompute(granularity="selective"))
     assert selective < whole <= needed_activations(sizes["llama"], norms=0)
@@ -299,7 +300,7 @@ def needed_activations(config: Any, *, norms: int) -> int:
 def check_shard_marks(config: Any) -> None:
     """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
     for name, parameter in build(config).named_parameters():
-        is_whole = "norm" in name or "router" in name
+        is_whole = "norm" in name or "router" in name or name.endswith(("linear_proj.bias", "linear_fc2.bias"))
         assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
         # every rank of the data-parallel group holds a copy, but of experts
         assert getattr(parameter, "allreduce", True) is ("experts" not in name), name
@@ -336,7 +337,7 @@ def check_random_weights(config: Any) -> None:
         elif value.dim() == 1:
             assert (value == 1).all(), name
         else:
-            real = value[: model.vocab_size] if "embedding" in name else value
+            real = value[: model.vocab_size] if "embedding" in name or "output_layer" in name else value
             assert abs(real.std().item() - 0.02) < 0.002, name
             assert abs(real.mean().item()) < 0.002, name
     assert (first["embedding.word_embeddings.weight"][131:] == 0).all()

@@ -51,6 +51,11 @@ _LONGROPE = {
     "long_factor": [1.0, 1.7, 2.9, 4.5],
     "original_max_position_embeddings": 16,
 }
+# cosines and sines have a factor, here 1.14
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_EXACT = {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.3, "truncate": False, "beta_fast": 4.0, "beta_slow": 0.5}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+_PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -65,16 +70,24 @@ def families() -> dict[str, PretrainedConfig]:
             **SIZES, rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32}
         ),
         "linear_rope": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+        "yarn_rope": LlamaConfig(**SIZES, rope_parameters=_YARN),
+        "yarn_rope_exact": Qwen3Config(**SIZES, head_dim=16, rope_parameters=_YARN_EXACT),
+        "dynamic_rope": LlamaConfig(**SIZES, rope_parameters=_DYNAMIC),
+        "proportional_rope": LlamaConfig(**SIZES, rope_parameters=_PROPORTIONAL),
+        "llama_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+        "llama_mlp_bias": LlamaConfig(**SIZES, mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
         "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
         "mistral_window": MistralConfig(**SIZES, sliding_window=7),
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
         "qwen3": Qwen3Config(**SIZES, head_dim=16),
+        "qwen3_bias": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
         "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
         "qwen3_moe": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True),
         "qwen3_moe_mixed": Qwen3MoeConfig(
             **SIZES, **_QWEN3_EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], decoder_sparse_step=2
         ),
+        "qwen3_moe_bias": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True, attention_bias=True),
         "qwen3_moe_one": Qwen3MoeConfig(
             **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
         ),
@@ -155,11 +168,15 @@ def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     hidden = outputs[0]
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden)
-    hidden = hidden[:, 0]
-    shard = hidden @ model.output_weight().T
-    shards = [torch.empty_like(shard) for _ in range(place.tp_group.size())]
-    dist.all_gather(shards, shard, group=place.tp_group)
-    return torch.cat(shards, dim=1)[:, : model.vocab_size]
+    hidden = torch.cat(_gathered(hidden[:, 0], place.cp_group))
+    logits = model.logit_shape.logits(hidden @ model.output_weight().T)
+    return torch.cat(_gathered(logits, place.tp_group), dim=1)[:, : model.vocab_size]
+
+
+def _gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
 def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
@@ -178,8 +195,10 @@ def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
 def _forward_step(rows: Any, model: Any) -> tuple[torch.Tensor, Any]:
     row = next(rows)
     positions = torch.cat([torch.arange(len(document)) for document in row])
+    place = parallel.position()
+    tokens, positions = (part.chunk(place.cp_group.size())[place.cp_rank] for part in (torch.cat(row), positions))
     hidden = model(
-        input_ids=torch.cat(row)[None],
+        input_ids=tokens[None],
         position_ids=positions[None],
         attention_mask=None,
         packed_seq_params=packed_params([len(document) for document in row]),

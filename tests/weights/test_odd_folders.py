@@ -242,6 +242,20 @@ ODD: dict[str, Callable[[Path], None]] = {
         config={"rope_theta": 1e4, "rope_scaling": {**V4_LLAMA3, "original_max_position_embeddings": 32}, **FLOAT32},
         without=V5,
     ),
+    "v4_yarn": saved(
+        MODELS["qwen2_tied"],
+        config={
+            "rope_theta": 1e4,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            **FLOAT32,
+        },
+        without=V5,
+    ),
+    "v4_dynamic": saved(
+        MODELS["llama_biases"],
+        config={"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}, **FLOAT32},
+        without=V5,
+    ),
     "v4_phi3": saved(
         PHI3,
         config={"rope_theta": 1e4, "rope_scaling": V4_LONGROPE, "original_max_position_embeddings": 16, **FLOAT32},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_kto.network import tables
-from nemo_kto.network.family import Dimensions, Family, Mixture, sliding_window, unlike_llama
+from nemo_kto.network.family import Dimensions, Family, Mixture, Refusals, sliding_window, unlike_llama
 from nemo_kto.network.weight_rules import Rule
 
 
@@ -21,10 +21,12 @@ def mixture(hf: Any) -> Mixture:
     )
 
 
-def unsupported(hf: Any) -> dict[str, Any]:
+def unsupported(hf: Any) -> Refusals:
     """Return what cannot be expressed, also the noise that transformers makes in the router while it trains."""
-    noise = {"router_jitter_noise": hf.router_jitter_noise} if hf.router_jitter_noise > 0 else {}
-    return {**unlike_llama(hf), **noise}
+    found = unlike_llama(hf)
+    if hf.router_jitter_noise > 0:
+        found["router_jitter_noise"] = (hf.router_jitter_noise, "Policy and reference have to be routed alike.")
+    return found
 
 
 def weights(sizes: Dimensions) -> Iterator[Rule]:
