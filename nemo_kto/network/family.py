@@ -24,6 +24,21 @@ SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedExpert:
+    """What every token goes through in a mixture, beside the experts it is routed to.
+
+    Attributes:
+        name: Hugging Face's name of it in a mixture.
+        feed_forward: Its channels; of several that are stored as one, all together.
+        gate: Hugging Face's name of the layer whose sigmoid its output is multiplied with; None for no such gate.
+    """
+
+    name: str
+    feed_forward: int
+    gate: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """The mixtures of experts in a model.
 
@@ -33,6 +48,7 @@ class Mixture:
         feed_forward: Channels inside an expert.
         sparse_layers: Numbers of the layers that have some, from 0.
         normalized: Whether the probabilities of the chosen experts are made to sum to one.
+        shared: The shared expert of each such layer; None without any.
     """
 
     experts: int
@@ -40,6 +56,7 @@ class Mixture:
     feed_forward: int
     sparse_layers: tuple[int, ...]
     normalized: bool
+    shared: SharedExpert | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +124,7 @@ class Dimensions:
             num_experts=0 if mixture is None else mixture.experts,
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
+            shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
         )
 
 
@@ -138,13 +156,13 @@ def activation_field(hf: Any) -> str:
 
 
 def unlike_llama(hf: Any) -> Refusals:
-    """Return what a family like Llama cannot have here: another activation, a window of less than a token."""
+    """Return what a family like Llama cannot have here: another activation, windows of less than a token."""
     found: Refusals = {}
     field = activation_field(hf)
     if getattr(hf, field) not in ACTIVATIONS:
         found[field] = (getattr(hf, field), f"Supported are {', '.join(ACTIVATIONS)}.")
     window = own_field(hf, "sliding_window")
-    if window is not None and window < 1:
+    if window is not None and window < 1 and sliding_window(hf):
         found["sliding_window"] = (window, "A token sees at least itself.")
     return found
 

@@ -36,6 +36,7 @@ def transformer_fields(
         aux_loss_coeff: Weight of the load-balancing loss (arXiv 2101.03961, eq. 4).
     """
     sparse = [int(layer in mixture.sparse_layers) for layer in range(num_layers)]
+    shared = mixture.shared
     return {
         "num_moe_experts": mixture.experts,
         "moe_ffn_hidden_size": mixture.feed_forward,
@@ -47,6 +48,8 @@ def transformer_fields(
         "moe_router_load_balancing_type": "aux_loss" if aux_loss_coeff else "none",
         "moe_aux_loss_coeff": aux_loss_coeff,
         "moe_grouped_gemm": grouped_gemm,
+        "moe_shared_expert_intermediate_size": None if shared is None else shared.feed_forward,
+        "moe_shared_expert_gate": shared is not None and shared.gate is not None,
     }
 
 

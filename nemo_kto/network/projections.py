@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Dimensions
 
 LINEAR_OF = {
     "q_proj": "self_attention.linear_qkv",
@@ -43,14 +44,27 @@ _GROUPS = {
 """NeMo's names of target modules -> linear layers."""
 
 
-def parts_of(projection: str) -> tuple[str, ...]:
-    """Return the parts of Megatron's linear layer that a projection returns, in its order."""
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the parts of Megatron's linear layer that a projection, or that of adapters, returns, in its order."""
+    projection = name.rpartition("-")[2]
     return _FUSED.get(projection, (projection,))
 
 
 def projections_of_model(hf_config: PretrainedConfig) -> tuple[str, ...]:
     """Return the projections of a model's layers."""
     return ordered(family_of(hf_config).projections)
+
+
+def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str, str]:
+    """Return (Megatron's linear layer, name of the adapters beside it) for a projection of a layer.
+
+    In a layer of experts those of the feed-forward part are the shared expert's. Hugging Face has it as a module in
+    the mixture, whose name and a hyphen are in front of the adapters' then.
+    """
+    linear, mixture = LINEAR_OF[projection], sizes.mixture
+    if mixture is None or mixture.shared is None or layer not in mixture.sparse_layers or linear[:4] != "mlp.":
+        return linear, projection
+    return linear.replace("mlp.", "mlp.shared_experts."), f"{mixture.shared.name}-{projection}"
 
 
 def linear_layers(hf_config: PretrainedConfig) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from nemo_kto.network.family import Dimensions
+from nemo_kto.network.family import Dimensions, Mixture
 from nemo_kto.network.weight_rules import FusedQKV, PaddedVocab, Piece, Rule, stacked
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -17,6 +17,7 @@ OUTPUT = "lm_head.weight"
 
 _OURS = "decoder.layers.{layer}."
 _THEIRS = "model.layers.{layer}."
+_EXPERT = _OURS + "mlp.experts.experts.{expert}."
 
 
 def outer(sizes: Dimensions) -> Iterator[Rule]:
@@ -115,7 +116,7 @@ def norms_after(sizes: Dimensions, *, attention: str, feed_forward: str) -> Iter
 
 
 def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> Iterator[Rule]:
-    """Yield the rules of the router and the experts of each layer that has some, with the norm before them.
+    """Yield the rules of each mixture: router, experts, shared expert, with the norm before them.
 
     transformers 5 calls the block `mlp` in every family, and keeps each layer's experts in two tensors, in which it
     saves them too, if told so.
@@ -131,7 +132,7 @@ def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> 
     if mixture is None:
         return
     h, m, e, layers = sizes.hidden, mixture.feed_forward, mixture.experts, mixture.sparse_layers
-    ours, blocks = _OURS + "mlp.experts.experts.{expert}.", list(dict.fromkeys([block, "mlp"]))
+    blocks = list(dict.fromkeys([block, "mlp"]))
     yield _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", layers, h)
     routers = [Piece(f"{_THEIRS}{place}.gate.weight", (e, h)) for place in blocks]
     yield Rule(_OURS + "mlp.router.weight", (_anywhere(*routers),), layers=layers)
@@ -143,7 +144,21 @@ def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> 
         single = [Piece(f"{_THEIRS}{place}.experts.{{expert}}.{name}.weight", shapes[part]) for place in blocks]
         all_in_one = [stacked(f"{_THEIRS}{place}.experts.{fused}", *shapes)[part] for place in blocks]
         places = [*single, *(replace(piece, stacked=e) for piece in all_in_one)]
-        yield Rule(ours + key, (_anywhere(*places),), layers=layers, experts=e)
+        yield Rule(_EXPERT + key, (_anywhere(*places),), layers=layers, experts=e)
+    yield from _shared_expert(sizes.hidden, mixture, block)
+
+
+def _shared_expert(h: int, mixture: Mixture, block: str) -> Iterator[Rule]:
+    """Yield the rules of the shared expert of each mixture, which is called `block` in a layer."""
+    shared, layers = mixture.shared, mixture.sparse_layers
+    if shared is None:
+        return
+    ours, theirs, f = "mlp.shared_experts.", f"{block}.{shared.name}.", shared.feed_forward
+    yield _one(f"{ours}linear_fc1.weight_w", f"{theirs}gate_proj.weight", layers, f, h)
+    yield _one(f"{ours}linear_fc1.weight_v", f"{theirs}up_proj.weight", layers, f, h)
+    yield _one(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", layers, h, f)
+    if shared.gate is not None:
+        yield _one(f"{ours}gate_weight", f"{block}.{shared.gate}.weight", layers, 1, h)
 
 
 def _anywhere(first: Piece, *others: Piece) -> Piece:

@@ -76,10 +76,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_projections(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
-    """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts instead."""
+    """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts only."""
+    sizes = dimensions_of(hf_config)
+    without = () if sizes.mixture is None or sizes.mixture.shared is not None else sizes.mixture.sparse_layers
     in_mlp = [name for name in settings.projections if LINEAR_OF[name].startswith("mlp.")]
-    dense = dimensions_of(hf_config).dense_layers
-    sparse = [layer + 1 for layer in settings.layers if layer not in dense]
+    sparse = [layer + 1 for layer in settings.layers if layer in without]
     if in_mlp and sparse:
         raise ConfigError(
             f"model.peft.lora_tuning.target_modules: experts cannot have adapters, and layers {sparse} consist of "

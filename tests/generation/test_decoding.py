@@ -58,7 +58,7 @@ DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
     *("yarn_rope", "llama_biases"),
 )
-SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed")
+SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed", "qwen2_moe", "qwen2_moe_mixed")
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -323,7 +323,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
         ("VPP2", ("llama",)),
         ("TP2SP", ("mistral_window", "qwen3_moe")),
         ("CP2", ("mistral_window",)),
-        ("EP2", ("qwen3_moe",)),
+        ("EP2", ("qwen3_moe", "qwen2_moe_mixed")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )

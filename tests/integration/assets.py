@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
     SmolLM3Config,
 )
@@ -43,6 +44,12 @@ EXPERTS: dict[str, Any] = {
     "mlp_only_layers": [1],
     "head_dim": 8,
 }
+SHARED: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
@@ -60,6 +67,7 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
+    "shared": (Qwen2MoeConfig, {**SHARED, "mlp_only_layers": [1]}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

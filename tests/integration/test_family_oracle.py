@@ -25,7 +25,7 @@ from tests.integration.assets import (
 from tests.integration.oracle import PLAIN, assert_equal, oracle
 
 STEPS = 5
-QUICK = ("biases",)
+QUICK = ("biases", "shared")
 """Kinds of models whose series `make test` compares too."""
 
 kinds = pytest.mark.parametrize(

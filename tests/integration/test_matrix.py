@@ -61,6 +61,11 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp_whole": (2, {**SP2, **WHOLE}),
     "dp2_shared": (2, SHARED),
 }
+MIXTURE_LAYOUTS = {
+    name: EXPERT_LAYOUTS[name]
+    for name in ("one", "dp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "ep2", "ep2_cp2", "tp2sp_ep2", "tp2sp_ep2_whole")
+}
+"""Those that each of the other mixtures is tried under."""
 # stages that hold the embedding and the output layer exchange the gradients of what is one matrix
 TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
 # rotary embeddings that depend on a document's length, which context parallelism cuts; fused tensors
@@ -89,6 +94,8 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "fused": ("fused", FUSED_LAYOUTS, {}),
     "gaps": ("gaps", GAPS_LAYOUTS, {}),
     "biases": ("biases", DENSE_LAYOUTS, {}),
+    "shared": ("shared", MIXTURE_LAYOUTS, {}),
+    "shared, adapters": ("shared", MIXTURE_LAYOUTS, ADAPTERS),
     "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),

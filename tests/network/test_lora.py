@@ -68,9 +68,15 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     # one projection for queries, keys and values, one for gate and up
     "fused": ("phi3_partial", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
     "biases": ("llama_biases", {"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}),
+    # layers of experts, where the feed-forward projections are the shared expert's, and a dense one
+    "shared": (
+        "qwen2_moe_mixed",
+        {"r": 3, "lora_alpha": 3, "target_modules": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
+SPARSE = ("experts", "shared")
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -104,7 +110,7 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
         for name in PEFT:
-            if name == "experts" and layout == "TP2":
+            if name in SPARSE and layout == "TP2":
                 continue  # Megatron's experts need sequence parallelism beside tensor parallelism
             use_adapter(source, results / layout / name, name, LAYOUTS[layout])
 
@@ -180,7 +186,7 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     return folder
 
 
-CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if (layout, name) != ("TP2", "experts")]
+CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if layout != "TP2" or name not in SPARSE]
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
@@ -296,6 +302,7 @@ def test_experts_cannot_have_adapters_but_dense_layers_can() -> None:
     with pytest.raises(ConfigError, match=r"layers \[4\] consist of them"):
         check_projections(LoRASettings(**settings, layers=(0, 1, 2, 3)), mixed)
     check_projections(LoRASettings(**settings, layers=(0, 1, 2)), mixed)
+    check_projections(LoRASettings(**settings, layers=(0, 1, 2, 3)), tiny_hf.families()["qwen2_moe"])
     check_projections(LoRASettings(**{**settings, "projections": ("q_proj", "o_proj")}, layers=(0, 1, 2, 3)), mixed)
 
 

@@ -21,6 +21,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -58,6 +59,12 @@ _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
 _PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_QWEN2_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 
 
 def families() -> dict[str, PretrainedConfig]:
@@ -90,6 +97,17 @@ def families() -> dict[str, PretrainedConfig]:
         "qwen3_moe_bias": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True, attention_bias=True),
         "qwen3_moe_one": Qwen3MoeConfig(
             **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
+        "qwen2_moe": Qwen2MoeConfig(**SIZES, **_QWEN2_EXPERTS, norm_topk_prob=False),
+        "qwen2_moe_mixed": Qwen2MoeConfig(
+            **SIZES,
+            **_QWEN2_EXPERTS,
+            norm_topk_prob=True,
+            qkv_bias=False,
+            mlp_only_layers=[2],
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=3,
         ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
