@@ -92,19 +92,17 @@ def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> di
         "rotary_tables": RotaryEmbedding(hf, sizes.head_channels).tables_of_layers,
         **family.fields(hf),
     }
-    return {**fields, **_activation(ACTIVATIONS[getattr(hf, activation_field(hf))], fields)}
+    return {**fields, **_activation(ACTIVATIONS[getattr(hf, activation_field(hf))], gated=fields["gated_linear_unit"])}
 
 
-def _activation(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+def _activation(name: str, *, gated: bool) -> dict[str, Any]:
     """Return the fields of an activation, by its name in `ACTIVATIONS`.
 
-    What Megatron fuses are functions of `algorithms/pointwise.py`, see `keep_less_for_backward`. It takes GELU in the
-    tanh form there, but nothing without a bias that is not gated.
+    What Megatron fuses are functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; of GELU, in a gated
+    part, the tanh form.
     """
-    functions = {"silu": F.silu, "gelu": F.gelu}
-    if name == "gelu" and not fields["gated_linear_unit"] and not fields["add_bias_linear"]:
-        return {"activation_func": pointwise.gelu, "bias_activation_fusion": False}
-    return {"activation_func": functions[name], "bias_activation_fusion": True}
+    functions = {"silu": F.silu, "gelu": F.gelu if gated else pointwise.gelu}
+    return {"activation_func": functions[name], "bias_activation_fusion": gated}
 
 
 def _experts(sizes: Dimensions, *, grouped_gemm: bool, aux_loss_coeff: float) -> dict[str, Any]:

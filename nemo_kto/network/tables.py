@@ -7,7 +7,7 @@ Tensor legend: `h` hidden size, `f` feed-forward size, `a` query heads, `g` key/
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nemo_kto.network.family import Dimensions, Mixture
 from nemo_kto.network.weight_rules import FusedQKV, PaddedVocab, Piece, Rule, stacked
@@ -115,37 +115,60 @@ def norms_after(sizes: Dimensions, *, attention: str, feed_forward: str) -> Iter
     yield from _norm("post_mlp_layernorm.", feed_forward, layers, h, biased=sizes.norm_biases)
 
 
-def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> Iterator[Rule]:
-    """Yield the rules of each mixture: router, experts, shared expert, with the norm before them.
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What folders call the parts of a mixture of experts, in a layer; the names they are published with come first.
 
-    transformers 5 calls the block `mlp` in every family, and keeps each layer's experts in two tensors, in which it
-    saves them too, if told so.
-
-    Args:
-        sizes: Of the model.
-        block: Name of the mixture in a layer.
-        gate: Name of an expert's gate projection.
-        up: Name of its up projection.
-        down: Name of its down projection.
+    Attributes:
+        router: The router's weight.
+        separate: (gate, up, down) of one expert, where each is a tensor; `{expert}` stands for its number.
+        together: (gate and up, down) of all experts, where each is a tensor.
+        shared: The shared expert, if there is any.
     """
+
+    router: Sequence[str]
+    separate: Sequence[tuple[str, str, str]] = ()
+    together: Sequence[tuple[str, str]] = ()
+    shared: str = ""
+
+    @classmethod
+    def of(cls, block: str, gate: str, up: str, down: str) -> ExpertNames:
+        """Return the usual ones, which differ in the names of a `block` and of an expert's projections.
+
+        transformers 5 calls the block `mlp` in every such family, and keeps each layer's experts in two tensors, in
+        which it saves them too, if told so.
+        """
+        blocks = list(dict.fromkeys([block, "mlp"]))
+        projections = [f"experts.{{expert}}.{name}.weight" for name in (gate, up, down)]
+        return cls(
+            router=[f"{place}.gate.weight" for place in blocks],
+            separate=[tuple(f"{place}.{name}" for name in projections) for place in blocks],  # type: ignore[misc]
+            together=[(f"{place}.experts.gate_up_proj", f"{place}.experts.down_proj") for place in blocks],
+            shared=block,
+        )
+
+
+def experts(sizes: Dimensions, names: ExpertNames) -> Iterator[Rule]:
+    """Yield the rules of each mixture: router, experts, shared expert, with the norm before them."""
     mixture = sizes.mixture
     if mixture is None:
         return
     h, m, e, layers = sizes.hidden, mixture.feed_forward, mixture.experts, mixture.sparse_layers
-    blocks = list(dict.fromkeys([block, "mlp"]))
     yield _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", layers, h)
-    routers = [Piece(f"{_THEIRS}{place}.gate.weight", (e, h)) for place in blocks]
+    routers = [Piece(_THEIRS + name, (e, h)) for name in names.router]
     yield Rule(_OURS + "mlp.router.weight", (_anywhere(*routers),), layers=layers)
-    for key, name, fused, shapes, part in (
-        ("linear_fc1.weight_w", gate, "gate_up_proj", ((m, h), (m, h)), 0),
-        ("linear_fc1.weight_v", up, "gate_up_proj", ((m, h), (m, h)), 1),
-        ("linear_fc2.weight", down, "down_proj", ((h, m),), 0),
+    for place, (key, shapes, part) in enumerate(
+        (
+            ("linear_fc1.weight_w", ((m, h), (m, h)), 0),
+            ("linear_fc1.weight_v", ((m, h), (m, h)), 1),
+            ("linear_fc2.weight", ((h, m),), 0),
+        )
     ):
-        single = [Piece(f"{_THEIRS}{place}.experts.{{expert}}.{name}.weight", shapes[part]) for place in blocks]
-        all_in_one = [stacked(f"{_THEIRS}{place}.experts.{fused}", *shapes)[part] for place in blocks]
+        single = [Piece(_THEIRS + each[place], shapes[part]) for each in names.separate]
+        all_in_one = [stacked(_THEIRS + each[place // 2], *shapes)[part] for each in names.together]
         places = [*single, *(replace(piece, stacked=e) for piece in all_in_one)]
         yield Rule(_EXPERT + key, (_anywhere(*places),), layers=layers, experts=e)
-    yield from _shared_expert(sizes.hidden, mixture, block)
+    yield from _shared_expert(sizes.hidden, mixture, names.shared)
 
 
 def _shared_expert(h: int, mixture: Mixture, block: str) -> Iterator[Rule]:

@@ -49,7 +49,6 @@ def keep_less_for_backward() -> None:
     for module in (mlp, shared_experts):
         module.bias_swiglu_impl = _swiglu
         module.bias_geglu_impl = _geglu
-        module.bias_gelu_impl = _gelu
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate
@@ -70,10 +69,6 @@ def _weighted_swiglu(
 
 def _geglu(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return pointwise.geglu(_biased(projected, bias))
-
-
-def _gelu(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return pointwise.gelu(_biased(projected, bias))
 
 
 def _biased(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

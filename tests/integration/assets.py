@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     Phi3Config,
     PretrainedConfig,
@@ -21,6 +23,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +53,12 @@ SHARED: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.8,
+}
 
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
@@ -68,6 +77,9 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
     "shared": (Qwen2MoeConfig, {**SHARED, "mlp_only_layers": [1]}),
+    "granite": (GraniteConfig, {**GRANITE, **_TOKENS}),
+    "granitemoe": (GraniteMoeConfig, {**GRANITE, **_TOKENS, "num_local_experts": 4}),
+    "starcoder2": (Starcoder2Config, {"sliding_window": 6, **_TOKENS}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

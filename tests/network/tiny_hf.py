@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -25,6 +27,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 from nemo_kto.network.gpt import KTOGPTModel
@@ -57,6 +60,13 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_po
 _YARN_EXACT = {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.3, "truncate": False, "beta_fast": 4.0, "beta_slow": 0.5}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
 _PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+_NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 2}  # else beyond these
+_GRANITE = {
+    "embedding_multiplier": 7.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _QWEN2_EXPERTS = {
@@ -109,6 +119,17 @@ def families() -> dict[str, PretrainedConfig]:
             sliding_window=6,
             max_window_layers=3,
         ),
+        "granite": GraniteConfig(**SIZES, **_GRANITE, attention_bias=True, tie_word_embeddings=True),
+        "granite_plain": GraniteConfig(**SIZES, **{**_GRANITE, "residual_multiplier": 1.0}, mlp_bias=True),
+        "granitemoe": GraniteMoeConfig(**SIZES, **_GRANITE, num_local_experts=4),
+        "granitemoe_bias": GraniteMoeConfig(
+            **SIZES, **_GRANITE, num_local_experts=6, num_experts_per_tok=3, attention_bias=True
+        ),
+        "starcoder2": Starcoder2Config(**SIZES, **_NO_TOKENS),
+        "starcoder2_window": Starcoder2Config(
+            **SIZES, **_NO_TOKENS, sliding_window=6, use_bias=False, tie_word_embeddings=False, hidden_act="silu"
+        ),
+        "starcoder2_no_bias": Starcoder2Config(**SIZES, **_NO_TOKENS, use_bias=False, norm_epsilon=1e-3),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
             **SIZES, **_PHI3, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

@@ -212,6 +212,8 @@ ODD: dict[str, Callable[[Path], None]] = {
     "other_prefixes": saved(MODELS["llama"], tensors=other_prefixes),
     "fused_mixtral": fused("mixtral"),
     "fused_qwen3_moe": fused("qwen3_moe_mixed"),
+    "fused_granitemoe": fused("granitemoe"),
+    "fused_qwen2_moe": fused("qwen2_moe_mixed"),
     "mixtral_called_mlp": saved(MODELS["mixtral"], tensors=called_mlp),
     # keys that transformers keeps and does not look at in models of these architectures
     "llama_window": saved(

@@ -33,7 +33,7 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the table of weights."""
     yield from tables.outer(sizes)
     yield from tables.attention(sizes)
-    yield from tables.experts(sizes, block="block_sparse_moe", gate="w1", up="w3", down="w2")
+    yield from tables.experts(sizes, tables.ExpertNames.of("block_sparse_moe", "w1", "w3", "w2"))
 
 
 FAMILY = Family(weights=weights, fields=sliding_window, mixture=mixture, unsupported=unsupported)

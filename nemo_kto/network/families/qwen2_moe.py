@@ -31,7 +31,7 @@ def biases(hf: Any) -> Biases:
 def weights(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the table of weights."""
     yield from qwen2.FAMILY.weights(sizes)
-    yield from tables.experts(sizes, block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
 FAMILY = replace(qwen2.FAMILY, weights=weights, mixture=mixture, biases=biases)

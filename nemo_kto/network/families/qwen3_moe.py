@@ -33,7 +33,7 @@ def mixture(hf: Any) -> Mixture | None:
 def weights(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the table of weights."""
     yield from qwen3.FAMILY.weights(sizes)
-    yield from tables.experts(sizes, block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
 FAMILY = replace(qwen3.FAMILY, weights=weights, mixture=mixture)
