@@ -56,7 +56,7 @@ LAYOUTS: dict[str, Layout] = {
 LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short factors to its long ones
 DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
-    *("yarn_rope", "llama_biases", "granite", "starcoder2_window"),
+    *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text"),
 )
 SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed", "qwen2_moe", "qwen2_moe_mixed", "granitemoe")
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
@@ -319,7 +319,10 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
     [
         (
             "ONE",
-            ("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH, "yarn_rope", "granite", "starcoder2_window"),
+            (
+                *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
+                *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text"),
+            ),
         ),
         ("TP2", ("llama", "qwen3")),
         ("PP2", ("llama", "mistral_window")),

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -72,6 +74,7 @@ LONGROPE: dict[str, Any] = {
 # cosines and sines have a factor; the longer documents reach positions that are new to the embedding
 YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e2, "factor": 8.0, "original_max_position_embeddings": 8}
 _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}  # not beyond the vocabulary
+GEMMA: dict[str, Any] = {**_TOKENS, "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 4}
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
@@ -80,6 +83,8 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "granite": (GraniteConfig, {**GRANITE, **_TOKENS}),
     "granitemoe": (GraniteMoeConfig, {**GRANITE, **_TOKENS, "num_local_experts": 4}),
     "starcoder2": (Starcoder2Config, {"sliding_window": 6, **_TOKENS}),
+    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0}),
+    "gemma3": (Gemma3TextConfig, {**GEMMA, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

@@ -67,6 +67,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("qwen3", {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     # one projection for queries, keys and values, one for gate and up
     "fused": ("phi3_partial", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+    "around norms": ("gemma3_text", {"r": 3, "lora_alpha": 4, "target_modules": "all-linear"}),
     # a feed-forward part that is not gated
     "plain": ("starcoder2_window", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}),
     "biases": ("llama_biases", {"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}),

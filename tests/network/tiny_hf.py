@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -66,6 +68,11 @@ _GRANITE = {
     "attention_multiplier": 0.2,
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
+}
+_GEMMA: dict[str, Any] = {**_NO_TOKENS, "head_dim": 16, "query_pre_attn_scalar": 9, "sliding_window": 6}
+_TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
 }
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -119,8 +126,10 @@ def families() -> dict[str, PretrainedConfig]:
             sliding_window=6,
             max_window_layers=3,
         ),
-        "granite": GraniteConfig(**SIZES, **_GRANITE, attention_bias=True, tie_word_embeddings=True),
-        "granite_plain": GraniteConfig(**SIZES, **{**_GRANITE, "residual_multiplier": 1.0}, mlp_bias=True),
+        "granite": GraniteConfig(**SIZES, **_GRANITE, attention_bias=True),
+        "granite_tied": GraniteConfig(
+            **SIZES, **{**_GRANITE, "residual_multiplier": 1.0}, mlp_bias=True, tie_word_embeddings=True
+        ),
         "granitemoe": GraniteMoeConfig(**SIZES, **_GRANITE, num_local_experts=4),
         "granitemoe_bias": GraniteMoeConfig(
             **SIZES, **_GRANITE, num_local_experts=6, num_experts_per_tok=3, attention_bias=True
@@ -130,6 +139,30 @@ def families() -> dict[str, PretrainedConfig]:
             **SIZES, **_NO_TOKENS, sliding_window=6, use_bias=False, tie_word_embeddings=False, hidden_act="silu"
         ),
         "starcoder2_no_bias": Starcoder2Config(**SIZES, **_NO_TOKENS, use_bias=False, norm_epsilon=1e-3),
+        "gemma2": Gemma2Config(**SIZES, **_GEMMA, attn_logit_softcapping=0.5, final_logit_softcapping=2.0),
+        "gemma2_uncapped": Gemma2Config(
+            **SIZES,
+            **_GEMMA,
+            layer_types=["full_attention"] * 4,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+        "gemma3_text": Gemma3TextConfig(
+            **SIZES, **_GEMMA, layer_types=[*["sliding_attention"] * 3, "full_attention"], rope_parameters=_TWO_ROPES
+        ),
+        "gemma3_text_linear": Gemma3TextConfig(
+            **SIZES,
+            **_GEMMA,
+            rope_parameters={
+                **_TWO_ROPES,
+                "full_attention": {"rope_type": "linear", "rope_theta": 2e3, "factor": 3.0},
+            },
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            final_logit_softcapping=2.0,
+            attn_logit_softcapping=0.5,
+        ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
             **SIZES, **_PHI3, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -170,7 +203,7 @@ def make_folder(
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("norm.weight") else 0.0
+            centre = parameter.mean() if name.endswith("norm.weight") else 0.0  # one, or zero where one is added
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

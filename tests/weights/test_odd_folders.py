@@ -263,6 +263,23 @@ ODD: dict[str, Callable[[Path], None]] = {
         config={"rope_theta": 1e4, "rope_scaling": V4_LONGROPE, "original_max_position_embeddings": 16, **FLOAT32},
         without=V5,
     ),
+    "v4_gemma3": saved(
+        MODELS["gemma3_text"],
+        config={
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 50.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "sliding_window_pattern": 2,
+            "cache_implementation": "hybrid",
+            **FLOAT32,
+        },
+        without=(*V5, "layer_types"),
+    ),
+    "v4_gemma2": saved(
+        MODELS["gemma2"],
+        config={"rope_theta": 1e3, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", **FLOAT32},
+        without=(*V5, "layer_types", "use_bidirectional_attention"),
+    ),
     "v4_no_dtype": saved(MODELS["qwen2_tied"], config={"rope_theta": 300.0}, without=V5, tensors=bf16),
     "mixed_dtypes": saved(MODELS["qwen3"], config={"dtype": "bfloat16"}, tensors=mostly_bf16),
     "other_dtype": saved(MODELS["llama"], config={"dtype": "float32"}, tensors=bf16),
