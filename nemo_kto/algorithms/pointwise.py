@@ -67,7 +67,7 @@ def gelu(values: Tensor) -> Tensor:
     return F.gelu(values, approximate="tanh")
 
 
-def rotate(values: Tensor, table: Tensor) -> Tensor:
+def rotate(values: Tensor, table: Tensor, *, interleaved: bool = False) -> Tensor:
     """Return queries or keys with the rotary embedding applied (arXiv 2104.09864, in the form of Llama).
 
     Channel i is rotated together with channel i + r/2; channels from r on stay as they are.
@@ -75,11 +75,12 @@ def rotate(values: Tensor, table: Tensor) -> Tensor:
     Args:
         values: `[T, 1, a, d]`.
         table: `[T, 1, 1, r]` float32, r <= d: the cosines of the r/2 pairs' angles, then the sines.
+        interleaved: Rotate channel 2i together with channel 2i + 1, as in the paper.
 
     Returns:
         `[T, 1, a, d]` in the dtype of `values`.
     """
-    output: Tensor = _Rotation.apply(values, table)  # type: ignore[no-untyped-call]
+    output: Tensor = _Rotation.apply(values, table, interleaved)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -159,24 +160,29 @@ class _GatedUnit(torch.autograd.Function):
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, table: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(table)
+        ctx.interleaved = interleaved
         cos, sin = table.chunk(2, dim=-1)
-        return _rotated(values, cos, sin)
+        return _rotated(values, cos, sin, interleaved)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (table,) = ctx.saved_tensors
         cos, sin = table.chunk(2, dim=-1)
-        return _rotated(grad, cos, -sin), None  # back by the same angles
+        return _rotated(grad, cos, -sin, ctx.interleaved), None, None  # back by the same angles
 
 
-def _rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(values: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin, half = cos.to(values.dtype), sin.to(values.dtype), cos.shape[-1]
+    first, second = slice(half), slice(half, 2 * half)
+    of_channels = torch.cat([cos, cos], dim=-1)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        of_channels = cos.repeat_interleave(2, dim=-1)
     # whole heads in one pass, which is faster than half by half; what is not rotated is multiplied with one
-    output = values * F.pad(torch.cat([cos, cos], dim=-1), (0, values.shape[-1] - 2 * half), value=1.0)
-    first, second = values[..., :half], values[..., half : 2 * half]
-    output[..., :half].addcmul_(second, sin, value=-1)
-    output[..., half : 2 * half].addcmul_(first, sin)
+    output = values * F.pad(of_channels, (0, values.shape[-1] - 2 * half), value=1.0)
+    output[..., first].addcmul_(values[..., second], sin, value=-1)
+    output[..., second].addcmul_(values[..., first], sin)
     return output

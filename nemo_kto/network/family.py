@@ -49,6 +49,12 @@ class Mixture:
         sparse_layers: Numbers of the layers that have some, from 0.
         normalized: Whether the probabilities of the chosen experts are made to sum to one.
         shared: The shared expert of each such layer; None without any.
+        scores: What makes probabilities of a router's logits: `softmax` over experts, or `sigmoid` of each.
+        chosen_with_bias: Whether experts are chosen by their probability plus a bias of their own, which is a number
+            that no gradient reaches.
+        scale: What the probabilities of the chosen experts are multiplied with in the end.
+        groups: Experts come in so many equal groups.
+        chosen_groups: Only the experts of so many groups are eligible: of those whose best two are best together.
     """
 
     experts: int
@@ -57,6 +63,11 @@ class Mixture:
     sparse_layers: tuple[int, ...]
     normalized: bool
     shared: SharedExpert | None = None
+    scores: str = "softmax"
+    chosen_with_bias: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +211,8 @@ class Family:
         projections: Names of the linear layers outside the experts, see `projections.py`.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
         rotary_by_layer_type: Whether `rope_parameters` has an entry for each of `layer_types`.
+        further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
+            tokens at once; transformers computes nothing with them, and here they are left out.
     """
 
     weights: Callable[[Dimensions], Iterable[Rule]]
@@ -212,6 +225,7 @@ class Family:
     projections: tuple[str, ...] = SEPARATE
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
+    further_layers: tuple[str, ...] = ()
 
     def dimensions(self, hf: Any) -> Dimensions:
         """Return the sizes of a model."""

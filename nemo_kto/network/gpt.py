@@ -232,6 +232,7 @@ def build_gpt(
     )
     _mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
+    moe.freeze_router_biases(model, config)
     _clear_vocabulary(model)
     if not by_document:
         # of the kinds of scaling Megatron knows few, and those not in full; the frequencies say everything

@@ -121,12 +121,14 @@ class ExpertNames:
 
     Attributes:
         router: The router's weight.
+        bias: The bias that experts are chosen with, if there is any.
         separate: (gate, up, down) of one expert, where each is a tensor; `{expert}` stands for its number.
         together: (gate and up, down) of all experts, where each is a tensor.
         shared: The shared expert, if there is any.
     """
 
     router: Sequence[str]
+    bias: Sequence[str] = ()
     separate: Sequence[tuple[str, str, str]] = ()
     together: Sequence[tuple[str, str]] = ()
     shared: str = ""
@@ -142,6 +144,7 @@ class ExpertNames:
         projections = [f"experts.{{expert}}.{name}.weight" for name in (gate, up, down)]
         return cls(
             router=[f"{place}.gate.weight" for place in blocks],
+            bias=[f"{place}.gate.e_score_correction_bias" for place in blocks],
             separate=[tuple(f"{place}.{name}" for name in projections) for place in blocks],  # type: ignore[misc]
             together=[(f"{place}.experts.gate_up_proj", f"{place}.experts.down_proj") for place in blocks],
             shared=block,
@@ -157,6 +160,9 @@ def experts(sizes: Dimensions, names: ExpertNames) -> Iterator[Rule]:
     yield _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", layers, h)
     routers = [Piece(_THEIRS + name, (e, h)) for name in names.router]
     yield Rule(_OURS + "mlp.router.weight", (_anywhere(*routers),), layers=layers)
+    if mixture.chosen_with_bias:
+        biases = [Piece(_THEIRS + name, (e,), keeps_float32=True) for name in names.bias]
+        yield Rule(_OURS + "mlp.router.expert_bias", (_anywhere(*biases),), layers=layers)
     for place, (key, shapes, part) in enumerate(
         (
             ("linear_fc1.weight_w", ((m, h), (m, h)), 0),

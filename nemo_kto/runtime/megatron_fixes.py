@@ -76,8 +76,7 @@ def _biased(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def _rotate(values: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    assert not interleaved, "no model of this package has its channels in that order"
-    return pointwise.rotate(values, table)
+    return pointwise.rotate(values, table, interleaved=interleaved)
 
 
 def _communicate_shapes(

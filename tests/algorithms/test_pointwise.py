@@ -49,6 +49,14 @@ def partial_rotation_expression(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([rotation_expression(rotated), rest], dim=-1)
 
 
+def interleaved_expression(values: torch.Tensor) -> torch.Tensor:
+    """The pairs are channels that are neighbours."""
+    order = torch.arange(CHANNELS).view(2, -1).T.flatten()  # 0, d/2, 1, d/2 + 1, ...
+    apart = torch.empty_like(values)
+    apart[..., order] = values
+    return rotation_expression(apart)[..., order]
+
+
 # name -> (function, expression, shapes of what both take)
 CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "norm": (
@@ -67,6 +75,11 @@ CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "geglu": (geglu, geglu_expression, [(TOKENS, 1, 2 * CHANNELS)]),
     "gelu": (gelu, gelu_expression, [(TOKENS, 1, CHANNELS)]),
     "rotation": (lambda values: rotate(values, TABLE), rotation_expression, [(TOKENS, 1, HEADS, CHANNELS)]),
+    "interleaved rotation": (
+        lambda values: rotate(values, TABLE, interleaved=True),
+        interleaved_expression,
+        [(TOKENS, 1, HEADS, CHANNELS)],
+    ),
     "rotation of some channels": (
         lambda values: rotate(values, TABLE),
         partial_rotation_expression,

@@ -114,7 +114,7 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODELS if name.startswith(("llama", "phi3", "gemma3")) or "rope" in name]
+    "name", [name for name in MODELS if name.startswith(("llama", "phi3", "gemma3", "glm4")) or "rope" in name]
 )
 def test_rotary_embedding_is_transformers(name: str) -> None:
     """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""

@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -68,6 +70,15 @@ _GRANITE = {
     "attention_multiplier": 0.2,
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
+}
+_GLM4_EXPERTS: dict[str, Any] = {
+    **_NO_TOKENS,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
 }
 _GEMMA: dict[str, Any] = {**_NO_TOKENS, "head_dim": 16, "query_pre_attn_scalar": 9, "sliding_window": 6}
 _TWO_ROPES = {
@@ -163,6 +174,23 @@ def families() -> dict[str, PretrainedConfig]:
             final_logit_softcapping=2.0,
             attn_logit_softcapping=0.5,
         ),
+        "glm4": Glm4Config(**SIZES, **_NO_TOKENS, head_dim=16),
+        "glm4_tied": Glm4Config(
+            **SIZES,
+            **_NO_TOKENS,
+            head_dim=8,
+            attention_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.75},
+            tie_word_embeddings=True,
+        ),
+        "glm4_moe": Glm4MoeConfig(**SIZES, **_GLM4_EXPERTS, use_qk_norm=True, routed_scaling_factor=1.7),
+        "glm4_moe_groups": Glm4MoeConfig(
+            **SIZES,
+            **{**_GLM4_EXPERTS, "num_experts_per_tok": 4, "n_routed_experts": 8, "n_shared_experts": 2},
+            attention_bias=True,
+            n_group=4,
+            topk_group=2,
+        ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
             **SIZES, **_PHI3, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -202,7 +230,8 @@ def make_folder(
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *biases]:
             centre = parameter.mean() if name.endswith("norm.weight") else 0.0  # one, or zero where one is added
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
