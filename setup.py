@@ -37,6 +37,7 @@ setup(
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
         "pyarrow>=15",
+        "xxhash>=3.0",
         "psutil",  # Megatron-Core's checkpoint writer waits for ever without it
         "rich>=13",
         "safetensors>=0.5",

@@ -69,7 +69,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_command("report"))
     _add_data_commands(commands)
+    _add_checkpoint_commands(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would stop a long job",
+        description="Look at versions, devices, model folder, layout, the first records of the data, the log folder "
+        "and its disk, as a run with these keys would find them. The exit code is 1 if something is wrong.",
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_command("doctor"))
     return parser
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", help="list a run's checkpoints, or compare them with what was written"
+    )
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, function, text in (
+        ("list", "list_checkpoints", "list the checkpoints of a run, judged by the sizes of their files"),
+        ("verify", "verify", "read the checkpoints of a run; the exit code is 1 if a file is not what was written"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        action.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="log folder of a run")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.set_defaults(run=_command("checkpoint", function))
 
 
 def _add_generate(commands: Any) -> None:
@@ -134,6 +159,9 @@ def _add_data_commands(commands: Any) -> None:
     _add_reading(convert)
     convert.add_argument("--output", "-o", type=Path, required=True, help="file to create")
     convert.add_argument("--on-bad-record", metavar="WHAT", help="error or skip")
+    convert.add_argument(
+        "--prompt-template", choices=["chat"], help="chat: make messages of strings; a file holds one kind only"
+    )
     convert.set_defaults(run=_command("data", "convert"))
 
     show = actions.add_parser(
@@ -154,17 +182,26 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--field",
         action="append",
         default=[],
-        metavar="NAME=COLUMN",
-        help="column that holds prompt, response, label ...; may be repeated",
+        metavar="NAME=PATH",
+        help="column, or path, that holds prompt, response, label ...; may be repeated",
     )
     parser.add_argument("--reader", metavar="PATH", help="dotted path of a function that reads the files")
     parser.add_argument("--desirable-if", metavar="COMPARISON", help="labels are ratings: '>= 4'")
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="KIND=WORDS",
+        help="what labels of your own mean: desirable=good,like or undesirable=bad; may be repeated",
+    )
+    parser.add_argument("--json-strings", metavar="WHAT", help="auto, messages or text: strings that spell messages")
 
 
 def _add_tokenization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of model or tokenizer"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in that folder run")
     parser.add_argument("--prompt-template", metavar="TEXT", help="for strings: text with {prompt} in it, or chat")
     parser.add_argument("--special-tokens", metavar="WHAT", help="auto, text or control")
     parser.add_argument("--system", metavar="WHAT", help="keep, merge_into_user or drop")

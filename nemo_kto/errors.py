@@ -11,7 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 _PEER_DELAY = 3.0
 """Seconds another rank waits before it repeats an error: the launcher usually ends it first, as rank 0 reported it."""
@@ -41,6 +42,24 @@ class StoppedEarly(Exception):
 
 class CheckpointError(KTOError):
     """A checkpoint or a Hugging Face folder that is missing, incomplete or of another model."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint with a file that is not what was written.
+
+    Attributes:
+        folder: The checkpoint.
+        fault: The file, and what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(f"The checkpoint {folder} is damaged: {fault}.")
+        self.folder = folder
+        self.fault = fault
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between ranks."""
+        return DamagedCheckpointError, (self.folder, self.fault)
 
 
 def run_guarded(action: Callable[[], None]) -> None:

@@ -20,11 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_kto.config.checks import check_data, check_least
+from nemo_kto.config.folders import check_links
 from nemo_kto.config.reader import build
 from nemo_kto.config.schema import DataConfig, ModelConfig
 from nemo_kto.data.batches.samples import Samples, read_samples
 from nemo_kto.data.batches.statistics import DataStatistics, describe
 from nemo_kto.data.reading.chunks import MAX_SHOWN, bad_records_error, parse_chunk, read_chunks
+from nemo_kto.data.reading.json_strings import messages_in
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
@@ -53,6 +55,7 @@ def _settings(options: argparse.Namespace) -> DataConfig:
     prefix, names = "--", {item.name for item in dataclasses.fields(DataConfig)}
     given = {prefix + name: value for name, value in vars(options).items() if name in names and value is not None}
     given[f"{prefix}fields"] = dict(map(_field, options.field))
+    given[f"{prefix}labels"] = _labels(options.labels)
     data: DataConfig = build(DataConfig, given, prefix)
     data.append_eod = not getattr(options, "no_append_eod", False)
     of_model = {f"model.{name}": getattr(options, name, None) for name in _MODEL_OPTIONS}
@@ -68,10 +71,24 @@ def _field(text: str) -> tuple[str, str]:
     return name, column
 
 
+def _labels(texts: list[str]) -> dict[str, list[str]] | None:
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        kind, separator, words = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--labels {text}: write KIND=WORDS, such as desirable=good,like.")
+        found[kind] = found.get(kind, []) + words.split(",")
+    return found or None
+
+
 def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
+    if options.tokenizer.is_dir():
+        check_links(options.tokenizer)
     # a reader of somebody's own may need torch
-    without_torch = options.own_process and data.reader is None
-    tokenizer = load_tokenizer(options.tokenizer, without_torch=without_torch)
+    without_torch = options.own_process and data.reader is None and not options.trust_remote_code
+    tokenizer = load_tokenizer(
+        options.tokenizer, without_torch=without_torch, trust_remote_code=options.trust_remote_code
+    )
     return Encoder(tokenizer, tokenization_settings(data))
 
 
@@ -233,15 +250,16 @@ def convert(options: argparse.Namespace) -> None:
         raise ConfigError(f"{output} exists. Name another file, or remove it.")
     unfinished = output.with_name(f"{output.name}.partial")
     bad: list[BadRecord] = []
-    written = 0
+    written = spelling = 0
     try:
         with unfinished.open("w", encoding="utf-8") as file:
-            for record in _records(sources(data, options.files, reader_key="--reader")):
+            for record in _of_one_kind(_records(sources(data, options.files, reader_key="--reader"))):
                 if isinstance(record, BadRecord):
                     bad.append(record)
                     if data.on_bad_record == "error" and len(bad) > MAX_SHOWN:
                         break
                     continue
+                spelling += _spells_messages(record)
                 file.write(json.dumps(record.row(), ensure_ascii=False) + "\n")
                 written += 1
         if bad and data.on_bad_record == "error":
@@ -254,7 +272,29 @@ def convert(options: argparse.Namespace) -> None:
             unfinished.unlink()
     for one in bad:
         print(f"skipped: {one}", file=sys.stderr)
+    if spelling:
+        what = f"{spelling} records have text that spells messages as JSON"
+        print(f"{what}; read the file with model.data.json_strings=text.", file=sys.stderr)
     print(f"Wrote {written} records to {output}" + (f", skipped {len(bad)}" if bad else ""))
+
+
+def _of_one_kind(records: Iterator[FeedbackRecord | BadRecord]) -> Iterator[FeedbackRecord | BadRecord]:
+    """Yield records; raise a DataError where strings and messages would come into one file."""
+    kinds = set()
+    for record in records:
+        if isinstance(record, FeedbackRecord):
+            kinds.add(type(record.prompt))
+            if len(kinds) > 1:
+                raise DataError(
+                    f"{record.place}: some records are strings and others messages, and a file with both could be "
+                    "read in two ways. --prompt-template chat makes messages of all strings."
+                )
+        yield record
+
+
+def _spells_messages(record: FeedbackRecord) -> bool:
+    texts = [text for text in (record.prompt, record.response) if isinstance(text, str)]
+    return any(messages_in(text) is not None for text in texts)
 
 
 def show(options: argparse.Namespace) -> None:

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from megatron.core import dist_checkpointing
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
-from nemo_kto.runtime.checkpoint import (
-    SOURCE_FOLDER,
-)
+from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
+from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
@@ -94,6 +92,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False, dt
     source = source_of(checkpoint)
     if merge and not is_adapter(source):
         raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
+    fault = fault_of(checkpoint, checksums=True)
+    if fault is not None:
+        raise DamagedCheckpointError(checkpoint, fault)
     with parallel.default_group():
         adapter = is_adapter(source) and not merge
         card = _card_of(checkpoint, adapter=adapter)
@@ -102,18 +103,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False, dt
 
 def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
     """Return the model card of what a checkpoint holds."""
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = load_common(checkpoint)
     facts = read_facts(checkpoint / SOURCE_FOLDER)
     return model_card(facts, common.get("metrics", {}), step=common["global_step"], adapter=adapter)
 
 
 def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
     """Write the adapters of a checkpoint without building the model they belong to."""
-    tensors = {
-        key: tensor
-        for key, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint)).items()
-        if ADAPTERS in key and key.startswith("decoder.")  # the optimizer's have names of their own
-    }
+    # the optimizer's have names of their own
+    tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith("decoder."))
     write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
@@ -121,7 +119,7 @@ def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: to
 def _export_model(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
     layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = load_model(checkpoint, layout)
+    model = load_model(checkpoint, layout, verify=False)  # it has been
     source = source_of(checkpoint)
     with adapters_merged([model]) if is_adapter(source) else nullcontext():
         export_hf([model], model.hf_config, folder, source_folder=source, dtype=dtype, card=card)

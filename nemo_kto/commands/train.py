@@ -62,7 +62,10 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> None:
     warn_about_rates(config, run.schedule)
     log_dir = log_directory(config)
     identity = run_identity(config, run.hf_config, run.data, lora=run.lora, reference=run.reference)
-    last = resumable_checkpoint(config, log_dir)
+    last = resumable_checkpoint(config, log_dir, clear=True)
+    if last is not None and step_of(last) >= run.schedule.total and config.exp_manager.verify_checkpoints:
+        # what would be said to be the end is looked at closely; before training goes on, the ranks share that work
+        last = resumable_checkpoint(config, log_dir, checksums=True, clear=True)
     if last is not None:
         check_same_run(last, identity)
         if step_of(last) >= run.schedule.total:

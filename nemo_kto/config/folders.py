@@ -63,8 +63,33 @@ def model_folder(config: KTOConfig) -> Path | None:
     return Path(folder) if folder else None
 
 
+def link_out_of(folder: Path, *, below: bool = False) -> Path | None:
+    """Return a link in `folder` that leads out of it; None if there is none.
+
+    Files of the Hugging Face hub's cache are links to blobs beside their snapshot, which is where they belong.
+
+    Args:
+        folder: The folder.
+        below: Whether folders in it are looked through, too.
+    """
+    root = folder.resolve()
+    allowed = root.parent.parent if root.parent.name == "snapshots" else root
+    links = (path for path in (root.rglob("*") if below else root.iterdir()) if path.is_symlink())
+    return next((link for link in links if not link.resolve().is_relative_to(allowed)), None)
+
+
+def check_links(folder: Path) -> None:
+    """Raise a CheckpointError for a link that leads out of a folder that somebody else may have made."""
+    link = link_out_of(folder)
+    if link is not None:
+        raise CheckpointError(
+            f"{link} is a link to {link.resolve()}, out of its folder, which is not followed. Name the folder that it "
+            "leads to, or put the file itself there."
+        )
+
+
 def check_named_folders(config: KTOConfig) -> None:
-    """Raise a CheckpointError when the reference or the adapter to go on from is no folder; their files come later."""
+    """Raise a CheckpointError for a folder that is none, or that a link leads out of; their files come later."""
     model = config.model
     adapter = model.peft.lora_tuning.restore_from_path
     for key, folder, file in (
@@ -73,3 +98,6 @@ def check_named_folders(config: KTOConfig) -> None:
     ):
         if folder is not None and not Path(folder).is_dir():
             raise CheckpointError(f"{key}={folder} is not a folder. Name the one that {file} is in.")
+    for named in (tokenizer_folder(config), model_folder(config), model.kto.reference.checkpoint, adapter):
+        if named is not None and Path(named).is_dir():
+            check_links(Path(named))

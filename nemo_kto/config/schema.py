@@ -61,6 +61,7 @@ class ExpManagerConfig:
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     create_checkpoint_callback: bool = True
+    verify_checkpoints: bool = True
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
 
@@ -112,6 +113,7 @@ class TokenizerConfig:
     """`model.tokenizer`."""
 
     path: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(kw_only=True)
@@ -207,6 +209,8 @@ class DataConfig:
     reader: str | None = None
     fields: dict[str, str] | None = None
     desirable_if: str | None = None
+    labels: dict[str, list[str | float | bool]] | None = None
+    json_strings: Literal["auto", "messages", "text"] = "auto"
     on_bad_record: Literal["error", "skip"] = "error"
     seq_length: int = 4096
     overlong: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.reading.containers import read_rows
+from nemo_kto.data.reading.json_strings import MESSAGES, messages_in, settled_reading
 from nemo_kto.data.reading.records import BadRecord, Messages, RecordError
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
@@ -20,7 +21,7 @@ def read_prompts(file: Path) -> list[str | Messages]:
     """Return the field `prompt` of each row of a file, a text or a list of messages.
 
     Raises:
-        DataError: The file cannot be read, or a row has none.
+        DataError: The file cannot be read, a row has none, or some of them spell messages as JSON and others do not.
     """
     prompts: list[str | Messages] = []
     for row in read_rows(file):
@@ -32,7 +33,20 @@ def read_prompts(file: Path) -> list[str | Messages]:
         prompts.append(prompt)
     if not prompts:
         raise DataError(f"{file}: the file holds no prompt.")
-    return prompts
+    return _opened(prompts, file)
+
+
+def _opened(prompts: list[str | Messages], file: Path) -> list[str | Messages]:
+    """Return prompts with messages for strings that spell them, as training reads a file of its own."""
+    reading = settled_reading([prompt for prompt in prompts if isinstance(prompt, str)], MESSAGES)
+    if not isinstance(reading, str):
+        raise DataError(
+            f"{file}: some prompts are messages as JSON and others text; keep the two in files of their own."
+        )
+    if reading != "json":
+        return prompts
+    found = [messages_in(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [[prompt] if isinstance(prompt, dict) else prompt for prompt in found]
 
 
 def prompt_tokens(

@@ -8,9 +8,10 @@ from typing import Any
 
 from nemo_kto.config.plugins import load_function
 from nemo_kto.config.schema import DataConfig, KTOConfig
+from nemo_kto.data.reading.labels import parse_words
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import Source, parse_source
-from nemo_kto.data.tokens.rendering import TokenizationSettings
+from nemo_kto.data.tokens.rendering import CHAT, TokenizationSettings
 from nemo_kto.errors import ConfigError
 
 
@@ -24,7 +25,15 @@ def sources(
         entries: The entries; one that is a mapping may have a `reader` of its own.
         reader_key: What `data.reader` is called where the user wrote it.
     """
-    reader, found = RowReader(data.format, data.fields or {}, data.desirable_if), []
+    reader = RowReader(
+        data.format,
+        data.fields or {},
+        data.desirable_if,
+        parse_words(data.labels),
+        data.json_strings,
+        chat=data.prompt_template == CHAT,
+    )
+    found = []
     for entry in entries:
         path, key = data.reader, reader_key
         if isinstance(entry, Mapping) and "reader" in entry:

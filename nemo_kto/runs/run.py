@@ -64,7 +64,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(tokenizer_folder(config))
+    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     check_named_folders(config)
     hf_config = hf_config_of(config, tokenizer)
     layout = layout_of(config, hf_config, accelerator)

@@ -54,6 +54,7 @@ def strategy(run: Run, *, async_save: bool = False, source_folder: Path | None =
         gradient_clip=run.config.trainer.kto.gradient_clip_val or 0.0,
         async_save=async_save,
         source_folder=source_folder,
+        verify_checkpoints=run.config.exp_manager.verify_checkpoints,
     )
 
 

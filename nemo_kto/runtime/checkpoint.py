@@ -1,8 +1,11 @@
 """Sharded checkpoints: written once per run by all ranks, read back under any layout.
 
-A checkpoint is a folder in Megatron-Core's `torch_dist` format. Megatron writes `metadata.json` last, and NeMo's
-checkpoint callback keeps a `<name>-unfinished` marker beside the folder while it is written; a folder counts as
-finished only when the first is there and the second is not, so a run killed while saving resumes from the one before.
+A checkpoint is a folder in Megatron-Core's `torch_dist` format. Megatron writes `metadata.json` when all ranks have
+written their parts, then comes a manifest with the checksum of every file, and NeMo's checkpoint callback keeps a
+`<name>-unfinished` marker beside the folder while it is written. A folder counts as finished only when `metadata.json`
+is there and the marker is not, so a run killed while saving resumes from the one before.
+
+Nothing in a checkpoint is executed when it is read, see `no_code.py`.
 
 No generator states are kept: the order of the data is a function of seed and step, and nothing else in training draws
 random numbers.
@@ -10,6 +13,14 @@ random numbers.
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +39,21 @@ from nemo.utils.callbacks.dist_ckpt_io import (
 )
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_kto.errors import CheckpointError, DivergenceError
+from nemo_kto.errors import CheckpointError, DamagedCheckpointError, DivergenceError
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint_folders import is_finished
+from nemo_kto.runtime.checkpoint_manifest import (
+    MANIFEST_FILE,
+    Entry,
+    entry_of,
+    first_fault,
+    read_manifest,
+    write_manifest,
+)
+from nemo_kto.runtime.no_code import index_fault, nothing_executed
+from nemo_kto.runtime.write_results import WriteResults, become_helper
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = "hf"
 """Folder inside a checkpoint with the Hugging Face config and tokenizer files needed to export it."""
@@ -40,17 +63,24 @@ IDENTITY_FILE = "identity.json"
 
 _NO_PARAMETER = "no parameter"
 
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.PickleError)
+"""What torch and Megatron raise for files that are not what they were."""
+
 
 class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
     """Lightning's file access for sharded checkpoints; every call is collective over all ranks.
 
     Args:
         background: Whether saving only copies the shards and leaves writing them to the caller.
+        source_folder: What every checkpoint gets a copy of, on global rank 0; None for nothing.
+        verify: Whether the checksums of a checkpoint's files are compared when it is read.
     """
 
-    def __init__(self, *, background: bool = False) -> None:
+    def __init__(self, *, background: bool = False, source_folder: Path | None = None, verify: bool = True) -> None:
         super().__init__()
         self.background = background
+        self.source_folder = source_folder
+        self.verify = verify
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -66,12 +96,26 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
             CheckpointError: The folder cannot be made.
         """
 
-        def make_room() -> None:
-            self.remove_checkpoint(path)
-            Path(path).mkdir(parents=True)
+        folder = Path(path)
 
-        parallel.run_on_rank_zero(make_room, f"{path} cannot be written")
-        return dist_checkpointing.save(checkpoint, str(path), async_sharded_save=self.background)
+        def make_room() -> None:
+            self.remove_checkpoint(folder)
+            folder.mkdir(parents=True)
+            if self.source_folder is not None:
+                shutil.copytree(self.source_folder, folder / SOURCE_FOLDER)
+
+        parallel.run_on_rank_zero(make_room, f"{folder} cannot be written")
+        request = dist_checkpointing.save(checkpoint, str(folder), async_sharded_save=True)
+        written = WriteResults()
+        # a rank without anything to write takes part in the rest
+        if request.async_fn is not None:
+            write = partial(_write, request.async_fn, folder, dist.get_rank(), os.getpid(), written)
+            request = request._replace(async_fn=write)
+        request.add_finalize_fn(partial(_finish, folder, written))
+        if self.background:
+            return request
+        request.execute_sync()
+        return None
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, sharded_state_dict: dict[str, Any] | None = None
@@ -80,14 +124,32 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
 
         Raises:
             CheckpointError: `path` is no finished checkpoint, or of another model.
+            DamagedCheckpointError: A file of it is not what was written; on all ranks.
         """
-        if not is_finished(Path(path)):
-            raise CheckpointError(f"{path} is not a finished checkpoint. Remove it, or name another one.")
-        try:
-            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict or {}, str(path))
-        except CheckpointingException as error:
-            raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
+        folder = Path(path)
+        if not is_finished(folder):
+            raise CheckpointError(f"{folder} is not a finished checkpoint. Remove it, or name another one.")
+        self._verify(folder)
+        with _reading(folder):
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict or {}, str(folder))
         return loaded
+
+    def _verify(self, folder: Path) -> None:
+        """Compare each file with the manifest, a share of them on every rank; one exchange of a text."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if rank == 0 and not (folder / MANIFEST_FILE).exists():
+            logger.warning("%s has no %s, so nothing tells whether its files are as they were.", folder, MANIFEST_FILE)
+        fault = first_fault(folder, checksums=False)
+        if rank == 0 and fault is None:
+            fault = index_fault(folder)
+        if fault is None and self.verify:
+            names = sorted(read_manifest(folder) or ())
+            fault = first_fault(folder, names=names[rank::world_size])
+        faults: list[str | None] = [None] * world_size
+        dist.all_gather_object(faults, fault)
+        found = next((fault for fault in faults if fault is not None), None)
+        if found is not None:
+            raise DamagedCheckpointError(folder, found)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the folder `path` if it is there."""
@@ -100,6 +162,89 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
             folder.rmdir()
 
 
+def load_common(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds besides tensors.
+
+    Raises:
+        DamagedCheckpointError: It cannot be read.
+    """
+    with _reading(folder):
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+        return common
+
+
+def load_tensors(folder: Path, chosen: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """Return whole tensors of a checkpoint by name, in this one process, which has a process group of its own.
+
+    Args:
+        folder: The checkpoint.
+        chosen: Whether the tensor of a name is wanted.
+
+    Raises:
+        DamagedCheckpointError: It cannot be read.
+    """
+    with _reading(folder):
+        return {key: value for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items() if chosen(key)}
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Execute nothing of a checkpoint, and name it in what goes wrong.
+
+    Raises:
+        CheckpointError: It is of another model.
+        DamagedCheckpointError: It cannot be read.
+    """
+    try:
+        with nothing_executed():
+            yield
+    except CheckpointingException as error:
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {error}") from error
+    except _UNREADABLE as error:
+        raise DamagedCheckpointError(folder, f"it cannot be read ({type(error).__name__}: {error})") from error
+    except CheckpointException as error:  # torch's, of what went wrong on some ranks
+        cause = next((failure for failure, _ in error.failures.values()), error)
+        raise DamagedCheckpointError(folder, f"it cannot be read ({type(cause).__name__}: {cause})") from error
+
+
+def _write(
+    write: Callable[..., None],
+    folder: Path,
+    rank: int,
+    pid: int,
+    written: WriteResults,
+    *arguments: Any,
+    **keywords: Any,
+) -> None:
+    """Write this rank's part of a checkpoint, and tell the checksums of its files, which are still in memory.
+
+    Args:
+        write: Megatron's function.
+        folder: The checkpoint.
+        rank: The rank.
+        pid: Its process, which is this one, or has forked it.
+        written: Takes file -> entry.
+        *arguments: Of `write`.
+        **keywords: Of `write`.
+    """
+    if os.getpid() != pid:
+        become_helper(pid)
+    write(*arguments, **keywords)
+    written.put({file.name: entry_of(file) for file in folder.glob(f"__{rank}_*.distcp")})
+
+
+def _finish(folder: Path, written: WriteResults) -> None:
+    """Write the manifest; collective: one gathering of names and checksums."""
+    try:
+        mine = written.get_nowait()
+    except queue.Empty:
+        mine = {}
+    everyone: list[dict[str, Entry]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    known = {name: entry for entries in everyone or () for name, entry in entries.items()}
+    parallel.run_on_rank_zero(partial(write_manifest, folder, known), f"{folder} cannot be written")
+
+
 class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc]
     """Saves while training goes on: a process forked from each rank writes a copy of its shards.
 
@@ -107,9 +252,10 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
     part; only then the checkpoints it replaces are removed. `FinishBackgroundSaves` looks after that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, source_folder: Path | None = None, verify: bool = True) -> None:
         # not NeMo's own: it refuses to work without a module that Megatron-Core 0.16 has no more
-        _WrappingCheckpointIO.__init__(self, ShardedCheckpointIO(background=True))
+        inner = ShardedCheckpointIO(background=True, source_folder=source_folder, verify=verify)
+        _WrappingCheckpointIO.__init__(self, inner)
         self.async_calls_queue = AsyncCallsQueue(persistent=False)
 
     def save_checkpoint(
@@ -167,11 +313,11 @@ def sharding_metadata() -> dict[str, Any]:
 def sharded_trained(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state dict of what is trained of a Megatron model: frozen weights never change."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if len(trained) == sum(1 for _ in model.named_parameters()):
-        state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
-        return state
-    # with a name for each layer: not every layer need have trained parameters
-    named = model.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
+    if len(trained) < sum(1 for _ in model.named_parameters()):
+        # with a name for each layer: not every layer need have trained parameters
+        metadata = {**metadata, "non_homogeneous_layers": True}
+    named: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    # only tensors: what else Megatron's layers would keep (`_extra_state`) is pickled, and says nothing here
     return {name: value for name, value in named.items() if name in trained}
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import experts, moe_utils, shared_experts
 
 from nemo_kto.algorithms import pointwise
+from nemo_kto.runtime.write_results import WriteResults, become_helper
 
 
 def exchange_shapes_in_order() -> None:
@@ -52,6 +56,32 @@ def keep_less_for_backward() -> None:
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate
+
+
+def write_without_manager() -> None:
+    """Let the processes that write checkpoints be helpers of their rank, and report without a process of their own.
+
+    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time.
+    """
+    if getattr(filesystem_async, "_get_write_results_queue", None) is not _write_results:
+        filesystem_async._get_write_results_queue = _write_results
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write_as_helper)
+
+
+@cache
+def _write_results() -> WriteResults:
+    return WriteResults()
+
+
+_write_preloaded_data = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+
+def _write_as_helper(*arguments: Any, **keywords: Any) -> None:
+    """Write one file of a checkpoint, in a process forked for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    become_helper(parent.pid)
+    _write_preloaded_data(*arguments, **keywords)
 
 
 def _swiglu(

@@ -80,6 +80,7 @@ def initialize(layout: Layout, *, seed: int) -> None:
     """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group."""
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
+    megatron_fixes.write_without_manager()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():

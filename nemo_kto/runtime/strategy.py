@@ -6,15 +6,15 @@ Megatron's data-parallel wrapper, its optimizer and learning-rate schedule, and 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import shutil
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,9 +28,13 @@ from megatron.core.utils import get_model_config
 from nemo.utils import AppState
 
 from nemo_kto.config.schema import OptimConfig
+from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
 from nemo_kto.runtime.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
 
@@ -52,6 +56,7 @@ class MegatronStrategy(DDPStrategy):
         gradient_clip: Global gradient norm above which gradients are scaled down; 0 switches it off.
         async_save: Whether checkpoints are written while training goes on.
         source_folder: What `write_source_folder` wrote, on global rank 0; copied into each checkpoint.
+        verify_checkpoints: See `ShardedCheckpointIO`.
     """
 
     restore_checkpoint_after_setup = True  # a sharded load needs the optimizer to exist
@@ -66,9 +71,12 @@ class MegatronStrategy(DDPStrategy):
         gradient_clip: float,
         async_save: bool = False,
         source_folder: Path | None = None,
+        verify_checkpoints: bool = True,
     ) -> None:
         super().__init__(
-            checkpoint_io=ckpt.BackgroundCheckpointIO() if async_save else ckpt.ShardedCheckpointIO(),
+            checkpoint_io=(ckpt.BackgroundCheckpointIO if async_save else ckpt.ShardedCheckpointIO)(
+                source_folder=source_folder, verify=verify_checkpoints
+            ),
             cluster_environment=_cluster_environment(),
         )
         self.layout = layout
@@ -76,7 +84,6 @@ class MegatronStrategy(DDPStrategy):
         self.params_dtype = params_dtype
         self.seed = seed
         self.gradient_clip = gradient_clip
-        self.source_folder = source_folder
 
     # processes and groups
 
@@ -245,18 +252,41 @@ class MegatronStrategy(DDPStrategy):
         for key in ("hparams_name", "hparams_type", "hyper_parameters"):
             checkpoint.pop(key, None)  # Megatron reads the common part with weights_only: plain types only
         self.checkpoint_io.save_checkpoint(checkpoint, folder, storage_options)
-        parallel.run_on_rank_zero(partial(self._copy_source_folder, folder), f"{folder} cannot be written")
-
-    def _copy_source_folder(self, folder: Path) -> None:
-        if self.source_folder is not None:
-            shutil.copytree(self.source_folder, folder / ckpt.SOURCE_FOLDER, dirs_exist_ok=True)
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
-        """Read a checkpoint written under any layout into this one's shards."""
-        sharded: dict[str, Any] = {"state_dict": self._sharded_module()}
-        if load_optimizer_states and self.optimizers:
-            sharded["optimizer_states"] = [self.optimizer_state(o, is_loading=True) for o in self.optimizers]
-        return self.checkpoint_io.load_checkpoint(_folder(checkpoint_path), sharded_state_dict=sharded)  # type: ignore[call-arg]
+        """Read a checkpoint written under any layout into this one's shards.
+
+        A run that is resumed from one that turns out to be damaged goes on from the newest before it that is whole.
+
+        Raises:
+            CheckpointError: It cannot be read, nor can any before it.
+        """
+        folder = _folder(checkpoint_path)
+        while True:
+            sharded: dict[str, Any] = {"state_dict": self._sharded_module()}
+            if load_optimizer_states and self.optimizers:
+                sharded["optimizer_states"] = [self.optimizer_state(o, is_loading=True) for o in self.optimizers]
+            try:
+                return self.checkpoint_io.load_checkpoint(folder, sharded_state_dict=sharded)  # type: ignore[call-arg]
+            except DamagedCheckpointError as error:
+                if not self.optimizers:  # it is scored, and a reader expects the one that was named
+                    raise
+                folder = self._before(error)
+
+    def _before(self, damaged: DamagedCheckpointError) -> Path:
+        """Put a damaged checkpoint aside and return the newest whole one that is left; collective."""
+        left: list[Path | None] = [None]
+
+        def clear() -> None:
+            place = set_aside(damaged.folder)
+            left[0], _ = newest_whole(damaged.folder.parent)
+            logger.warning("%s It was moved to %s; the run goes on from %s.", damaged, place, left[0])
+
+        parallel.run_on_rank_zero(clear, f"{damaged.folder} cannot be put aside")
+        dist.broadcast_object_list(left, src=0)
+        if left[0] is None:
+            raise CheckpointError(f"{damaged} No other checkpoint is left to go on from.") from damaged
+        return left[0]
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Copy loaded weights into the model."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import add_adapters
@@ -15,10 +15,11 @@ from nemo_kto.runtime.checkpoint import (
     IDENTITY_FILE,
     SOURCE_FOLDER,
     ShardedCheckpointIO,
-    is_finished,
     sharded_trained,
     sharding_metadata,
 )
+from nemo_kto.runtime.checkpoint_folders import fault_of, is_finished
+from nemo_kto.runtime.checkpoint_manifest import first_fault
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.folder import weights_digest
 from nemo_kto.weights.import_hf import import_hf
@@ -30,16 +31,24 @@ def source_of(checkpoint: Path) -> Path:
 
     Raises:
         CheckpointError: It is not a finished checkpoint of this package.
+        DamagedCheckpointError: A file is missing or of another size, or one in that folder is not what was written;
+            the others are looked at when they are read.
     """
     source = checkpoint / SOURCE_FOLDER
     if not is_finished(checkpoint) or not source.is_dir():
         raise CheckpointError(
             f"{checkpoint} is not a finished nemo_kto checkpoint. Name one of the folders in <log dir>/checkpoints."
         )
+    small = [path.relative_to(checkpoint).as_posix() for path in source.rglob("*") if path.is_file()]
+    fault = fault_of(checkpoint, checksums=False) or first_fault(checkpoint, names=small)
+    if fault is not None:
+        raise DamagedCheckpointError(checkpoint, fault)
     return source
 
 
-def load_model(checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = torch.float32) -> KTOGPTModel:
+def load_model(
+    checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = torch.float32, verify: bool = True
+) -> KTOGPTModel:
     """Return this rank's part of the model, with the weights of a checkpoint saved under any layout; collective.
 
     Of a run with LoRA, the base model is read from where it was, and the adapters are there, not merged.
@@ -48,6 +57,7 @@ def load_model(checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = 
         checkpoint: A finished checkpoint.
         layout: The layout, without interleaved stages; its process groups exist.
         params_dtype: Dtype of parameters and activations.
+        verify: See `ShardedCheckpointIO`.
 
     Raises:
         CheckpointError: The checkpoint or its base model cannot be used.
@@ -68,7 +78,7 @@ def load_model(checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = 
         import_hf(model, base)
         add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
     state = {"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
-    loaded = ShardedCheckpointIO().load_checkpoint(checkpoint, sharded_state_dict=state)
+    loaded = ShardedCheckpointIO(verify=verify).load_checkpoint(checkpoint, sharded_state_dict=state)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # Megatron leaves out what is empty: a stage of which nothing is trained
     found = model.load_state_dict(loaded.get("state_dict", {}).get("chunk0", {}), strict=False)

@@ -7,9 +7,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+
+from nemo_kto.errors import CheckpointError
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,23 +81,39 @@ def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
     Args:
         config: The configuration, if it counts.
         folder: Folder with safetensors files, of a model or an adapter; None for none.
+
+    Raises:
+        CheckpointError: One of the files is none.
     """
     fields = {} if config is None else config.to_dict()
     description = {key: value for key, value in fields.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.blake2b(json.dumps(description, sort_keys=True, default=str).encode(), digest_size=16)
     for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        # a file is the length of its header (8 bytes), the header, and the tensors at the offsets it names
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-            for name, tensor in sorted(header.items()):
-                if name != "__metadata__":
-                    start, end = (8 + length + offset for offset in tensor["data_offsets"])
-                    digest.update(f"{name}:{tensor['dtype']}:{tensor['shape']}:".encode())
-                    for place in _sampled_places(start, end):
-                        stream.seek(place)
-                        digest.update(stream.read(min(_SAMPLED_BYTES, end - place)))
+        try:
+            _digest_tensors(file, digest)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{file} is no safetensors file that can be read ({error}).") from error
     return digest.hexdigest()
+
+
+def _digest_tensors(file: Path, digest: Any) -> None:
+    """Add many places of each tensor of a file: the length of its header (8 bytes), the header, the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"its header would have {length:,} bytes")
+        header = json.loads(stream.read(length))
+        for name, tensor in sorted(header.items()):
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in tensor["data_offsets"])
+                digest.update(f"{name}:{tensor['dtype']}:{tensor['shape']}:".encode())
+                for place in _sampled_places(start, end):
+                    stream.seek(place)
+                    digest.update(stream.read(min(_SAMPLED_BYTES, end - place)))
+
+
+_MOST_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads at most."""
 
 
 def _sampled_places(start: int, end: int) -> list[int]:

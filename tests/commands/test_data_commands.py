@@ -117,7 +117,8 @@ def test_convert_and_read_again(run: Any, tmp_path: Path) -> None:
         {"messages": messages, "label": 1, "tools": json.dumps(tools), "chat_template_kwargs": {"x": 1}},
         {"messages": messages, "label": "rejected", "weight": 0.5},
     )
-    pairs = write(tmp_path / "b.jsonl", {"prompt": "p", "chosen": " a", "rejected": " b"})
+    said = {"prompt": messages[:1], "chosen": messages[1], "rejected": "no"}
+    pairs = write(tmp_path / "b.jsonl", said)
     out = tmp_path / "out.jsonl"
     code, output, _ = run("convert", path, pairs, "--output", out)
     assert code == 0 and output == f"Wrote 4 records to {out}\n"
@@ -129,7 +130,8 @@ def test_convert_and_read_again(run: Any, tmp_path: Path) -> None:
         "tools": tools,
         "chat_template_kwargs": {"x": 1},
     }
-    assert rows[3] == {"prompt": "p", "completion": " b", "label": False}
+    no = [{"role": "assistant", "content": "no"}]
+    assert rows[3] == {"prompt": messages[:1], "completion": no, "label": False}
     before, after = read_feedback([path, pairs]), read_feedback([out])
     values = [
         [(r.prompt, r.response, r.desirable, r.tools, r.template_kwargs, r.weight) for r in found]
@@ -138,6 +140,42 @@ def test_convert_and_read_again(run: Any, tmp_path: Path) -> None:
     assert values[0] == values[1]
     code, _, error = run("convert", path, "--output", out)
     assert code == 1 and "exists" in error
+
+
+def test_convert_writes_one_kind_into_a_file(run: Any, tmp_path: Path) -> None:
+    """A file with strings and messages could be read in two ways, and is refused when it is read."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    files = [write(tmp_path / "a.jsonl", *ROWS), write(tmp_path / "b.jsonl", {"messages": messages, "label": True})]
+    out = tmp_path / "out.jsonl"
+    code, _, error = run("convert", *files, "--output", out)
+    assert code == 1 and f"{files[1]}:1: some records are strings and others messages" in error and not out.exists()
+    code, _, _ = run("convert", *files, "--output", out, "--prompt-template", "chat")
+    assert code == 0 and [type(record.prompt) for record in read_feedback([out])] == [list] * 4
+    assert read_feedback([out])[0].response == [{"role": "assistant", "content": " 4"}]
+
+
+def test_convert_says_that_text_spells_messages(run: Any, tmp_path: Path) -> None:
+    text = json.dumps([{"role": "user", "content": "hi"}])
+    path, out = write(tmp_path / "a.jsonl", {**ROWS[0], "prompt": text}, *ROWS), tmp_path / "out.jsonl"
+    code, _, error = run("convert", path, "--output", out, "--json-strings", "text")
+    assert code == 0 and error.startswith("1 records have text that spells messages as JSON; read the file with model")
+    assert read_feedback([out], json_strings="text")[0].prompt == text
+
+
+def test_paths_labels_and_json_in_strings(run: Any, tmp_path: Path) -> None:
+    row = {"call": {"asked": json.dumps([{"role": "user", "content": "2 + 2?"}]), "said": ["4"]}}
+    rows = [row | {"vote": {"word": word}} for word in ("Good", "like", "meh", "bad")]
+    path, out = write(tmp_path / "a.jsonl", *rows), tmp_path / "out.jsonl"
+    fields = ["--field", "prompt=call.asked", "--field", "response=call.said[0]", "--field", "label=vote.word"]
+    words = ["--labels", "desirable=good,like", "--labels", "undesirable=bad", "--labels", "undesirable=meh"]
+    code, output, _ = run("check", path, "--tokenizer", MODEL, "--json", *fields, *words)
+    found = json.loads(output)["statistics"]
+    assert code == 0 and (found["desirable"], found["undesirable"]) == (2, 2)
+    assert run("convert", path, "-o", out, *fields, *words)[0] == 0
+    assert {type(record.prompt) for record in read_feedback([out])} == {list}
+    text = tmp_path / "text.jsonl"
+    assert run("convert", path, "-o", text, *fields, *words, "--json-strings", "text")[0] == 0
+    assert {type(record.prompt) for record in read_feedback([text], json_strings="text")} == {str}
 
 
 def test_convert_with_bad_records(run: Any, tmp_path: Path) -> None:
@@ -215,6 +253,12 @@ def test_the_command_itself(tmp_path: Path) -> None:
         (["--system", "merge"], "keep or merge_into_user or drop"),
         (["--template-losses", "skip"], "error or warn"),
         (["--field", "reply=x"], "'reply'"),
+        (["--field", "label=x["], "neither a column"),
+        (["--labels", "good"], "write KIND=WORDS"),
+        (["--labels", "good=x"], "must be the words of both kinds"),
+        (["--labels", "desirable=x", "--labels", "undesirable=X"], "in both lists"),
+        (["--labels", "desirable=x", "--desirable-if", ">= 4"], "one of the two"),
+        (["--json-strings", "yes"], "auto or messages or text"),
     ],
 )
 def test_impossible_options(run: Any, tmp_path: Path, option: list[str], message: str) -> None:

@@ -57,6 +57,7 @@ ADD = {
 PLAIN_ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
 ADDITION = "Question: What is 2 + 2?\nAnswer:"
 COLOUR = [user("Name a colour.")]
+SUM = [user("2 + 2?")]
 SHORT = [system("Be brief."), user("Hi."), assistant("Hello."), user("2 + 2?")]
 
 # file -> (line, prompt, response, desirable, tools, variables for the chat template) of every record
@@ -87,6 +88,33 @@ EXPECTED = {
     "halos_pairs.jsonl": [
         (1, COLOUR, [assistant("Seven.")], False, None, None),
         (1, COLOUR, [assistant("Blue.")], True, None, None),
+    ],
+    "helpsteer3.jsonl": [
+        (1, COLOUR, [assistant("Seven.")], False, None, None),
+        (1, COLOUR, [assistant("Blue.")], True, None, None),
+    ],
+    "signed_pairs.jsonl": [
+        (1, "The sky is", " blue.", True, None, None),
+        (1, "The sky is", " green.", False, None, None),
+    ],
+    "openai_dpo.jsonl": [
+        (1, SUM, [assistant("4")], True, None, None),
+        (1, SUM, [assistant("5")], False, None, None),
+    ],
+    "langfuse.jsonl": [(1, SUM, [assistant("4")], True, None, None)],
+    "langfuse_page.jsonl": [(1, SUM, [assistant("5")], False, None, None)],
+    "langsmith.jsonl": [
+        (1, SUM, [assistant("4")], True, None, None),
+        (2, SUM, [assistant("5")], False, None, None),
+    ],
+    "chatui.jsonl": [
+        (1, [system("Be brief."), user("Hi.")], [assistant("Hello.")], True, None, None),
+        (1, SHORT, [assistant("5")], False, None, None),
+    ],
+    "nested.jsonl": [(1, SUM, [assistant("4")], True, None, None)],
+    "words.jsonl": [
+        (1, "The sky is", " blue.", True, None, None),
+        (2, "The sky is", " green.", False, None, None),
     ],
     "messages.jsonl": [(1, SHORT, [assistant("4")], True, None, None)],
     "sharegpt.jsonl": [
@@ -144,11 +172,13 @@ def test_every_sample_is_known_here_and_every_format_has_one():
 def test_sample(name, detected, tmp_path):
     keys, text = blocks("sample")[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
+    detected = detected and "detect" not in keys
     records = read_feedback(
         [tmp_path / name],
         format="auto" if detected else keys.pop("format"),
         fields={key.removeprefix("fields."): column for key, column in keys.items() if key.startswith("fields.")},
         desirable_if=keys.get("desirable_if"),
+        labels=yaml.safe_load(keys.get("labels", "null")),
     )
     found = [(r.line, r.prompt, r.response, r.desirable, r.tools, r.template_kwargs) for r in records]
     assert found == EXPECTED[name]

@@ -67,3 +67,15 @@ def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _layout(sparse, tensor=2, pipeline=2).sequence
     with pytest.raises(ConfigError, match="need 3 processes, or a multiple, and there are 4"):
         _layout(dense, tensor=3, pipeline=1)
+
+
+def test_prompts_that_spell_messages(tmp_path: Path) -> None:
+    """A table has them as text; what a file's prompts are is one for all of them."""
+    messages = [{"role": "user", "content": "hi"}]
+    cell = '"' + json.dumps(messages).replace('"', '""') + '"'
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,label\n{cell},1\n{cell},0\n")
+    assert read_prompts(file) == [messages, messages]
+    file.write_text(f"prompt,label\n{cell},1\nhi,0\n")
+    with pytest.raises(DataError, match=r"a\.csv: some prompts are messages as JSON and others text"):
+        read_prompts(file)

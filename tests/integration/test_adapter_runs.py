@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nemo_kto.runtime.checkpoint_manifest import write_manifest
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
 from tests.integration.test_matrix import ADAPTERS
@@ -118,13 +119,17 @@ def test_merging_needs_adapters_and_their_base(
     full = train(1, exp_manager__create_checkpoint_callback=True, trainer__kto__max_steps=1)
     (whole,) = (full / "checkpoints").glob("*-last")
     assert "no adapters that could be merged" in run_ranks(export, 1, whole, tmp_path / "x", True)[0]
-    config = checkpoint / "hf" / "adapter_config.json"
-    text = config.read_text()
-    try:
-        config.write_text(text.replace('"base_model_name_or_path": "', '"base_model_name_or_path": "/moved'))
-        assert "is not there" in run_ranks(export, 1, checkpoint, tmp_path / "x", True)[0]
-    finally:
-        config.write_text(text)
+    copy = with_base(checkpoint, tmp_path, "/moved")
+    assert "/moved, is not there" in run_ranks(export, 1, copy, tmp_path / "x", True)[0]
+
+
+def with_base(checkpoint: Path, folder: Path, base: str) -> Path:
+    """Return a copy of a checkpoint whose adapters are said to belong to another model."""
+    copy = Path(shutil.copytree(checkpoint, folder / checkpoint.name))
+    config = copy / "hf" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+    write_manifest(copy, {})
+    return copy
 
 
 def test_merging_into_another_model_is_refused(
@@ -132,10 +137,7 @@ def test_merging_into_another_model_is_refused(
 ) -> None:
     """Its shapes fit; only its weights are others."""
     other = make_model_folder(tmp_path / "other", seed=5)
-    copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
-    config = copy / "hf" / "adapter_config.json"
-    fields = json.loads(config.read_text())
-    config.write_text(json.dumps({**fields, "base_model_name_or_path": str(other)}))
+    copy = with_base(checkpoint, tmp_path, str(other))
     assert "is not the one" in run_ranks(export, 1, copy, tmp_path / "x", True)[0]
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_kto.runtime.checkpoint import BackgroundCheckpointIO
-from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_whole
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
 from tests.waiting import HANG
@@ -80,7 +80,7 @@ class Witness(Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Look at the folder."""
-        last = newest_last(self.folder)
+        last = newest_whole(self.folder)[0]
         unfinished = any(not is_finished(path) for path in self.folder.glob("*-last"))
         self.seen.append((last.name if last else None, unfinished))
 
@@ -139,7 +139,7 @@ def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
     values = settings(root, tmp_path / "log", **SAVING, **tensor, trainer__kto__max_steps=8)
     for message in run_ranks(failing_run, 2, free_port(), values):
         assert "could not be written" in message
-    assert newest_last(tmp_path / "log" / "checkpoints") is None
+    assert newest_whole(tmp_path / "log" / "checkpoints")[0] is None
 
 
 def diverging_run(port: int, overrides: dict[str, Any]) -> str:
@@ -158,5 +158,5 @@ def test_a_run_that_diverges_finishes_the_checkpoint_under_way(root: Path, tmp_p
     changes = {**SAVING, "trainer__kto__save_interval": 1, "model__optim__lr": 1e30, "trainer__kto__max_steps": 4}
     (message,) = run_ranks(diverging_run, 1, free_port(), settings(root, tmp_path / "log", **changes))
     assert "gradient of step 2 is not finite" in message
-    last = newest_last(tmp_path / "log" / "checkpoints")
+    last = newest_whole(tmp_path / "log" / "checkpoints")[0]
     assert last is not None and last.name == "megatron_gpt-step=1-last"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_whole
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, write_feedback
 from tests.waiting import HANG
@@ -111,7 +111,7 @@ def test_logs_checkpoints_and_export(uninterrupted: Path, root: Path) -> None:
     names = sorted(path.name for path in checkpoints.iterdir())
     assert len(names) == 2 and sum(name.endswith("-last") for name in names) == 1  # the best one, and the last
     assert all(is_finished(checkpoints / name) for name in names)
-    assert newest_last(checkpoints) == checkpoints / "megatron_gpt-step=10-last"
+    assert newest_whole(checkpoints)[0] == checkpoints / "megatron_gpt-step=10-last"
     series = read_series(uninterrupted)
     assert set(series["val/loss"]) == {4, 9}
     output = (uninterrupted / "output.txt").read_text()
@@ -126,7 +126,7 @@ def test_logs_checkpoints_and_export(uninterrupted: Path, root: Path) -> None:
 
 
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(uninterrupted: Path, tmp_path: Path) -> None:
-    last = newest_last(uninterrupted / "checkpoints")
+    last = newest_whole(uninterrupted / "checkpoints")[0]
     code, output, errors = run([sys.executable, "-m", "nemo_kto.cli", "export-hf", str(last), str(tmp_path / "hf")])
     assert code == 0, output + errors
     for file in (uninterrupted / "hf").iterdir():
@@ -194,7 +194,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(root: Path, tmp_path
     changes = {**TP2, **WITH_CHECKPOINTS, "trainer__kto__save_interval": 1, "model__optim__lr": 1e30}
     code, output, errors = run(command(root, tmp_path, **changes))
     check_error(code, output, errors, "gradient of step 2 is not finite", ranks=2)
-    last = newest_last(tmp_path / "checkpoints")
+    last = newest_whole(tmp_path / "checkpoints")[0]
     assert last is not None and last.name.endswith("step=1-last")
 
 

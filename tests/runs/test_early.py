@@ -40,7 +40,8 @@ def config(log_dir: Path, **changes: Any) -> KTOConfig:
 
 def checkpoint(folder: Path, name: str = "megatron_gpt-step=3-last") -> Path:
     (folder / name).mkdir(parents=True)
-    (folder / name / "metadata.json").touch()
+    for part in ("metadata.json", ".metadata", "common.pt"):
+        (folder / name / part).touch()
     return folder / name
 
 

@@ -85,7 +85,7 @@ def read_pairs(
     config.model.data.shuffle = shuffle
     config.model.global_batch_size, config.model.micro_batch_size = 4, 2
     config.model.kto.kl_scope = kl_scope  # type: ignore[assignment]
-    data = read_data(config, make_tokenizer(), max_positions=64)
+    data = read_data(config, make_tokenizer(), max_positions=64, vocab_size=1000)
     data.set_position(dp_rank=0, dp_size=1, num_steps=2, steps_per_epoch=2, start_step=int)
     return [
         [(index.prompt, index.response) for index in batch if index.in_kl_set]

@@ -9,13 +9,14 @@ import torch
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, separate_step_counters
-from nemo_kto.runtime.checkpoint_folders import is_finished, newest_last, step_of
+from nemo_kto.runtime.checkpoint_folders import is_finished, newest_whole, step_of
 
 
 def make(folder: Path, name: str, *, metadata: bool = True, marker: bool = False) -> Path:
     checkpoint = folder / name
     checkpoint.mkdir()
-    (checkpoint / "common.pt").touch()
+    for part in ("common.pt", ".metadata"):
+        (checkpoint / part).touch()
     if metadata:
         (checkpoint / "metadata.json").touch()
     if marker:
@@ -26,19 +27,21 @@ def make(folder: Path, name: str, *, metadata: bool = True, marker: bool = False
 def test_the_newest_of_two_by_step_not_by_name(tmp_path: Path) -> None:
     make(tmp_path, "run-step=9-last")
     newest = make(tmp_path, "run-step=10-last")
-    make(tmp_path, "run-step=12-val_loss=0.4000")  # one of the best, not the last
-    assert newest_last(tmp_path) == newest and step_of(newest) == 10
+    make(tmp_path, "run-step=8-val_loss=0.4000")
+    assert newest_whole(tmp_path)[0] == newest and step_of(newest) == 10
+    best = make(tmp_path, "run-step=12-val_loss=0.3000")  # killed before the last one was written
+    assert newest_whole(tmp_path)[0] == best
 
 
 @pytest.mark.parametrize("state", [{"metadata": False}, {"marker": True}])
 def test_a_checkpoint_cut_off_while_written_does_not_count(tmp_path: Path, state: dict[str, bool]) -> None:
     finished = make(tmp_path, "run-step=4-last")
     cut_off = make(tmp_path, "run-step=8-last", **state)
-    assert not is_finished(cut_off) and newest_last(tmp_path) == finished
+    assert not is_finished(cut_off) and newest_whole(tmp_path)[0] == finished
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert newest_last(tmp_path) is None and newest_last(tmp_path / "none") is None
+    assert newest_whole(tmp_path)[0] is None and newest_whole(tmp_path / "none")[0] is None
 
 
 def test_names_without_a_step_are_refused(tmp_path: Path) -> None:

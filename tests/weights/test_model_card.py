@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kto.config.folders import FACTS_FILE
+from nemo_kto.runtime.checkpoint_manifest import MANIFEST_FILE
 from nemo_kto.weights.model_card import model_card
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
@@ -193,6 +194,7 @@ def test_nothing_is_known_of_older_checkpoints(
     """The rest is exported as ever."""
     bare = Path(shutil.copytree(newest(whole), tmp_path / newest(whole).name))
     (bare / "hf" / FACTS_FILE).unlink()
+    (bare / MANIFEST_FILE).unlink()  # of which older ones had none
     run_ranks(export_on_rank, 1, [(bare, tmp_path / "bare", False)])
     expected = {file.name: file.read_bytes() for file in exported["whole"].iterdir() if file.name != "README.md"}
     assert {file.name: file.read_bytes() for file in (tmp_path / "bare").iterdir()} == expected

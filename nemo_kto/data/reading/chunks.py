@@ -3,14 +3,19 @@
 Bad records are yielded among the good ones, so that whoever reads decides whether one ends the run.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from nemo_kto.data.reading.columns import SPOKEN
 from nemo_kto.data.reading.containers import Row
+from nemo_kto.data.reading.labels import parse_words
 from nemo_kto.data.reading.parts import parts_of
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.reading.row_reader import RowReader
+from nemo_kto.data.reading.settling import SAMPLE, Settled
 from nemo_kto.data.reading.sources import Source, parse_source
 from nemo_kto.errors import DataError
 
@@ -36,38 +41,42 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
     """Yields a source's rows in order, at most `size` at a time, and how they are read.
 
     Raises:
-        DataError: Nothing of that name is there, it cannot be read, holds no record, or is of no known format.
+        DataError: Nothing of that name is there, it cannot be read, holds no record, is of no known format, or can be
+            read in two ways.
     """
     for file, part in enumerate(parts_of(source)):
-        reader: RowReader | None = None
-        chunk: list[Row | BadRecord | FeedbackRecord] = []
-        empty = True
-        for row in part.rows():
-            empty = False
-            if reader is None and isinstance(row, Row):
-                reader = source.reader.detect(row)
-            chunk.append(row)
-            if len(chunk) == size:
-                yield Chunk(reader or source.reader, chunk, file)
-                chunk = []
-        if empty:
+        rows = part.rows()
+        sample = list(itertools.islice(rows, SAMPLE))
+        if not sample:
             raise DataError(f"{part.name}: the file holds no record.")
-        if chunk:
-            yield Chunk(reader or source.reader, chunk, file)
+        reader = _settled(source.reader, sample)
+        rows = itertools.chain(sample, rows)
+        while chunk := list(itertools.islice(rows, size)):
+            if reader.settled is None:
+                reader = _settled(reader, chunk)
+            yield Chunk(reader, chunk, file)
 
 
-_OF_RECORDS = RowReader("trl")
+def _settled(reader: RowReader, found: Sequence[Row | BadRecord | FeedbackRecord]) -> RowReader:
+    """The reader of a file of which some rows are known; the same as before where none of them is one."""
+    rows = [row for row in found if isinstance(row, Row)]
+    return reader.settle(rows) if rows else reader
+
+
+_OF_RECORDS = RowReader("trl", settled=Settled("trl", "label", dict.fromkeys(SPOKEN, "text")))
+"""Records say themselves what they are."""
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[FeedbackRecord | BadRecord]:
     """Yields the records of some rows, in order."""
+    of_records = replace(_OF_RECORDS, chat=chunk.reader.chat)
     for row in chunk.rows:
         if isinstance(row, BadRecord):
             yield row
             continue
         try:
             if isinstance(row, FeedbackRecord):  # of a function of other people: judged as a row that says the same
-                yield from _OF_RECORDS.read(Row(row.source, row.line, row.row()))
+                yield from of_records.read(Row(row.source, row.line, row.row()))
             else:
                 yield from chunk.reader.read(row)
         except RecordError as error:
@@ -80,6 +89,8 @@ def read_feedback(
     format: str = "auto",
     fields: Mapping[str, str] | None = None,
     desirable_if: str | None = None,
+    labels: Mapping[str, Any] | None = None,
+    json_strings: str = "auto",
 ) -> list[FeedbackRecord]:
     """Returns every record of some sources, in order; for more data than fits into memory, see `read_chunks`.
 
@@ -88,15 +99,17 @@ def read_feedback(
         format: See `RowReader`; "auto" decides for each file.
         fields: See `RowReader`.
         desirable_if: See `RowReader`.
+        labels: See `parse_words`.
+        json_strings: See `RowReader`.
 
     Raises:
         DataError: See `read_chunks`; or records are bad: the message names file, line, field and reason of the first
             ten.
-        ConfigError: A format, a field or the threshold does not exist.
+        ConfigError: A format, a field or a value does not exist.
     """
     if not paths:
         raise DataError("No data was given; name at least one file.")
-    reader = RowReader(format, fields or {}, desirable_if)
+    reader = RowReader(format, fields or {}, desirable_if, parse_words(labels), json_strings)
     records, bad = [], []
     for path in paths:
         for chunk in read_chunks(parse_source(path, reader), 1000):

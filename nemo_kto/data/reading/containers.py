@@ -11,7 +11,6 @@ import codecs
 import csv
 import gzip
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -248,26 +247,7 @@ def _checked_header(names: list[str], path: Path) -> list[str]:
 def _csv_row(header: list[str], cells: list[str], source: str, line: int) -> Row | BadRecord:
     if len(cells) != len(header):
         return BadRecord(source, line, None, "the number of cells is not that of the header.")
-    values = dict(zip(header, cells, strict=True))
-    for name, cell in values.items():
-        if re.match(r"\[?\{'(role|from|content|value)':", cell):
-            reason = "holds messages as Python writes them; a cell must hold them as JSON (json.dumps)."
-            return BadRecord(source, line, name, reason)
-    messages = {name: value for name, cell in values.items() if (value := _messages(cell)) is not None}
-    # a single one may be what somebody wrote; a prompt made of messages comes with an answer made of them
-    return Row(source, line, values | messages if len(messages) > 1 else values)
-
-
-def _messages(text: str) -> Any:
-    """The messages whose JSON a cell holds; None for any other text."""
-    if not re.match(r'\s*(\[\s*)?\{\s*"', text):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    messages = value if isinstance(value, list) else [value]
-    return value if all(isinstance(m, dict) and ({"role", "from"} & {*m}) for m in messages) else None
+    return Row(source, line, dict(zip(header, cells, strict=True)))
 
 
 def _text_lines(path: Path, handle: IO[bytes]) -> Iterator[str]:

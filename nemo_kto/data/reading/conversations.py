@@ -1,47 +1,50 @@
-"""Prompts and responses as people write them -> strings, or chat messages with role and content.
+"""Prompts and responses as people write them -> strings, or chat messages with role and content."""
 
-What a chat template does with a message is its own business: keys that are not known here are kept.
-"""
-
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_kto.data.reading.records import EMPTY, MAX_NESTING, Messages, RecordError, json_type, shown
+from nemo_kto.data.reading.json_strings import parsed_json
+from nemo_kto.data.reading.records import EMPTY, MAX_NESTING, Messages, RecordError, json_type
+from nemo_kto.data.reading.spellings import is_message, joined_parts, with_role
 
 
 def checked_answer(
-    prompt: Any, response: Any, *, names: tuple[str, str], system: Any = None, system_name: str = "system"
+    prompt: Any,
+    response: Any,
+    *,
+    names: tuple[str, str],
+    system: Any = None,
+    system_name: str = "system",
+    as_messages: bool = False,
 ) -> tuple[str, str] | tuple[Messages, Messages]:
-    """Returns prompt and response as a record holds them.
+    """Returns prompt and response as a record holds them: both strings, or both messages if one of them is.
 
     Args:
-        prompt: Text, or messages.
-        response: Text, or one assistant message, in a list or by itself; of the prompt's kind.
+        prompt: Text, or messages, or a single one.
+        response: Text, or one assistant message, in a list or by itself.
         names: The fields that the two come from.
-        system: A system prompt from a field of its own, None if there is no such field. Even an empty one makes
-            messages of strings: all records of a file go the same way.
+        system: A system prompt from a field of its own, None if there is none. Even an empty one makes messages of
+            strings: all records of a file go the same way.
         system_name: That field.
+        as_messages: Make messages of strings in any case.
 
     Raises:
         RecordError: One of them is of another type, empty, or the roles do not fit.
     """
-    if isinstance(response, dict):
-        response = [response]
     prompt = _conversation(prompt, names[0])
     response = _conversation(response, names[1], len(prompt) if names[0] == names[1] else 0)
-    if isinstance(prompt, str) != isinstance(response, str):
-        raise RecordError(
-            f"is a {json_type(prompt)} and field '{names[1]}' a {json_type(response)}; both must be strings or both "
-            "lists of messages.",
-            names[0],
-        )
+    as_messages = as_messages or system is not None or not (isinstance(prompt, str) and isinstance(response, str))
+    if not as_messages:
+        if not response:
+            raise RecordError(EMPTY[0], names[1])
+        return prompt, response
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
     if system is not None:
-        prompt, response = _with_system(prompt, response, system, system_name)
-    if isinstance(prompt, list):
-        _check_roles(prompt, response, names)
-    elif not response:
-        raise RecordError(EMPTY[0], names[1])
+        prompt = _with_system(prompt, system, system_name)
+    _check_roles(prompt, response, names)
     return prompt, response
 
 
@@ -81,132 +84,52 @@ def checked_kwargs(value: Any, name: str) -> dict[str, Any] | None:
     return value
 
 
-def parsed_json(value: Any, name: str) -> Any:
-    """The value of a field that may hold its JSON as a string, as tables do; a RecordError if it is none."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"is a string that is no JSON ({error}).", name) from error
-
-
 def _conversation(value: Any, name: str, before: int = 0) -> Any:
     """Text as it is; messages without keys that are null, and with content that is text."""
     if isinstance(value, str):
         _check_text(value, name)
         return value
+    if isinstance(value, dict) and is_message(value):
+        value = [value]
     if not isinstance(value, list):
         raise RecordError(f"must be a string or a list of messages, not a {json_type(value)}.", name)
     if not value:
         raise RecordError("is an empty list of messages.", name)
-    return [_message(message, name, index) for index, message in enumerate(value, start=before + 1)]
+    return [_message(message, name, number) for number, message in enumerate(value, start=before + 1)]
 
 
-def turns(value: Any, name: str) -> Any:
-    """Returns a conversation with ShareGPT's and ms-swift's messages written as role and content.
-
-    Args:
-        value: The conversation, or its JSON as tables hold it; a single message counts as one of one.
-        name: Its field.
-
-    Raises:
-        RecordError: A speaker is unknown, or a call is no JSON.
-    """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value = parsed_json(value, name)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    return [_turn(message, name, number) for number, message in enumerate(value, start=1)]
-
-
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-    "tool_response": "tool",
-    "function_call": "call",
-    "tool_call": "call",
-}
-"""ShareGPT's `from`, or the roles that ms-swift has besides the usual ones -> role, or "call" for a call of a tool."""
-
-
-def _turn(message: Any, name: str, number: int) -> Any:
+def _message(message: Any, name: str, number: int) -> dict[str, Any]:
+    message = with_role(message, name, number)
     if not isinstance(message, dict):
-        return message
-    if "role" in message:
-        speaker, text, rest = message["role"], message.get("content"), message
-        if speaker not in ("tool_response", "tool_call"):
-            return message
-    elif "from" in message:
-        speaker, text, rest = message["from"], message.get("value"), {}
-    else:
-        return message
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise RecordError(
-            f", message {number}: 'from' must be one of {', '.join(_SPEAKERS)}, got {shown(speaker)}.", name
-        )
-    if role != "call":
-        return {**rest, "role": role, "content": text}
-    try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f", message {number}: the text of a {speaker} is no JSON ({error}).", name) from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise RecordError(f", message {number}: a {speaker} needs 'name' and 'arguments'.", name)
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
-
-
-def _message(message: Any, name: str, index: int) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RecordError(f", message {index}: must be an object, not a {json_type(message)}.", name)
+        raise RecordError(f", message {number}: must be an object, not a {json_type(message)}.", name)
     result = {key: value for key, value in message.items() if value is not None}
+    if isinstance(result.get("function_call"), dict) and not result.get("tool_calls"):  # OpenAI's first form
+        result["tool_calls"] = [{"type": "function", "function": result.pop("function_call")}]
     needed = ("role",) if result.get("tool_calls") else ("role", "content")
     for key in needed:
         if key not in result:
-            problem = "is null" if key in message else "is missing"
-            raise RecordError(f", message {index}: '{key}' {problem}.", name)
+            raise RecordError(f", message {number}: '{key}' {_absence(key, message)}.", name)
     if isinstance(result.get("content"), list):
-        result["content"] = _joined_parts(result["content"], name, index)
+        result["content"] = joined_parts(result["content"], name, number)
     for key in ("role", "content"):
         if not isinstance(result.get(key, ""), str):
-            raise RecordError(f", message {index}: '{key}' must be a string, not a {json_type(result[key])}.", name)
+            raise RecordError(f", message {number}: '{key}' must be a string, not a {json_type(result[key])}.", name)
     calls = result.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RecordError(f", message {index}: 'tool_calls' must be a list of objects.", name)
-    if calls:
-        result["tool_calls"] = [_call(call) for call in calls]
-    _check_text(result, name, f", message {index}: ")
+        raise RecordError(f", message {number}: 'tool_calls' must be a list of objects.", name)
+    _check_text(result, name, f", message {number}: ")
     return result
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call whose arguments, which OpenAI writes as JSON in a string, are what chat templates expect: an object."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call  # what the model wrote is no JSON: it stays as it was written
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+_INSTEAD = ("refusal", "audio", "parts", "reasoning_content", "reasoning", "thinking")
+"""Keys that say something where `content` does not."""
 
 
-def _joined_parts(parts: list[Any], name: str, index: int) -> str:
-    """The text of content that is a list of parts, OpenAI's way."""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    strings = [text for text in texts if isinstance(text, str)]
-    if len(strings) != len(parts):
-        raise RecordError(f", message {index}: 'content' has parts that are no text; only text is trained on.", name)
-    return "".join(strings)
+def _absence(key: str, message: Mapping[str, Any]) -> str:
+    """What is true of a key that a message has to have."""
+    problem = "is null" if key in message else "is missing"
+    instead = next((other for other in _INSTEAD if message.get(other)), None) if key == "content" else None
+    return problem if instead is None else f"{problem}, and what is in '{instead}' is not trained on"
 
 
 def _check_text(value: Any, name: str, where: str = "", depth: int = MAX_NESTING) -> None:
@@ -230,17 +153,15 @@ def _check_text(value: Any, name: str, where: str = "", depth: int = MAX_NESTING
         raise RecordError(f"{where}holds a {json_type(value)}, which is not JSON.", name)
 
 
-def _with_system(prompt: Any, response: Any, system: Any, name: str) -> tuple[Messages, Messages]:
+def _with_system(prompt: Messages, system: Any, name: str) -> Messages:
     if not isinstance(system, str):
         raise RecordError(f"must be a string, not a {json_type(system)}.", name)
     _check_text(system, name)
-    if isinstance(prompt, str):
-        prompt, response = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
     if not system:
-        return prompt, response
+        return prompt
     if prompt[0]["role"] == "system":
         raise RecordError("is set, and the messages begin with a system message as well.", name)
-    return [{"role": "system", "content": system}, *prompt], response
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _check_roles(prompt: Messages, response: Messages, names: tuple[str, str]) -> None:

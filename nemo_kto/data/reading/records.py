@@ -22,7 +22,8 @@ class FeedbackRecord:
 
     Attributes:
         prompt: The prompt as text, or as chat messages that end before the assistant's answer.
-        response: The answer as text, or as a list of exactly one assistant message; of the prompt's kind.
+        response: The answer as text, or as a list of exactly one assistant message; of the prompt's kind. Calls of
+            tools are as they were written: `arguments` may be an object, or a string with its JSON.
         desirable: True for thumbs up.
         source: Path of the file, or name of the data set, it came from.
         line: Line in that file, counted from 1; where there are no lines, the number of the record.
@@ -83,9 +84,9 @@ class RecordError(Exception):
 
     def __init__(self, reason: str, field: str | None = None) -> None:
         """Keeps the reason and the name of the field at fault; see `BadRecord`."""
-        super().__init__(reason, field)
-        self.reason = reason
-        self.field = field
+        self.reason = printable(reason)
+        self.field = None if field is None else printable(field)
+        super().__init__(self.reason, self.field)
 
     def __str__(self) -> str:
         """The reason, behind the field's name."""
@@ -109,7 +110,11 @@ def json_type(value: Any) -> str:
 def shown(value: Any) -> str:
     """The beginning of a value as JSON, for messages."""
     try:
-        text = json.dumps(value, ensure_ascii=False)[:80]
+        return printable(json.dumps(value, ensure_ascii=False)[:80])
     except (TypeError, ValueError, RecursionError):
         return json_type(value)
-    return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
+
+
+def printable(text: str) -> str:
+    """Text that can be written anywhere: half of a surrogate pair, which JSON can spell, cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()

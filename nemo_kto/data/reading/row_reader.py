@@ -1,13 +1,26 @@
 """Rows -> records: which format a file is in, and which columns the user says otherwise of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from nemo_kto.data.reading.columns import SCORES, Columns
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.conversations import checked_answer, checked_kwargs, checked_tools
-from nemo_kto.data.reading.formats import FIELDS, FORMATS, SCORES, Columns
-from nemo_kto.data.reading.labels import parse_threshold, parse_weight
+from nemo_kto.data.reading.formats import FIELDS, FORMATS
+from nemo_kto.data.reading.json_strings import JSON_STRINGS, MESSAGES, Reading, Spelling
+from nemo_kto.data.reading.labels import Judge, parse_threshold, parse_weight
+from nemo_kto.data.reading.paths import opened, parse_path
 from nemo_kto.data.reading.records import FeedbackRecord, RecordError
+from nemo_kto.data.reading.settling import (
+    KINDS,
+    Kind,
+    Settled,
+    best_format,
+    has_system,
+    label_column,
+    string_readings,
+    whole_format,
+)
 from nemo_kto.errors import ConfigError, DataError
 
 _PICTURES = ("images", "videos", "audios")
@@ -20,98 +33,174 @@ class RowReader:
 
     Attributes:
         format: A name in `FORMATS`, or "auto".
-        fields: One of `FIELDS` -> the column it is in.
+        fields: One of `FIELDS` -> the column it is in, or the path.
         desirable_if: See `parse_threshold`; None where labels are no ratings.
-        label: The column that holds the labels; None until `detect` has seen a row.
+        labels: See `parse_words`.
+        json_strings: Whether strings that are the JSON of messages are "messages" or "text"; "auto": what a column is
+            in all of its rows.
+        chat: Whether all strings are made messages.
+        settled: How the file's rows are read; None until `settle` has seen some.
     """
 
     format: str = "auto"
     fields: Mapping[str, str] = field(default_factory=dict)
     desirable_if: str | None = None
-    label: str | None = None
+    labels: Mapping[str, bool] = field(default_factory=dict)
+    json_strings: str = "auto"
+    chat: bool = False
+    settled: Settled | None = None
 
     def check(self) -> None:
-        """Raises a ConfigError for a format, a name or a threshold that does not exist."""
+        """Raises a ConfigError for a format, name or value that does not exist, or keys that exclude each other."""
         if self.format not in ("auto", *FORMATS):
             raise ConfigError(f"Unknown data format {self.format!r}; use one of auto, {', '.join(FORMATS)}.")
         for name, column in self.fields.items():
-            if not isinstance(column, str):
-                raise ConfigError(f"model.data.fields: {name}={column!r} must be the name of a column.")
+            if not isinstance(column, str) or not column:
+                raise ConfigError(f"model.data.fields: {name}={column!r} must be the name of a column, or a path.")
             if name not in FIELDS:
                 raise ConfigError(f"model.data.fields: unknown name {name!r}; use some of {', '.join(FIELDS)}.")
+        if self.json_strings not in JSON_STRINGS:
+            raise ConfigError(f"model.data.json_strings={self.json_strings!r} must be {' or '.join(JSON_STRINGS)}.")
         if self.desirable_if is not None:
             parse_threshold(self.desirable_if)
+            if self.labels:
+                raise ConfigError(
+                    "model.data.labels says what words mean, model.data.desirable_if which ratings are desirable; set "
+                    "one of the two."
+                )
 
-    def detect(self, row: Row) -> "RowReader":
-        """Returns a reader for the row's file: of the format that has all its fields or most, with its label column.
+    def settle(self, rows: Sequence[Row]) -> "RowReader":
+        """Returns a reader for the file that begins with some rows.
+
+        Args:
+            rows: At least one; `SAMPLE` of them are enough.
 
         Raises:
-            DataError: It is of none.
+            DataError: They are of no format, or can be read in two ways.
+            ConfigError: A path in `fields` is none, and no column has that name.
         """
-        if self.format != "auto":
-            return replace(self, label=self._columns(self.format, row).column("label"))
-        found = {name: self._share(name, row) for name in FORMATS}
-        best = max(found, key=lambda name: found[name])
-        if not any(found[best]):
-            columns = ", ".join(map(repr, row.values)) or "none"
-            if len(row.values) == 1 and ";" in columns:
-                columns += "; columns are separated by commas"
-            raise DataError(
-                f"{row.source}:{row.line}: the fields ({columns}) fit no known format. Say with model.data.fields "
-                "which of them hold prompt, response and label, or see docs/data.md for the formats."
-            )
-        return replace(self, format=best, label=self._columns(best, row).column("label"))
+        self._check_paths(rows)
+        format = best_format(rows, self._seen_as) if self.format == "auto" else self.format
+        views = [self._seen_as(format, row) for row in rows]
+        settled = Settled(
+            format,
+            label=label_column(format, rows, views),
+            readings=string_readings(format, rows, views, self.json_strings),
+            system=has_system(views),
+        )
+        reader = replace(self, settled=settled)
+        return replace(reader, settled=replace(settled, kind=reader._kind_of(rows)))
 
     def read(self, row: Row) -> list[FeedbackRecord]:
         """Returns the records in a row.
 
         Raises:
             RecordError: The row is not of the format.
+            DataError: See `settle`, where nothing has been settled.
         """
-        columns = self._columns(self.format, row)
+        settled = self.settled or self.settle([row]).settled
+        assert settled is not None
+        try:
+            return self._records(row, self._seen(row, settled), settled)
+        except RecordError as error:
+            raise RecordError(error.reason + self._other_format(row, settled, error), error.field) from error
+
+    def _records(self, row: Row, columns: Columns, settled: Settled) -> list[FeedbackRecord]:
         for name in _PICTURES:
-            if row.values.get(name):
+            if opened(row.values.get(name)):  # in a table, an empty list is its JSON
                 raise RecordError("cannot be trained on; only text is.", name)
         tools = checked_tools(columns.get("tools"), columns.column("tools"))
         kwargs = checked_kwargs(columns.get("chat_template_kwargs"), columns.column("chat_template_kwargs"))
         weight = parse_weight(columns.get("weight"), columns.column("weight"))
+        system, system_name = columns.get("system"), columns.column("system")
+        answers = FORMATS[settled.format].read(columns)
+        spoken = [text for answer in answers for text in (answer.prompt, answer.response)]
+        # messages on one side leave one way only to take a string on another
+        as_messages = self.chat or settled.system or not all(isinstance(text, str) for text in spoken)
         records = []
-        for answer in FORMATS[self.format].read(columns):
+        for answer in answers:
             prompt, response = checked_answer(
                 answer.prompt,
                 answer.response,
                 names=answer.names,
-                system=columns.get("system"),
-                system_name=columns.column("system"),
+                system=system,
+                system_name=system_name,
+                as_messages=as_messages,
             )
             records.append(
                 FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs, weight)
             )
+        if settled.kind not in (None, _kind(records[0])):
+            raise _other_kind(_kind(records[0]), answers[0].names[0], None if system is None else system_name)
         return records
 
-    def _columns(self, format: str, row: Row) -> Columns:
+    def _kind_of(self, rows: Sequence[Row]) -> Kind | None:
+        """What prompts are in the rows that can be read; a DataError where they are both."""
+        first: dict[Kind, Row] = {}
+        for row in rows:
+            try:
+                first.setdefault(_kind(self.read(row)[0]), row)
+            except RecordError:
+                continue  # whoever reads the row says so
+        if len(first) == 2:
+            text, messages = first["text"], first["messages"]
+            raise DataError(
+                f"{text.source}:{text.line}: the prompt is a string, and in line {messages.line} it is made of "
+                f"messages. {KINDS}"
+            )
+        return next(iter(first), None)
+
+    def _check_paths(self, rows: Sequence[Row]) -> None:
+        for name, path in self.fields.items():
+            if parse_path(path) is None and not any(path in row.values for row in rows):
+                raise ConfigError(
+                    f"model.data.fields: {name}={path!r} is neither a column of {rows[0].source} nor a path. A path "
+                    "is a column and behind it any number of .name, [0] and [key=value]."
+                )
+
+    def _seen_as(self, format: str, row: Row) -> Columns:
+        """The row as a format sees it, before anything is settled."""
         names = {**FORMATS[format].names}
-        if self.desirable_if is None:
-            threshold = None
-        else:
-            threshold = parse_threshold(self.desirable_if)
+        if self.desirable_if is not None and FORMATS[format].rated:
             # a column of labels is one of ratings only where there is no other
             scores = tuple(name for name in SCORES if name in row.values)
             names["label"] = scores or (*names.get("label", ("label",)), *SCORES)
-        if self.label is not None:  # the same in every row of a file, whatever is missing in one
-            names["label"] = (self.label,)
+        return self._columns(row, names, {})
+
+    def _seen(self, row: Row, settled: Settled) -> Columns:
+        names = {**FORMATS[settled.format].names, "label": (settled.label,)}
+        return self._columns(row, names, settled.readings, FORMATS[settled.format].spelling or MESSAGES)
+
+    def _columns(
+        self,
+        row: Row,
+        names: Mapping[str, tuple[str, ...]],
+        readings: Mapping[str, Reading],
+        spelling: Spelling = MESSAGES,
+    ) -> Columns:
+        threshold = None if self.desirable_if is None else parse_threshold(self.desirable_if)
         given = {name: (column,) for name, column in self.fields.items()}
-        return Columns(row.values, names | given, threshold, frozenset(given))
+        return Columns(
+            row.values, {**names, **given}, Judge(self.labels, threshold), frozenset(given), readings, spelling
+        )
 
-    def _share(self, format: str, row: Row) -> tuple[float, float]:
-        """How much of a format's required fields a row has, 0 if no more than a prompt; how much of their columns."""
-        columns, required = self._columns(format, row), FORMATS[format].required
-        if any(columns.has(name) for name in FORMATS[format].without):
-            return 0.0, 0.0
-        filled = [name for name in required if columns.has(name)]
-        there = [name for name in required if columns.column(name) in row.values]
-        return _share_of(filled, required), _share_of(there, required)
+    def _other_format(self, row: Row, settled: Settled, error: RecordError) -> str:
+        """What to add to an error about a row that is of another format than its file."""
+        if self.format != "auto" or not error.reason.startswith("is missing"):
+            return ""
+        other = whole_format(row, self._seen_as)
+        if other in (None, settled.format):
+            return ""
+        return f" The row is of the format {other}, the file of {settled.format}: keep the two in files of their own."
 
 
-def _share_of(names: list[str], required: tuple[str, ...]) -> float:
-    return 0.0 if names in ([], ["prompt"], ["label"]) else len(names) / len(required)
+def _other_kind(kind: Kind, name: str, system_name: str | None) -> RecordError:
+    """The error for a row that is of another kind than its file."""
+    if system_name is not None:
+        return RecordError(f"is a system prompt, and the rows before had none and are strings. {KINDS}", system_name)
+    here, others = ("a string", "made of messages") if kind == "text" else ("made of messages", "strings")
+    return RecordError(f"is {here}, where the rows before are {others}. {KINDS}", name)
+
+
+def _kind(record: FeedbackRecord) -> Kind:
+    return "text" if isinstance(record.prompt, str) else "messages"

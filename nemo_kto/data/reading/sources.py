@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_kto.data.reading.labels import parse_words
 from nemo_kto.data.reading.records import FeedbackRecord, json_type
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.errors import ConfigError
@@ -39,7 +40,7 @@ class Source:
     function: RecordsFunction | None = None
 
 
-_READER_KEYS = ("format", "fields", "desirable_if")
+_READER_KEYS = ("format", "fields", "desirable_if", "labels", "json_strings")
 _KINDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
     "weight": (int, float),
@@ -49,6 +50,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "format": (str,),
     "fields": (dict,),
     "desirable_if": (str, type(None)),
+    "labels": (dict, type(None)),
+    "json_strings": (str,),
 }
 """Key of an entry -> types of its value."""
 
@@ -59,7 +62,7 @@ def parse_source(
     """Returns the source that an entry means: a path, or a mapping with `path` and other attributes of `Source`.
 
     Args:
-        entry: The entry; `format`, `fields` and `desirable_if` in it count before those of `reader`.
+        entry: The entry; `format`, `fields` and the like in it count before those of `reader`.
         reader: How rows are read unless the entry says so.
         function: See `Source`.
 
@@ -82,9 +85,17 @@ def parse_source(
     if not entry.get("path"):
         raise ConfigError(f"{where}, 'path' is missing.")
     own = {key: entry[key] for key in _READER_KEYS if key in entry}
-    chosen = RowReader(
-        **{"format": reader.format, "fields": reader.fields, "desirable_if": reader.desirable_if, **own}
-    )
+    chosen = replace(reader, **_changes(own))
     chosen.check()
     others = {key: value for key, value in entry.items() if key not in own}
     return Source(**others, reader=chosen, function=function)
+
+
+def _changes(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry's own keys change of the reader for all."""
+    changes = dict(own)
+    if "labels" in own:
+        changes = {"desirable_if": None, **own, "labels": parse_words(own["labels"])}
+    elif "desirable_if" in own:  # of two ways to say what labels mean, the entry's own
+        changes["labels"] = {}
+    return changes

@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -69,6 +69,8 @@ class TokenCache:
         self._folder = folder
         self._encoder = encoder
         self._workers = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+        if type(encoder.tokenizer).__module__.partition(".")[0] == "transformers_modules":
+            self._workers = 1  # its class is made of a file that other processes cannot import
         self._tokenizer_digest = tokenizer_digest(encoder.tokenizer)
 
     def tokens_of(self, source: Source, *, skip_bad: bool) -> TokenStore:

@@ -1,5 +1,8 @@
 """A tokenizer's chat template, applied to conversations.
 
+The prompt is what inference sends. Where the conversation does not go on from it, the answer is found in it all the
+same: behind the answer's header.
+
 Dates. A template that asks for today's date is given a fixed one: a run that is resumed tomorrow, or a rank that
 starts after midnight, must see the same tokens.
 
@@ -10,10 +13,11 @@ put the string, quoted once more, into JSON of its own.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -21,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError
 
 from nemo_kto.data.reading.records import Messages, RecordError
+from nemo_kto.data.tokens.special_text import hidden
+from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, as_string, leaves, quoted_twice, with_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +52,7 @@ _DATE_MACRO = _date_macro()
 
 _PROBE = "\ue0f0"
 """An answer that no template has in it."""
+_PROBE_ANSWER = {"role": "assistant", "content": _PROBE}
 
 INSTRUCTIONS = ("system", "developer")
 """Roles of messages that say how to answer."""
@@ -55,116 +62,192 @@ SystemPrompts = Literal["keep", "merge_into_user", "drop"]
 OTHER_ARGUMENTS = "the chat template takes tool-call arguments in another form than the record has them in: it gets {}"
 
 
+CLOSED_BLOCK = (
+    "at inference the chat template puts an empty block in front of the answer, which it does not write into the "
+    "conversation; the answer is put behind it"
+)
+OPEN_BLOCK = (
+    "the chat template writes the conversation otherwise than the prompt of inference goes on; the response begins "
+    "behind the tokens with which both begin"
+)
+EARLIER_TURNS = (
+    "the chat template writes earlier turns otherwise once they are answered; the prompt is that of inference"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Rendering:
     """A conversation as a chat template writes it.
 
     Attributes:
-        prompt: All messages but the last, with the header of the answer.
+        prompt: All messages but the last, with the header of the answer: what inference sends.
+        answer: What the template writes behind the prompt; where `continues` is false, behind the prompt without
+            header.
+        header: The header of the answer, as far as it can be told.
         whole: All messages.
-        plain_prompt: The prompt without that header.
-        notes: What was done to make the template take the messages.
+        continues: Whether the response is the answer. If not, it begins behind the tokens with which `prompt` and
+            `whole` both begin.
+        notes: What was done to the messages, or found, that a person should know.
     """
 
     prompt: str
+    answer: str
+    header: str
     whole: str
-    plain_prompt: Callable[[], str]
+    continues: bool = True
     notes: tuple[str, ...] = ()
 
-    def divided(self) -> tuple[str, str, bool]:
-        """Returns prompt and answer, which together are the conversation, and whether it goes on from `prompt`.
 
-        Where it does not, they are divided where the answer's header begins.
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a template gets besides messages."""
 
-        Raises:
-            RecordError: It does not even begin as the prompt does.
-        """
-        if self.whole.startswith(self.prompt):
-            return self.prompt, self.whole[len(self.prompt) :], True
-        plain = self.plain_prompt()
-        if not plain or not (self.prompt.startswith(plain) and self.whole.startswith(plain)):
-            raise RecordError(
-                "the chat template does not render the prompt as the beginning of the conversation, so the response "
-                "cannot be told apart; write prompt and response as strings instead."
-            )
-        return plain, self.whole[len(plain) :], False
+    tools: list[Any] | None
+    variables: dict[str, Any]
+
+
+_NOTHING = _Given(None, {})
 
 
 class ChatTemplate:
     """Applies the chat template of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]) -> None:
-        """Keeps the tokenizer, which has a template, and the pattern of its special tokens."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], added: re.Pattern[str]) -> None:
+        """Keeps the tokenizer, which has a template, and the patterns of its special and of all added tokens."""
         self._tokenizer = tokenizer
         self._special = special
+        self._added = added
 
-    def knows(self, variable: str) -> bool:
-        """Whether a variable of that name is in the template."""
-        template = self._tokenizer.get_chat_template()
+    def knows(self, variable: str, tools: list[Any] | None) -> bool:
+        """Whether a variable of that name is in the template that is used with such tools."""
+        template = self._tokenizer.get_chat_template(tools=tools)
         return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
     @cached_property
     def end(self) -> str | None:
         """The special token that the template writes behind an answer; None if there is none, or it cannot be told."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
         try:
-            _, behind, rest = self._apply(probe, None, {}).partition(_PROBE)
+            _, behind, rest = self._apply([{"role": "user", "content": "a"}, _PROBE_ANSWER], _NOTHING).partition(
+                _PROBE
+            )
         except RecordError:
             return None
         found = self._special.search(rest) if behind else None
         return found[0] if found else None
 
-    def prompt(self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None) -> str:
+    def prompt(self, messages: Messages) -> str:
         """Returns messages with the header of an answer; raises a RecordError if they are refused."""
-        return self._first_form(messages, lambda form: self._header(form, tools, variables))[0]
 
-    def conversation(self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None) -> Rendering:
-        """Returns a conversation that ends with an answer; raises a RecordError if it is refused."""
+        def render(form: Messages) -> str:
+            return self._apply(form, _NOTHING, add_generation_prompt=True)
+
+        text, notes = self._first_form(messages, render, as_object)
+        if not notes and quoted_twice(messages, text):
+            text = render(with_arguments(messages, as_object))
+        return text
+
+    def conversation(
+        self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None, hide: Callable[[str], str]
+    ) -> Rendering:
+        """Returns a conversation that ends with an answer.
+
+        Args:
+            messages: The conversation.
+            tools: JSON schemas.
+            variables: Others for the template.
+            hide: Hides special tokens, see `Marker`; those that only the JSON of arguments spells come up here.
+
+        Raises:
+            RecordError: The template refuses it, or nothing tells where the answer begins.
+        """
+        given = _Given(tools, variables or {})
+
+        def as_hidden_object(arguments: Any) -> Any:
+            return hidden(as_object(arguments), hide)
 
         def render(form: Messages) -> Rendering:
-            prompt, whole = self._header(form[:-1], tools, variables), self._apply(form, tools, variables)
-            return Rendering(prompt, whole, lambda: self._apply(form[:-1], tools, variables))
+            prompt = self._apply(form[:-1], given, add_generation_prompt=True)
+            return self._divided(form, given, prompt, self._apply(form, given))
 
-        rendering, notes = self._first_form(messages, render)
-        if not notes and _quoted_twice(messages, rendering.whole):
-            objects = _with_arguments(messages, _as_object)
-            rendering, notes = render(objects), (OTHER_ARGUMENTS.format("objects"),)
-        return Rendering(rendering.prompt, rendering.whole, rendering.plain_prompt, notes)
+        rendering, notes = self._first_form(messages, render, as_hidden_object)
+        objects = with_arguments(messages, as_hidden_object)
+        if not notes and objects != messages and not _has_arguments(messages, rendering.whole):
+            with contextlib.suppress(RecordError):  # strings are all that the template takes
+                rendering, notes = render(objects), (OTHER_ARGUMENTS.format("objects"),)
+        return replace(rendering, notes=notes + rendering.notes)
 
-    def _header(self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None) -> str:
-        return self._apply(messages, tools, variables, add_generation_prompt=True)
+    def _divided(self, messages: Messages, given: _Given, prompt: str, whole: str) -> Rendering:
+        """A conversation with its answer told apart."""
+        if whole.startswith(prompt):
+            answer = whole[len(prompt) :]
+            return Rendering(prompt, answer, _header(prompt, self._apply(messages[:-1], given)), whole)
+        plain = self._apply(messages[:-1], given)
+        header, common = _header(prompt, plain), len(os.path.commonprefix([prompt, whole]))
+        goes_on = bool(plain) and prompt.startswith(plain) and whole.startswith(plain)
+        if goes_on and common > len(plain):  # with a part of the header
+            block = self._closed_block(prompt, common)
+            if block is not None:
+                return Rendering(prompt, whole[block:], header, whole, notes=(CLOSED_BLOCK,))
+            return Rendering(prompt, whole[len(plain) :], header, whole, continues=False, notes=(OPEN_BLOCK,))
+        answer_begins = self._behind_header(messages, given, header, whole)
+        if answer_begins is not None:
+            return Rendering(prompt, whole[answer_begins:], header, whole, notes=(EARLIER_TURNS,))
+        if goes_on:
+            return Rendering(prompt, whole[len(plain) :], header, whole, continues=False, notes=(OPEN_BLOCK,))
+        raise RecordError(
+            "the chat template does not render the prompt as the beginning of the conversation, so the response "
+            "cannot be told apart; write prompt and response as strings instead."
+        )
 
-    def _first_form(self, messages: Messages, render: Callable[[Messages], _T]) -> tuple[_T, tuple[str, ...]]:
+    def _closed_block(self, prompt: str, common: int) -> int | None:
+        """Where an empty block begins that ends a prompt, and of which `common` characters hold at most the beginning.
+
+        None if there is none, or it is open.
+        """
+        tags = [found for found in self._added.finditer(prompt) if found.end() > common]
+        return tags[0].start() if tags and len(tags) % 2 == 0 and tags[0].start() <= common else None
+
+    def _behind_header(self, messages: Messages, given: _Given, header: str, whole: str) -> int | None:
+        """Where the answer begins in a conversation whose earlier turns are not those of the prompt."""
+        try:
+            before, found, _ = self._apply([*messages[:-1], _PROBE_ANSWER], given).partition(_PROBE)
+        except RecordError:
+            return None
+        common = os.path.commonprefix([before, whole])
+        wanted = header.strip()
+        place = common.rfind(wanted) if found and wanted else -1
+        if place < 0:
+            return None
+        end = place + len(wanted)
+        space = header[len(header.rstrip()) :]
+        return end + len(space) if whole.startswith(space, end) else end
+
+    def _first_form(
+        self, messages: Messages, render: Callable[[Messages], _T], to_object: Callable[[Any], Any]
+    ) -> tuple[_T, tuple[str, ...]]:
         """What the first form of some messages that is not refused becomes, and what was done to them."""
         try:
             return render(messages), ()
         except RecordError as error:
-            for form, note in _other_forms(messages):
+            for form, note in _other_forms(messages, to_object):
                 try:
                     return render(form), (note,)
                 except RecordError:
                     continue  # the error is that of the messages as they are
             raise error
 
-    def _apply(
-        self,
-        messages: Messages,
-        tools: list[Any] | None,
-        variables: dict[str, Any] | None,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
+    def _apply(self, messages: Messages, given: _Given, *, add_generation_prompt: bool = False) -> str:
         try:
-            template = self._tokenizer.get_chat_template(tools=tools)
+            template = self._tokenizer.get_chat_template(tools=given.tools)
             if "strftime_now" in template:
                 template = _DATE_MACRO + template
             text = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=template,
-                tools=tools,
+                tools=given.tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **(variables or {}),
+                **given.variables,
             )
         except RecursionError as error:
             raise RecordError("the chat template refuses the messages (they are nested too deeply).") from error
@@ -184,64 +267,40 @@ def instructed(messages: Messages, system: SystemPrompts) -> Messages:
         if message["role"] in INSTRUCTIONS:
             waiting.append(message.get("content", ""))
         elif message["role"] == "user" and system == "merge_into_user" and waiting:
-            kept.append({**message, "content": "\n\n".join([*waiting, message.get("content", "")])})
+            texts = filter(None, [*waiting, message.get("content", "")])
+            kept.append({**message, "content": "\n\n".join(texts)})
             waiting = []
         else:
             kept.append(message)
     if waiting and system == "merge_into_user":
-        raise RecordError("no user's message follows the system message that model.data.system would merge into it.")
+        raise RecordError(
+            "no user's message follows the system message, to be merged with it. Set model.data.system=drop to leave "
+            "it out, or model.data.system=keep."
+        )
     if all(message["role"] == "assistant" for message in kept):
-        raise RecordError(f"model.data.system={system} leaves no prompt.")
+        raise RecordError("no prompt is left without the system message. Set model.data.system=keep.")
     return kept
 
 
-def arguments_of(message: dict[str, Any]) -> Iterator[Any]:
-    """Yields the arguments of a message's tool calls, as they are written."""
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call)
-        if isinstance(function, dict) and "arguments" in function:
-            yield function["arguments"]
+def _header(prompt: str, plain: str) -> str:
+    """The header of the answer in a prompt: what the same without it does not have."""
+    return prompt[len(os.path.commonprefix([prompt, plain])) :]
 
 
-def _other_forms(messages: Messages) -> Iterator[tuple[Messages, str]]:
-    """Other ways to write what messages say: with other arguments, or with an empty text for none."""
-    for name, convert in (("objects", _as_object), ("strings", _as_string)):
-        form = _with_arguments(messages, convert)
-        if form != messages:
-            yield form, OTHER_ARGUMENTS.format(name)
+def _has_arguments(messages: Messages, text: str) -> bool:
+    """Whether the arguments that are strings of JSON are in a text, and not as a string inside of JSON."""
+    written = [value for message in messages for value in arguments_of(message) if isinstance(value, str)]
+    there = (value in text or all(leaf in text for leaf in leaves(as_object(value))) for value in written)
+    return all(there) and not quoted_twice(messages, text)
+
+
+def _other_forms(messages: Messages, to_object: Callable[[Any], Any]) -> Iterator[tuple[Messages, str]]:
+    """Other ways to write what messages say: with other arguments, with an empty text for none, or with both."""
     filled = [{"content": "", **message} for message in messages]
-    if filled != messages:
-        yield filled, "the chat template refuses messages without content: theirs is empty text"
-
-
-def _with_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:
-    def call(of: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(of.get("function"), dict):
-            return {**of, "function": call(of["function"])}
-        return {**of, "arguments": convert(of["arguments"])} if "arguments" in of else of
-
-    return [
-        {**message, "tool_calls": [call(of) for of in message["tool_calls"]]} if message.get("tool_calls") else message
-        for message in messages
-    ]
-
-
-def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments  # what the model wrote is no JSON: it stays as it was written
-    return value if isinstance(value, dict) else arguments
-
-
-def _as_string(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-
-
-def _quoted_twice(messages: Messages, text: str) -> bool:
-    """Whether arguments that are JSON in a string stand in a text as a JSON string instead."""
-    written = {value for message in messages for value in arguments_of(message) if isinstance(value, str)}
-    objects = [value for value in written if isinstance(_as_object(value), dict)]
-    return any(value not in text and json.dumps(value, ensure_ascii=False)[1:-1] in text for value in objects)
+    for base in (messages, filled) if filled != messages else (messages,):
+        for name, convert in (("objects", to_object), ("strings", as_string)):
+            form = with_arguments(base, convert)
+            if form != base:
+                yield form, OTHER_ARGUMENTS.format(name)
+        if base is messages and filled != messages:
+            yield filled, "the chat template refuses messages without content: theirs is empty text"

@@ -6,12 +6,12 @@ part may stand there as JSON writes it. Parts are looked for one behind the othe
 nearly all; if one is not found so, the longest part takes its place in the rendering first, so that a short one that
 was left out is not taken for found in the middle of another.
 
-The reasoning of earlier turns, which many templates leave out by design, is no loss.
+The reasoning of earlier turns, which many templates leave out by design, is no loss; nor is a switch such as
+`/no_think`, which some templates obey and do not write.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,50 +19,59 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_kto.data.reading.records import Messages
-from nemo_kto.data.tokens.chat_template import arguments_of
+from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, calls_of, leaves
 
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names that transformers knows for the reasoning of a message; the first that is filled counts."""
 
-_THOUGHT = re.compile(r"\s*(?:<think>)?(?P<reasoning>.*?)</think>(?P<text>.*)", re.DOTALL)
-_SEPARATOR = "\0"
+# A block at the beginning, which a model that was cut off has not closed; or up to a closing tag, where the header of
+# the answer opens it.
+_THOUGHT = re.compile(
+    r"\s*(?:<think>(?P<block>.*?)(?:</think>|\Z)|(?P<rest>(?:(?!<think>).)*?)</think>(?!.*<think>))(?P<text>.*)",
+    re.DOTALL,
+)
+_SWITCH = re.compile(r"(?<!<)/(?:no_)?think\b")
+_TAKEN = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a conversation: what it is, for messages, and its text."""
+    """A part of a conversation: what it is, for messages, and its text.
+
+    Attributes:
+        name: What it is.
+        text: Its text.
+        first: Whether it takes its place before equal parts that are not: what templates rarely leave out.
+    """
 
     name: str
     text: str
+    first: bool = False
 
 
 def prompt_parts(messages: Messages, tools: Sequence[Any] | None) -> list[Part]:
     """Returns the parts of a prompt, in order."""
-    parts = [Part("the tools' schemas", name) for name in _tool_names(tools or ())]
+    parts = [Part("the tools' schemas", text) for text in _tool_texts(tools or ())]
     for message in messages:
         role, content = message["role"], message.get("content") or ""
         if role == "assistant":
-            if thought := _THOUGHT.fullmatch(content):
-                content = thought["text"]
+            _, content = _thought(content)
             calls = list(_calls(message, "a tool call of an earlier answer"))
             name = "the text beside a tool call of an earlier answer" if calls else "an earlier answer"
-            parts += [Part(name, content), *calls]
+            parts += [Part(name, content, first=True), *calls]
         else:
             names = {"tool": "a tool's result", "user": "a user's message"}
-            parts.append(Part(names.get(role, f"the {role} message"), content))
+            parts.append(Part(names.get(role, f"the {role} message"), content, first=role == "user"))
     return parts
 
 
 def answer_parts(message: dict[str, Any]) -> list[Part]:
     """Returns the parts of a rated answer, in order."""
-    content = message.get("content") or ""
     reasoning = next((message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str)), "")
-    parts = [Part("its reasoning", reasoning)]
-    if thought := _THOUGHT.fullmatch(content):
-        parts.append(Part("its reasoning", thought["reasoning"]))
-        content = thought["text"]
+    thought, content = _thought(message.get("content") or "")
     calls = list(_calls(message, "its tool call"))
-    return [*parts, Part("the text beside its tool call" if calls else "its text", content), *calls]
+    text = Part("the text beside its tool call" if calls else "its text", content, first=True)
+    return [Part("its reasoning", reasoning), Part("its reasoning", thought), text, *calls]
 
 
 def lost(parts: Iterable[Part], text: str, special: re.Pattern[str]) -> list[Part]:
@@ -84,14 +93,14 @@ def lost(parts: Iterable[Part], text: str, special: re.Pattern[str]) -> list[Par
 
 
 def _lost(wanted: list[Part], text: str, special: re.Pattern[str]) -> list[Part]:
-    room = _Room(_SEPARATOR.join(map(_dense, special.split(text))))
+    room = _Room([_dense(piece) for piece in special.split(text)])
     missing: dict[int, Part] = {}
-    for number, part in sorted(enumerate(wanted), key=lambda item: -len(item[1].text)):
+    for number, part in sorted(enumerate(wanted), key=lambda item: (-len(_dense(item[1].text)), not item[1].first)):
         absent = next((piece for piece in special.split(part.text) if piece and not room.take(piece)), None)
         if absent is None:
             continue
-        lines = [line.strip() for line in absent.splitlines() if line.strip()]
-        line = next((line for line in lines if not room.take(line)), None)
+        lines = [_SWITCH.sub("", line).strip() for line in absent.splitlines()]
+        line = next((line for line in lines if line and not room.take(line)), None)
         if line is not None:
             missing[number] = Part(part.name, line)
     return [missing[number] for number in sorted(missing)]
@@ -100,23 +109,19 @@ def _lost(wanted: list[Part], text: str, special: re.Pattern[str]) -> list[Part]
 class _Room:
     """A text without whitespace, in which parts take places that no other part can have."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._taken: list[tuple[int, int]] = []
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._text = bytearray(bytes([_TAKEN]).join(piece.encode("utf-8", "surrogatepass") for piece in pieces))
 
     def take(self, text: str) -> bool:
         """Takes the first free place where a text stands, in one of the forms that it may have there."""
-        return any(self._take_form(_dense(form)) for form in _forms(text))
+        return any(self._take_form(_dense(form).encode("utf-8", "surrogatepass")) for form in _forms(text))
 
-    def _take_form(self, form: str) -> bool:
+    def _take_form(self, form: bytes) -> bool:
         start = self._text.find(form)
-        while start >= 0:
-            end = start + len(form)
-            if not any(start < last and first < end for first, last in self._taken):
-                self._taken.append((start, end))
-                return True
-            start = self._text.find(form, start + 1)
-        return False
+        if start < 0:
+            return False
+        self._text[start : start + len(form)] = bytes([_TAKEN]) * len(form)
+        return True
 
 
 def _forms(text: str) -> Iterator[str]:
@@ -131,36 +136,27 @@ def _dense(text: str) -> str:
     return "".join(text.split())
 
 
-def _tool_names(tools: Sequence[Any]) -> Iterator[str]:
+def _thought(content: str) -> tuple[str, str]:
+    """The reasoning that an answer begins with, and the rest."""
+    found = _THOUGHT.fullmatch(content)
+    if found is None:
+        return "", content
+    return found["block"] if found["block"] is not None else found["rest"], found["text"]
+
+
+def _tool_texts(tools: Sequence[Any]) -> Iterator[str]:
+    """Of each tool what tells best whether a template wrote it: its description, or its name."""
     for tool in tools:
         function = tool.get("function", tool)
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            yield function["name"]
+        if isinstance(function, dict):
+            texts = (function.get(key) for key in ("description", "name"))
+            yield from [text for text in texts if isinstance(text, str) and text.strip()][:1]
 
 
 def _calls(message: dict[str, Any], name: str) -> Iterator[Part]:
     """The names and arguments of a message's tool calls."""
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            yield Part(name, function["name"])
+    for function in calls_of(message):
+        if isinstance(function.get("name"), str):
+            yield Part(name, function["name"], first=True)
     for arguments in arguments_of(message):
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # of no JSON, all of it is looked for
-                arguments = json.loads(arguments)
-        yield from (Part(name, leaf) for leaf in _leaves(arguments))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Keys and values of arguments as text; true, false and null have too many spellings to be looked for."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str):
-        yield value
-    elif value is not None and not isinstance(value, bool):
-        yield json.dumps(value)
+        yield from (Part(name, leaf, first=True) for leaf in leaves(as_object(arguments)))

@@ -21,9 +21,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_kto.data.reading.records import FeedbackRecord, Messages, RecordError, shown
-from nemo_kto.data.tokens.chat_template import INSTRUCTIONS, ChatTemplate, SystemPrompts, arguments_of, instructed
+from nemo_kto.data.tokens.chat_template import (
+    CLOSED_BLOCK,
+    EARLIER_TURNS,
+    INSTRUCTIONS,
+    OPEN_BLOCK,
+    ChatTemplate,
+    Rendering,
+    SystemPrompts,
+    instructed,
+)
+from nemo_kto.data.tokens.endings import ended
 from nemo_kto.data.tokens.lost_parts import Part, answer_parts, lost, prompt_parts
 from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings
+from nemo_kto.data.tokens.tool_calls import arguments_of, as_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +45,11 @@ CHAT = "chat"
 SpecialTokens = Literal["auto", "text", "control"]
 TemplateLosses = Literal["error", "warn"]
 
+_REASONING_TAGS = {"<think>", "</think>"}
+SPELLED_BY_ASSISTANT = (
+    "special tokens that an assistant's message spells are taken as text; model.data.special_tokens=control makes "
+    "them what they spell"
+)
 _SHOWN = 60
 """Characters around a place that an example shows."""
 
@@ -119,9 +135,10 @@ class Renderer:
         special = {str(token.content) for token in added if token.special} | set(
             map(str, tokenizer.all_special_tokens)
         )
+        special -= _REASONING_TAGS  # they end nothing, and templates divide answers at them
         self._special = _pattern(special)
-        self._added = _pattern(special | {str(token.content) for token in added})
-        self.template = ChatTemplate(tokenizer, self._special) if tokenizer.chat_template else None
+        self._added = _pattern(special | _REASONING_TAGS | {str(token.content) for token in added})
+        self.template = ChatTemplate(tokenizer, self._special, self._added) if tokenizer.chat_template else None
 
     def render(self, record: FeedbackRecord) -> Text:
         """Returns a record's texts; raises a RecordError if its messages cannot be rendered."""
@@ -144,7 +161,7 @@ class Renderer:
             prompt = [{"role": "user", "content": prompt}]
         messages, _, _, marker = self._given(prompt, None, None)
         assert self.template is not None
-        return _text(self.template.prompt(messages, None, None), "", marker, templated=True)
+        return _text(self.template.prompt(messages), "", marker, templated=True)
 
     def _plain(self, prompt: str, response: str, template: str | None) -> Text:
         meaning = self._settings.special_tokens
@@ -168,7 +185,8 @@ class Renderer:
             )
         messages = instructed(messages, self._settings.system)
         given = messages, tools, variables
-        if self._settings.special_tokens == "control" or not any(map(self._special.search, strings(given))):
+        spelled = [as_object(value) for message in messages for value in arguments_of(message)]
+        if self._settings.special_tokens == "control" or not any(map(self._special.search, strings((given, spelled)))):
             return *given, None
         if any(self._special.search(message["role"]) for message in messages):
             raise RecordError("the role of a message spells a special token.")
@@ -176,43 +194,63 @@ class Renderer:
         messages, tools, variables = (hidden(part, marker.hide) for part in given)
         return messages, tools, variables, marker
 
-    def _conversation(self, messages: Messages, record: FeedbackRecord) -> Text:
-        messages, tools, variables, marker = self._given(messages, record.tools, record.template_kwargs)
+    def _conversation(self, conversation: Messages, record: FeedbackRecord) -> Text:
+        messages, tools, variables, marker = self._given(conversation, record.tools, record.template_kwargs)
         assert self.template is not None
+        hide = _as_it_is if marker is None else marker.hide
         try:
-            rendering = self.template.conversation(messages, tools, variables)
-            prompt, answer, continues = rendering.divided()
+            rendering = self.template.conversation(messages, tools, variables, hide)
         except RecordError as error:
-            raise self._with_advice(error, messages, tools, variables) from error
-        answer, end, behind = self._ended(answer)
+            raise self._with_advice(error, messages, tools, variables, hide) from error
 
         def clear(text: str) -> str:
             return text if marker is None else marker.reveal(text)[0]
 
-        losses = [
-            *self._lost_of_answer(messages[-1], answer, clear),
-            *lost(prompt_parts(messages[:-1], tools), prompt, self._special),
-        ]
-        notes = [Note(kind, shown(arguments_of(messages[-1]))) for kind in rendering.notes]
+        answer, end, behind = ended(
+            rendering.answer, messages[-1], special=self._special, eos=self._eos, usual=self.template.end
+        )
+        losses = self._lost_of_answer(messages[-1], rendering.header, answer, clear)
+        losses += lost(prompt_parts(messages[:-1], tools), rendering.prompt, self._special)
+        notes = [Note(kind, self._example(kind, rendering, messages, clear)) for kind in rendering.notes]
         notes += [Note(f"the chat template leaves out {part.name}", shown(clear(part.text))) for part in losses]
         notes += [
             Note(f"the chat template has no variable '{name}'", shown(value))
             for name, value in (record.template_kwargs or {}).items()
-            if not self.template.knows(name)
+            if not self.template.knows(name, tools)
         ]
         notes += self._notes_on_end(clear(answer), end, behind)
+        written = [message.get("content", "") for message in conversation if message["role"] == "assistant"]
+        if marker is not None and (found := self._special.search("\0".join(written))):
+            notes.append(Note(SPELLED_BY_ASSISTANT, shown(found[0])))
         notes = [*{note.kind: note for note in reversed(notes)}.values()][::-1]  # the first of each kind
-        if continues:
-            return _text(prompt, answer, marker, templated=True, ended=end is not None, notes=notes)
-        whole = prompt + answer
-        notes.append(_disagreement(clear(rendering.prompt), clear(whole)))
+        response = answer if rendering.continues else rendering.whole[: -len(rendering.answer)] + answer
         return _text(
-            rendering.prompt, whole, marker, templated=True, continues=False, ended=end is not None, notes=notes
+            rendering.prompt,
+            response,
+            marker,
+            templated=True,
+            continues=rendering.continues,
+            ended=end is not None,
+            notes=notes,
         )
 
-    def _lost_of_answer(self, message: dict[str, Any], answer: str, clear: Callable[[str], str]) -> list[Part]:
+    def _example(self, kind: str, rendering: Rendering, messages: Messages, clear: Callable[[str], str]) -> str:
+        """What a note on a rendering shows."""
+        if kind in (OPEN_BLOCK, CLOSED_BLOCK, EARLIER_TURNS):
+            prompt, whole = clear(rendering.prompt), clear(rendering.whole)
+            common = len(os.path.commonprefix([prompt, whole]))
+            begin = max(0, common - _SHOWN // 2)
+            window = slice(begin, begin + _SHOWN)
+            return f"{shown(prompt[window])} at inference, {shown(whole[window])} here"
+        return shown([value for message in messages for value in arguments_of(message)])
+
+    def _lost_of_answer(
+        self, message: dict[str, Any], header: str, answer: str, clear: Callable[[str], str]
+    ) -> list[Part]:
         """The parts of an answer that are not in its rendering; a RecordError if it cannot be trained on without."""
         losses = lost(answer_parts(message), answer, self._special)
+        if losses:  # an answer may begin with what its header has
+            losses = lost(answer_parts(_behind(self._special.split(header)[-1], message)), answer, self._special)
         rest = self._added.sub("", answer)
         if not rest or (losses and not rest.strip()):
             what = "".join(f": it leaves out {part.name}, {shown(clear(part.text))}" for part in losses[:1])
@@ -224,29 +262,14 @@ class Renderer:
             )
         return losses
 
-    def _ended(self, answer: str) -> tuple[str, str | None, str]:
-        """An answer up to its end token, that token, and what the template writes behind it."""
-        assert self.template is not None
-        tail: list[re.Match[str]] = []  # special tokens with nothing but whitespace behind them, the last one first
-        stop = len(answer)
-        for found in reversed(list(self._special.finditer(answer))):
-            if answer[found.end() : stop].strip():
-                break
-            tail.append(found)
-            stop = found.start()
-        if not tail:
-            return answer, None, ""
-        # a tool call may end with a token of its own
-        end = next((found for found in reversed(tail) if found[0] == self.template.end), tail[0])
-        return answer[: end.end()], end[0], answer[end.end() :]
-
     def _notes_on_end(self, answer: str, end: str | None, behind: str) -> list[Note]:
-        if end is None:
-            return []
         notes = []
+        if end is None and self._settings.append_eod:
+            kind = f"the chat template ends an answer with no token of its own; the EOS token {self._eos} is put there"
+            notes.append(Note(kind, shown(answer[-_SHOWN:])))
         if behind.strip():
             notes.append(Note(f"what the chat template writes behind {end} is not trained on", shown(behind)))
-        if self._eos not in (None, end):
+        if end is not None and self._eos not in (None, end):
             kind = (
                 f"answers end with {end}, as the chat template has it, not with the tokenizer's EOS token {self._eos}"
             )
@@ -254,7 +277,12 @@ class Renderer:
         return notes
 
     def _with_advice(
-        self, error: RecordError, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None
+        self,
+        error: RecordError,
+        messages: Messages,
+        tools: list[Any] | None,
+        variables: dict[str, Any] | None,
+        hide: Callable[[str], str],
     ) -> RecordError:
         """The error, and what to set if the template refuses only the system prompt."""
         assert self.template is not None
@@ -263,7 +291,7 @@ class Renderer:
             return error
         for system in ("merge_into_user", "drop"):
             try:
-                self.template.conversation(instructed(messages, system), tools, variables)
+                self.template.conversation(instructed(messages, system), tools, variables, hide)
             except RecordError:
                 continue
             return RecordError(
@@ -273,15 +301,19 @@ class Renderer:
         return error
 
 
-def _disagreement(prompt: str, whole: str) -> Note:
-    """That a conversation does not go on from the prompt, and how both go on."""
-    common = len(os.path.commonprefix([prompt, whole]))
-    begin = max(0, common - _SHOWN // 2)
-    return Note(
-        "the chat template writes the conversation otherwise than the prompt of inference goes on; the response "
-        "begins behind the tokens with which both begin",
-        f"{shown(prompt[begin : begin + _SHOWN])} at inference, {shown(whole[begin : begin + _SHOWN])} here",
-    )
+def _behind(header: str, message: dict[str, Any]) -> dict[str, Any]:
+    """An answer without a beginning that is the end of its header, some lines of it."""
+    content = message.get("content", "").lstrip()
+    lines = header.splitlines()
+    for number in range(len(lines)):
+        end = "\n".join(lines[number:]).strip()
+        if end and content.startswith(end):
+            return {**message, "content": content[len(end) :]}
+    return message
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 def _pattern(tokens: set[str]) -> re.Pattern[str]:

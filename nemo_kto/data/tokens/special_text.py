@@ -40,7 +40,9 @@ class Marker:
         """The text as it was, and where special tokens had been hidden."""
         parts: list[str] = []
         spans, length = [], 0
-        for number, part in enumerate(re.split(f"{self._sign}([0-9]+){self._sign}", text)):
+        escaped = re.escape(ascii(self._sign)[1:-1])  # as templates write objects in Python's way, or as ASCII JSON
+        sign = f"(?:{self._sign}|{escaped})"
+        for number, part in enumerate(re.split(f"{sign}([0-9]+){sign}", text)):
             if number % 2:
                 part = self._hidden[int(part)]
                 spans.append((length, length + len(part)))

@@ -47,15 +47,19 @@ def check_tokenizer_folder(folder: Path) -> None:
         raise ConfigError(f"{folder}: the folder has no tokenizer; expected one of {', '.join(_VOCABULARY_FILES)}.")
 
 
-def load_tokenizer(path: str | Path, *, without_torch: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path, *, without_torch: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local Hugging Face folder; never looks anywhere else.
 
     Args:
         path: The folder.
         without_torch: See `import_without_torch`.
+        trust_remote_code: Whether code in the folder may run; without, nobody is asked and nothing does.
 
     Raises:
-        ConfigError: `path` is no folder, has no tokenizer files, or transformers cannot read them.
+        ConfigError: `path` is no folder, has no tokenizer files, needs code of its own that may not run, or
+            transformers cannot read it.
     """
     folder = Path(path)
     check_tokenizer_folder(folder)
@@ -64,11 +68,25 @@ def load_tokenizer(path: str | Path, *, without_torch: bool = False) -> PreTrain
     from transformers import AutoTokenizer, PreTrainedTokenizerBase  # only now: it takes longer than small data does
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the readers behind it raise anything from KeyError to bare Exception
+        if not trust_remote_code and has_own_code(folder / "tokenizer_config.json"):
+            raise ConfigError(
+                f"{folder}: the tokenizer needs code that is in the folder. If you trust whoever wrote it, set "
+                "model.tokenizer.trust_remote_code=true (--trust-remote-code of nemo-kto data)."
+            ) from error
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
     return tokenizer
+
+
+def has_own_code(file: Path) -> bool:
+    """Returns whether a configuration of transformers names classes in files beside it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and bool(content.get("auto_map"))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

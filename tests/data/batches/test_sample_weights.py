@@ -62,7 +62,7 @@ def test_the_column_can_have_another_name_or_be_left_alone(tmp_path):
     assert [found.weight for found in read(path, fields={"weight": "none"})] == [1.0]
 
 
-@pytest.mark.parametrize("value", [-1, "2", True, float("nan"), float("inf"), [1], {}])
+@pytest.mark.parametrize("value", [-1, "2 kg", "-1", "nan", True, float("nan"), float("inf"), [1], {}])
 def test_other_weights_are_refused(tmp_path, value):
     (bad,) = read(write(tmp_path / "a.jsonl", record("red", weight=value)))
     assert isinstance(bad, BadRecord) and bad.field == "weight"

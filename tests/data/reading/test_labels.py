@@ -5,8 +5,9 @@ from decimal import Decimal
 
 import pytest
 
-from nemo_kto.data.reading.labels import parse_label, parse_threshold
+from nemo_kto.data.reading.labels import Judge, parse_label, parse_threshold, parse_weight, parse_words
 from nemo_kto.data.reading.records import RecordError
+from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.errors import ConfigError
 
 UP = [
@@ -78,7 +79,9 @@ def test_long_label_is_cut_short():
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize(("value", "hinted"), [(4, True), (0.7, True), ("4", False), (None, False)])
+@pytest.mark.parametrize(
+    ("value", "hinted"), [(4, True), (0.7, True), ("4", True), (" 0.5 ", True), ("good", False), (None, False)]
+)
 def test_ratings_are_told_of_the_threshold(value, hinted):
     with pytest.raises(RecordError) as caught:
         parse_label(value, "label")
@@ -143,3 +146,86 @@ def test_rating_that_is_no_number(value):
 def test_refused_thresholds(text):
     with pytest.raises(ConfigError, match="desirable_if=.*comparison with a number"):
         parse_threshold(text)
+
+
+WORDS = parse_words({"desirable": ["Good", "like", "+1", "thumbs-Up!", "👌", 5], "undesirable": ["bad", -1, "0.50"]})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *(
+            (value, True)
+            for value in ("good", " GOOD\n", "like", "+1", 1, "1", True, "true", "thumbs up!", "👌🏽", 5, "5.0")
+        ),
+        *(
+            (value, False)
+            for value in ("bad", "BAD", -1, "-1", -1.0, 0.5, ".5", "5e-1", 0, False, "false", "rejected")
+        ),
+    ],
+)
+def test_words_of_the_user_and_those_that_are_known(value, expected):
+    assert Judge(WORDS).desirable(value, "vote") is expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "expected"),
+    [
+        ({"undesirable": [1], "desirable": [0]}, True, False),  # a flag of what is wrong with an answer
+        ({"undesirable": [1], "desirable": [0]}, "1.0", False),
+        ({"undesirable": [1], "desirable": [0]}, "False", True),
+        ({"undesirable": [True]}, 1, False),
+        ({"undesirable": "chosen"}, "Chosen", False),
+        ({"desirable": []}, "up", True),
+    ],
+)
+def test_words_of_the_user_go_first(labels, value, expected):
+    assert Judge(parse_words(labels)).desirable(value, "vote") is expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"good": ["x"]}, "must be the words of both kinds"),
+        (["good"], "must be the words of both kinds"),
+        ("good", "must be the words of both kinds"),
+        ({"desirable": [None]}, "desirable holds a null; it must hold words or numbers"),
+        ({"desirable": {"a": 1}}, "desirable holds a object; it must hold words or numbers"),
+        ({"desirable": ["good"], "undesirable": [" Good"]}, "' Good' is in both lists"),
+        ({"desirable": [1], "undesirable": ["true"]}, "'true' is in both lists"),
+        ({"desirable": ["thumbs_up"], "undesirable": ["Thumbs up"]}, "'Thumbs up' is in both lists"),
+    ],
+)
+def test_impossible_words(labels, expected):
+    with pytest.raises(ConfigError, match=f"model.data.labels.*{expected}"):
+        parse_words(labels)
+
+
+def test_words_and_ratings_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"model\.data\.labels says .* model\.data\.desirable_if .* one of the two"):
+        RowReader(desirable_if=">= 4", labels=WORDS).check()
+
+
+def test_unknown_labels_are_told_of_words():
+    for value, word in (("ok, fine", '"ok, fine"'), (-1, "-1"), ("-1", '"-1"')):
+        with pytest.raises(RecordError) as caught:
+            parse_label(value, "label")
+        assert f"model.data.labels={{desirable: [{word}]}} or model.data.labels={{undesirable: [{word}]}}." in str(
+            caught.value
+        )
+    with pytest.raises(RecordError) as caught:
+        Judge(WORDS).desirable(4, "label")
+    assert "model.data.labels" in str(caught.value) and "desirable_if" not in str(caught.value)  # not both at once
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, 1), ("", 1), (" ", 1), ("0.5", 0.5), (" 2 ", 2), ("1e1", 10), (0, 0)]
+)
+def test_weights(value, expected):
+    assert parse_weight(value, "weight") == expected
+
+
+@pytest.mark.parametrize("value", ["1_0", "٣", "inf", "nan", "-1", "0x1", True, [1], -0.1, math.inf, b"1"], ids=ascii)
+def test_refused_weights(value):
+    with pytest.raises(RecordError, match="field 'weight' must be a number of at least 0"):
+        parse_weight(value, "weight")

@@ -182,10 +182,11 @@ TABLE: list[tuple[str, bytes, str]] = [
         ":2: field 'prompt' must be a string or a list of messages, not a null",
     ),
     ("prompt_number.jsonl", second(prompt=3), ":2: field 'prompt' must be a string or"),
-    ("prompt_object.jsonl", second(prompt=USER), ":2: field 'prompt' must be a string or"),
+    ("prompt_object.jsonl", second(prompt={"a": 1}), ":2: field 'prompt' must be a string or"),
     ("prompt_boolean.jsonl", second(prompt=True), ":2: field 'prompt' must be a string or"),
     ("prompt_empty.jsonl", second(prompt=[], completion=[ASSISTANT]), ":2: field 'prompt' is an empty list"),
-    ("prompt_mixed.jsonl", second(prompt=[USER]), ":2: field 'prompt' is a list and field 'completion' a string"),
+    ("prompt_mixed.jsonl", second(prompt=[USER]), ":1: the prompt is a string, and in line 2 it is made of messages"),
+    ("prompt_message.jsonl", second(prompt=USER), ":1: the prompt is a string, and in line 2 it is made of messages"),
     (
         "prompt_half.jsonl",
         second(prompt="a\ud800"),

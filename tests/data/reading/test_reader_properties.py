@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nemo_kto.data.reading.chunks import Chunk, parse_chunk, read_feedback
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.formats import FORMATS
+from nemo_kto.data.reading.json_strings import JSON_STRINGS
 from nemo_kto.data.reading.labels import parse_label
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.reading.row_reader import RowReader
@@ -56,6 +57,38 @@ VALID: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": TURNS, "kto_tag": 0, **REST},
     "message_pairs": {"conversations": TURNS[:1], "chosen": TURNS[3], "rejected": [ASSISTANT], **REST},
     "nemo_aligner_pairs": {"prompt": "p", "chosen_response": "c", "rejected_response": "r", **REST},
+    "helpsteer3": {
+        "context": [USER],
+        "response1": "a",
+        "response2": "b",
+        "overall_preference": -2,
+        "individual_preference": [{"score": -2}],
+        **REST,
+    },
+    "openai_dpo": {
+        "input": {"messages": [USER], "tools": [{"name": "add"}], "parallel_tool_calls": True},
+        "preferred_output": [ASSISTANT],
+        "non_preferred_output": [CALL],
+        "system": "s",
+    },
+    "langfuse": {
+        "input": json.dumps([USER]),
+        "output": {"role": "assistant", "content": "a"},
+        "scores": [{"name": "thumb", "value": 1, "dataType": "BOOLEAN"}, {"name": "note", "dataType": "TEXT"}],
+        **REST,
+    },
+    "langsmith": {
+        "inputs": {"messages": [[{"lc": 1, "type": "constructor", "kwargs": {"type": "human", "content": "q"}}]]},
+        "outputs": {"generations": [[{"message": {"type": "ai", "content": "a", "tool_calls": [{"name": "f"}]}}]]},
+        "feedback_stats": {"thumb": {"n": 1, "avg": 1.0, "values": {}}},
+        "extra": {"invocation_params": {"tools": [{"name": "add"}]}},
+    },
+    "chatui": {
+        "messages": [
+            {"from": "user", "content": "q", "id": "1", "ancestors": []},
+            {"from": "assistant", "content": "a", "id": "2", "ancestors": ["1"], "score": -1, "reasoning": "r"},
+        ],
+    },
     "pairs": {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "b"}], **REST},
 }
 
@@ -93,7 +126,7 @@ def check_read(row: dict[str, Any], reader: RowReader) -> None:
     place = Row("f.jsonl", 5, row)
     before = repr(row)
     try:
-        found = [*parse_chunk(Chunk(reader.detect(place), [place]))]
+        found = [*parse_chunk(Chunk(reader.settle([place]), [place]))]
     except DataError as error:
         assert str(error).startswith("f.jsonl:5: ")
         str(error).encode()
@@ -159,11 +192,12 @@ def test_any_place_missing(name):
     row=st.dictionaries(st.sampled_from(COLUMNS) | TEXT, JSON, max_size=6),
     threshold=st.none() | st.just(">= 4"),
     fields=st.dictionaries(st.sampled_from(["prompt", "response", "label", "messages"]), st.sampled_from(COLUMNS)),
+    how=st.fixed_dictionaries({"json_strings": st.sampled_from(JSON_STRINGS), "chat": st.booleans()}),
 )
-def test_any_row_in_any_format(row, threshold, fields):
-    check_read(row, RowReader(desirable_if=threshold, fields=fields))
+def test_any_row_in_any_format(row, threshold, fields, how):
+    check_read(row, RowReader(desirable_if=threshold, fields=fields, **how))
     for name in FORMATS:
-        check_read(row, RowReader(name, fields, threshold))
+        check_read(row, RowReader(name, fields, threshold, **how))
 
 
 @settings(max_examples=100, suppress_health_check=IN_A_FOLDER)

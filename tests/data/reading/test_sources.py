@@ -68,7 +68,7 @@ def test_first_row_that_can_be_read_decides_for_its_file(tmp_path):
     assert error_of(path).startswith(f"{path}:2: field 'response' is missing.")
     path.write_text("{\n" + json.dumps(TRL_ROW) + "\n")
     ((reader, *_),) = read_chunks(Source(str(path)), 10)
-    assert reader.format == "trl"
+    assert reader.settled.format == "trl"
 
 
 def test_rows_are_read_as_told(tmp_path):
@@ -368,9 +368,26 @@ def test_entry_goes_before_the_settings_for_all():
     assert parse_source({"path": "a", "format": "auto"}, reader).reader == RowReader("auto", {"prompt": "q"}, ">= 4")
 
 
+def test_what_labels_mean_is_said_in_one_way_for_an_entry():
+    """Words of an entry go before a threshold for all, and the other way round."""
+    words = {"desirable": ["good"], "undesirable": ["bad"]}
+    chosen = parse_source(
+        {"path": "a", "labels": words, "json_strings": "text"}, RowReader(desirable_if=">= 4", chat=True)
+    )
+    assert chosen.reader == RowReader(labels={"good": True, "bad": False}, json_strings="text", chat=True)
+    chosen = parse_source({"path": "a", "desirable_if": ">= 4"}, RowReader(labels={"good": True}))
+    assert chosen.reader == RowReader(desirable_if=">= 4")
+    assert parse_source({"path": "a", "labels": None}, RowReader(labels={"good": True})).reader == RowReader()
+    with pytest.raises(ConfigError, match="one of the two"):
+        parse_source({"path": "a", "labels": words, "desirable_if": ">= 4"}, RowReader())
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({"labels": ["good"]}, "labels=['good'] must be a object or null."),
+        ({"labels": {"good": ["x"]}}, "must be the words of both kinds"),
+        ({"json_strings": "json"}, "json_strings='json' must be auto or messages or text."),
         ({"paths": "b"}, "'paths' is unknown; use path, weight"),
         ({1: "b"}, "1 is unknown"),
         ({"path": 3}, "path=3 must be a string."),

@@ -144,7 +144,6 @@ def test_what_was_lost_is_shown():
         (EITHER, call(arguments="not JSON {")),
         (ITEMS, call()),
         (CONDITIONAL, assistant("<think>a</think>b")),
-        (CHAT_TEMPLATE, assistant("a </s> b")),
     ],
 )  # fmt: skip
 def test_what_is_written_otherwise_is_not_lost(template, message):
@@ -347,7 +346,7 @@ def test_instructions_anywhere_are_merged_into_what_the_user_says_next():
     assert text == "<|user|>a\n\nb\n\nc</s>\n<|assistant|>d</s>\n<|user|>e\n\nf</s>\n<|assistant|>"
     late = encoded(tokenizer, user("a"), system("b"), assistant("c"), system="merge_into_user")
     assert "no user's message follows" in late.reason
-    assert "leaves no prompt" in encoded(tokenizer, system("b"), assistant("c"), system="drop").reason
+    assert "no prompt is left" in encoded(tokenizer, system("b"), assistant("c"), system="drop").reason
 
 
 def test_a_refusal_for_another_reason_offers_nothing():
@@ -370,3 +369,180 @@ def test_a_date_is_always_the_same_and_in_the_format_asked_for(format, expected)
     tokenizer = made("{% set day = strftime_now('" + format + "') %}{{ day }}" + CHAT_TEMPLATE)
     prompt, _ = texts(encoded(tokenizer, user("say"), assistant("yes")), tokenizer)
     assert prompt == expected + "<|user|>say</s>\n<|assistant|>"
+
+
+# found by a trial of a hundred models' templates
+
+
+def test_another_turn_that_a_template_begins_behind_the_end_is_not_trained_on():
+    """As ToolACE's does, whose EOS token is another; and as some do whose EOS token it is."""
+    begins = "{% for m in messages %}<|h|>{{ m.role }}<|/h|>{{ m.content }}<|eot|>{% endfor %}<|h|>assistant<|/h|>"
+    for eos in ("</s>", "<|eot|>"):
+        tokenizer = made(begins, more=["<|eot|>", "<|h|>", "<|/h|>"], eos=eos)
+        tokenizer.chat_template = begins
+        result = encoded(tokenizer, user("say"), assistant("yes"))
+        assert texts(result, tokenizer) == ("<|h|>user<|/h|>say<|eot|><|h|>assistant<|/h|>", "yes<|eot|>")
+        assert any(kind.startswith("what the chat template writes behind <|eot|> is not") for kind in kinds(result))
+
+
+def test_an_end_inside_of_an_answer_is_not_its_end():
+    """A template that ends reasoning, too, with the token that ends answers."""
+    twice = CHAT_TEMPLATE.replace("{{ m['content'] }}</s>", "{{ m.reasoning }}<|end|>{{ m['content'] }}<|end|>")
+    tokenizer = made(twice, more=["<|end|>"])
+    answer = assistant("yes", reasoning="why")
+    assert texts(encoded(tokenizer, user("say"), answer), tokenizer)[1] == "why<|end|>yes<|end|>"
+
+
+def test_special_tokens_in_an_answer_are_noted():
+    result = encoded(made(CHAT_TEMPLATE), user("say"), assistant("a </s> b"))
+    ((kind, example),) = [(note.kind, note.example) for note in result.notes]
+    assert kind.startswith("special tokens that an assistant's message spells are taken as text")
+    assert "model.data.special_tokens=control" in kind and example == 'data.jsonl:1: "</s>"'
+
+
+def test_reasoning_tags_that_are_special_tokens_stay_tags():
+    """Templates divide answers at them."""
+    tokenizer = made(CONDITIONAL, more=["<think>", "</think>"])
+    turns = user("hi"), assistant("<think>a greeting</think>hello"), user("2 + 2?"), assistant("<think>2</think>4")
+    result = encoded(tokenizer, *turns)
+    assert not result.notes and "greeting" not in tokenizer.decode(result.prompt)
+    assert tokenizer.convert_tokens_to_ids("<think>") in result.response
+
+
+def test_special_tokens_that_only_the_json_of_arguments_spells_are_text():
+    tokenizer = made(OBJECTS)
+    spelled = '{"a": "\\u003c/s\\u003e"}'  # </s>
+    result = encoded(tokenizer, user("say"), call(arguments=spelled))
+    assert result.response.count(tokenizer.eos_token_id) == 1
+    assert texts(result, tokenizer)[1] == '[add {"a": "</s>"}]</s>'
+
+
+@pytest.mark.parametrize("how", ["tojson(ensure_ascii=True)", "string"])
+def test_special_tokens_come_back_however_an_object_is_written(how):
+    tokenizer = made(CALLS.replace("ARGUMENTS", "{{ call.function.arguments | %s }}" % how))  # noqa: UP031
+    result = encoded(tokenizer, user("say"), call(arguments={"a": "b </s> c"}))
+    assert "b </s> c" in texts(result, tokenizer)[1] and "\ue000" not in tokenizer.decode(result.response)
+
+
+def test_a_closing_tag_is_no_end():
+    """A template that ends nothing but calls with a special token: the EOS token follows."""
+    tokenizer = made(CALLS.replace("</s>", "").replace("ARGUMENTS]", "]<|calls_end|>"), more=["<|calls_end|>"])
+    result = encoded(tokenizer, user("say"), call(arguments={}))
+    assert texts(result, tokenizer)[1] == "[add ]<|calls_end|></s>"
+    assert any(
+        "ends an answer with no token of its own; the EOS token </s> is put there" in kind for kind in kinds(result)
+    )
+
+
+@pytest.mark.parametrize("header", ["<think>\n", "Here is what I think:\n"])
+def test_an_answer_that_was_cut_off_in_what_its_header_opens(header):
+    tokenizer = made(
+        CHAT_TEMPLATE.replace(HEADER, "{% if add_generation_prompt %}<|assistant|>" + header + "{% endif %}")
+    )
+    result = encoded(tokenizer, user("2 + 2?"), assistant(header + "Let me see, and never"))
+    assert not result.notes and texts(result, tokenizer)[1] == "Let me see, and never</s>"
+
+
+def test_an_empty_block_that_inference_puts_in_front_stays_in_the_prompt():
+    """As Gemma 4's and QwQ's headers do; the conversation is written without it."""
+    block = "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"
+    tokenizer = made(CHAT_TEMPLATE.replace(HEADER, block), more=["<think>", "</think>"])
+    result = encoded(tokenizer, user("2 + 2?"), assistant("4"))
+    assert texts(result, tokenizer) == ("<|user|>2 + 2?</s>\n<|assistant|><think>\n\n</think>\n\n", "4</s>")
+    assert len(kinds(result)) == 1 and "an empty block in front of the answer" in kinds(result)[0]
+
+
+AGENTIC = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
+    "{% if m.reasoning and (loop.last or messages[-1].role != 'assistant') %}({{ m.reasoning }}){% endif %}"
+    "{{ m.content }}</s>{% else %}<|user|>{{ m.content }}</s>{% endif %}{% endfor %}" + HEADER
+)
+"""As gpt-oss does: the reasoning of earlier steps is written until there is a final answer."""
+
+
+def test_earlier_turns_that_are_written_otherwise_once_they_are_answered():
+    tokenizer = made(AGENTIC)
+    turns = user("q"), assistant("step", reasoning="why"), user("result")
+    prompt = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+    assert "(why)" in prompt
+    result = encoded(tokenizer, *turns, assistant("done"))
+    assert texts(result, tokenizer) == (prompt, "done</s>")
+    assert len(kinds(result)) == 1 and "earlier turns otherwise once they are answered" in kinds(result)[0]
+
+
+def test_content_and_arguments_in_the_only_form_a_template_takes():
+    tokenizer = made(STRINGS.replace("{{ m.content }}", "{{ '' + m.content }}"))
+    result = encoded(tokenizer, user("1 + 2?"), call())
+    assert texts(result, tokenizer)[1] == '[add {"a": 1, "b": "two"}]</s>'
+
+
+@pytest.mark.parametrize("given", ['{"a": 1}', "{}"])
+def test_strings_that_a_template_skips_or_quotes_become_objects(given):
+    items = "{% for k, v in a.items() %}{{ k }}={{ v }}{% endfor %}"
+    skipping = made(
+        CALLS.replace(
+            "ARGUMENTS", "{% set a = call.function.arguments %}{% if a is mapping %}" + items + "{% endif %}"
+        )
+    )
+    assert texts(encoded(skipping, user("?"), call(arguments=given)), skipping)[1] in (
+        "[add a=1]</s>",
+        "[add ]</s>",
+    )
+    quoting = made(OBJECTS)
+    repeated = user(f"call it with {given}")  # the same text elsewhere
+    assert texts(encoded(quoting, repeated, call(arguments=given)), quoting)[1] == f"[add {given}]</s>"
+
+
+def test_the_part_that_is_missing_is_the_one_that_is_named():
+    """Of two equal texts the one that templates leave out more often; of a tool what only its schema says."""
+    deaf = made(CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m.role != 'developer'"))
+    result = encoded(deaf, system("hello", "developer"), user("hello"), assistant("yes"))
+    assert kinds(result) == ["the chat template leaves out the developer message"]
+    bad = encoded(made(CHAT_TEMPLATE), user("?"), assistant("Yes.", reasoning_content="Yes."))
+    assert "leaves its reasoning out" in bad.reason
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds numbers."}}]
+    result = encoded(made(OBJECTS), user("?"), call(), user("?"), assistant("3"), tools=tools)
+    assert kinds(result) == ["the chat template leaves out the tools' schemas"]
+
+
+def test_switches_and_tags_in_texts():
+    obeying = made(CHAT_TEMPLATE.replace("m['content']", "m['content'].replace('/no_think', '')"))
+    assert not encoded(obeying, user("say /no_think"), assistant("yes")).notes
+    assert not encoded(made(CHAT_TEMPLATE), user("What do /think and </think> mean?"), assistant("yes")).notes
+    assert not encoded(made(CHAT_TEMPLATE), user("?"), assistant("pre <think>r</think> post")).notes
+
+
+def test_templates_by_name():
+    tokenizer = made(None)
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ mood }}{{ tools | tojson }}" + CHAT_TEMPLATE}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    result = encoded(tokenizer, user("say"), assistant("yes"), tools=tools, template_kwargs={"mood": "curt"})
+    assert not result.notes and texts(result, tokenizer)[0].startswith("curt[")
+
+
+def test_advice_is_given_only_where_it_helps():
+    """The template takes the messages without the system message, but still renders no beginning."""
+    numbering = made(NO_SYSTEM.replace("{% if add", "{{ messages | length }}{% if add").replace("<|assistant|>", ""))
+    bad = encoded(numbering, system("a"), user("b"), assistant("c"))
+    assert "no system" in bad.reason and "model.data" not in bad.reason
+
+
+def test_looking_for_parts_takes_no_longer_than_their_number(monkeypatch):
+    """A thousand equal small parts, and one that is missing: each looks at the text a few times."""
+    from nemo_kto.data.tokens import lost_parts
+
+    finds = []
+    take = lost_parts._Room._take_form
+    monkeypatch.setattr(lost_parts._Room, "_take_form", lambda room, form: finds.append(1) or take(room, form))
+    turns = [message for _ in range(500) for message in (user("1"), assistant("2"))]
+    result = encoded(
+        made(CHAT_TEMPLATE), *turns, user("?"), assistant("3", reasoning="because"), template_losses="warn"
+    )
+    assert kinds(result) == ["the chat template leaves out its reasoning"] and len(finds) < 20
+
+
+def test_generation_gets_arguments_as_training_does():
+    tokenizer = made(OBJECTS)
+    turns = [user("1 + 2?"), call(arguments='{"a": 1}'), {"role": "tool", "content": "3"}]
+    (tokens,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
+    assert tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt

@@ -3,6 +3,7 @@
 Expected ids come from the `tokenizers` backend, called on single texts.
 """
 
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
+from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder, prompt_key, token_key
 from nemo_kto.data.tokens.tokenizer import load_tokenizer, tokenizer_digest
@@ -178,7 +180,7 @@ def test_chat_template_that_refuses(tokenizer):
 
 def test_chat_template_whose_prompt_is_no_beginning(tokenizer):
     numbering = train_byte_level()
-    numbering.chat_template = "{{ messages | length }}" + numbering.chat_template
+    numbering.chat_template = "{{ messages | length }}" + numbering.chat_template.replace("<|assistant|>", "")
     assert re.match(
         "data.jsonl:4: the chat template does not render the prompt as the beginning",
         fault(chat("say", "hello", line=4), numbering),
@@ -398,6 +400,33 @@ def test_load_tokenizer_round_trip(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert one(chat("say hello", "yes"), loaded) == one(chat("say hello", "yes"), tokenizer)
     assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
+OWN_CLASS = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast): pass
+"""
+
+
+def test_code_in_a_folder_runs_only_for_who_says_so(tokenizer, tmp_path, monkeypatch):
+    """And nobody is asked."""
+    folder, marker = tmp_path / "model", tmp_path / "executed"
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **names}))
+    (folder / "own.py").write_text(OWN_CLASS.format(marker=str(marker)))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
+    with pytest.raises(ConfigError, match="model.tokenizer.trust_remote_code=true"):
+        load_tokenizer(folder)
+    assert not marker.exists()
+    trusted = load_tokenizer(folder, trust_remote_code=True)
+    assert marker.exists() and type(trusted).__name__ == "Own"
+    assert one(chat("say hello", "yes"), trusted) == one(chat("say hello", "yes"), tokenizer)
+    cache = TokenCache(tmp_path, Encoder(trusted, TokenizationSettings()))
+    assert cache._workers == 1  # others could not import the class
 
 
 def test_load_tokenizer_names_the_folder(tmp_path):

@@ -1,0 +1,72 @@
+"""What forked writers tell their rank, and how they end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+from multiprocessing.connection import Connection
+
+import psutil
+import pytest
+
+from nemo_kto.runtime.write_results import WriteResults, become_helper
+from tests.waiting import HANG
+
+FORK = multiprocessing.get_context("fork")
+
+
+def test_messages_of_this_process_and_of_forked_ones() -> None:
+    results = WriteResults()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put("here")
+    assert results.get_nowait() == "here"
+    large = {f"file {number}": list(range(100)) for number in range(2000)}  # more than a pipe holds
+    child = FORK.Process(target=results.put, args=(large,))
+    child.start()
+    child.join(HANG)
+    assert results.get_nowait() == large
+    results.put("short")  # nothing is left of what was longer
+    assert results.get_nowait() == "short"
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+def answer(connection: Connection, parent: int) -> None:
+    become_helper(parent)
+    connection.send(os.getpid())
+    while True:
+        connection.send(connection.recv())
+
+
+def rank(connection: Connection) -> None:
+    child = FORK.Process(target=answer, args=(connection, os.getpid()))
+    child.start()
+    child.join()
+
+
+def test_a_helper_outlives_signals_to_the_group_and_ends_with_its_parent() -> None:
+    ours, theirs = FORK.Pipe()
+    parent = FORK.Process(target=rank, args=(theirs,))
+    parent.start()
+    assert parent.pid is not None and ours.poll(HANG)
+    helper = psutil.Process(ours.recv())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        helper.send_signal(number)
+        ours.send(number)
+        assert ours.poll(HANG) and ours.recv() == number  # it still answers
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join(HANG)
+    gone, alive = psutil.wait_procs([helper], timeout=HANG)
+    for process in alive:
+        process.kill()
+    assert gone == [helper]
+
+
+def test_a_helper_whose_parent_is_gone_already_ends() -> None:
+    child = FORK.Process(target=become_helper, args=(os.getpid() + 1,))  # of another process
+    child.start()
+    child.join(HANG)
+    assert child.exitcode == 1
