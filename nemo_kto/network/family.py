@@ -209,6 +209,8 @@ class Family:
         layer_norms: Whether its norms are LayerNorms.
         head_norms: Returns whether each head's queries and keys are normed.
         projections: Names of the linear layers outside the experts, see `projections.py`.
+        feed_forward_adapters: Whether those of them that are no part of attention can have adapters. In most mixtures
+            PEFT takes their names for those that transformers 4 had for the experts' matrices, in dense layers too.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
         rotary_by_layer_type: Whether `rope_parameters` has an entry for each of `layer_types`.
         further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
@@ -223,6 +225,7 @@ class Family:
     layer_norms: bool = False
     head_norms: Callable[[Any], bool] = _no
     projections: tuple[str, ...] = SEPARATE
+    feed_forward_adapters: bool = True
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
     further_layers: tuple[str, ...] = ()

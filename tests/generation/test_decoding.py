@@ -56,9 +56,10 @@ LAYOUTS: dict[str, Layout] = {
 LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short factors to its long ones
 DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
-    *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text"),
+    *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4"),
+    "smollm3_pattern",
 )
-SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed", "qwen2_moe", "qwen2_moe_mixed", "granitemoe")
+SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed", "qwen2_moe", "qwen2_moe_mixed", "granitemoe", "glm4_moe")
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -321,7 +322,8 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             "ONE",
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
-                *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text"),
+                *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
+                "smollm3_pattern",
             ),
         ),
         ("TP2", ("llama", "qwen3")),

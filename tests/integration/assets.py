@@ -16,13 +16,19 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -62,6 +68,17 @@ GRANITE: dict[str, Any] = {
     "logits_scaling": 0.8,
 }
 
+GLM4_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+    "use_qk_norm": True,
+    "routed_scaling_factor": 1.5,
+    "num_mtp_layers": 0,
+}
+
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -77,6 +94,10 @@ _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_toke
 GEMMA: dict[str, Any] = {**_TOKENS, "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 4}
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": 4}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
     "shared": (Qwen2MoeConfig, {**SHARED, "mlp_only_layers": [1]}),
@@ -85,6 +106,8 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "starcoder2": (Starcoder2Config, {"sliding_window": 6, **_TOKENS}),
     "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0}),
     "gemma3": (Gemma3TextConfig, {**GEMMA, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
+    "glm4": (Glm4Config, {"head_dim": 8, **_TOKENS}),
+    "glm4_moe": (Glm4MoeConfig, {**GLM4_EXPERTS, **_TOKENS}),  # routers with biases of their own
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

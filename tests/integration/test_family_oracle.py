@@ -11,13 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.families import family_of
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.projections import projections_of_model
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     KINDS,
     make_model_folder,
+    make_tokenizer,
     read_series,
     settings,
     train_on_rank,
@@ -26,7 +27,7 @@ from tests.integration.assets import (
 from tests.integration.oracle import PLAIN, assert_equal, oracle
 
 STEPS = 5
-QUICK = ("biases", "shared")
+QUICK = ("biases", "shared", "glm4_moe")
 """Kinds of models whose series `make test` compares too."""
 
 kinds = pytest.mark.parametrize(
@@ -38,6 +39,7 @@ kinds = pytest.mark.parametrize(
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with feedback; each test adds its model."""
     folder = tmp_path_factory.mktemp("families")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
     write_feedback(folder / "train.jsonl", number=40, seed=5)
     write_feedback(folder / "validation.jsonl", number=11, seed=6)
     return folder
@@ -47,6 +49,8 @@ def train(root: Path, run_ranks: Callable[..., Any], log_dir: Path, kind: str, *
     """Return the series of a run in one process."""
     changes = {
         "pretrained_checkpoint__restore_from_path": str(root / kind),
+        # beside a Qwen2 model transformers would make Qwen2's of any tokenizer
+        "model__tokenizer__path": str(root / "tokenizer"),
         "model__micro_batch_size": 4,
         "trainer__kto__max_steps": STEPS,
         **PLAIN,
@@ -65,6 +69,18 @@ def test_five_steps_equal_the_oracle(root: Path, tmp_path: Path, run_ranks: Call
     expected = oracle(root, model=kind, steps=STEPS)
     assert_equal(actual, expected)
     assert max(expected["kl"]) > 0
+
+
+@pytest.mark.parametrize("mode", [pytest.param("resident", marks=pytest.mark.slow), "cpu_swap"])
+def test_a_reference_has_router_biases_of_its_own(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str
+) -> None:
+    """They are no parameters, and are exchanged with the reference's all the same."""
+    make_model_folder(root / "glm4_moe", kind="glm4_moe")
+    other = make_model_folder(root / "other", kind="glm4_moe", seed=1)
+    changes = {"model__kto__reference__checkpoint": str(other), "model__kto__reference__mode": mode}
+    actual = train(root, run_ranks, tmp_path, "glm4_moe", **changes)
+    assert_equal(actual, oracle(root, model="glm4_moe", reference=other, steps=STEPS))
 
 
 def make_adapter(folder: Path, base: Path, projections: tuple[str, ...]) -> Path:
@@ -86,9 +102,7 @@ def test_five_steps_of_adapters_equal_pefts(
 ) -> None:
     base = make_model_folder(root / kind, kind=kind)
     hf_config = load_hf_config(base)
-    mixture = dimensions_of(hf_config).mixture
-    has_experts_only = mixture is not None and mixture.shared is None  # which cannot have adapters
-    projections = projections_of_model(hf_config)[: 4 if has_experts_only else None]
+    projections = projections_of_model(hf_config)[: None if family_of(hf_config).feed_forward_adapters else 4]
     adapter = make_adapter(tmp_path / "adapter", base, projections)
     prefix = "model__peft__lora_tuning__"
     changes = {

@@ -84,6 +84,9 @@ def test_pieces_of_one_tensor_by_hand() -> None:
     [
         ("gemma2", "use_bidirectional_attention", True),
         ("gemma2", "hidden_activation", "gelu"),
+        ("glm4_moe", "norm_topk_prob", False),
+        ("glm4_moe", "num_experts_per_tok", 1),
+        ("glm4_moe_groups", "topk_group", 1),
         ("granite", "hidden_act", "relu"),
         ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
         ("granitemoe", "num_experts_per_tok", 1),
@@ -96,7 +99,8 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path, name: str, field: str
     file = tmp_path / "config.json"
     load_hf_config(tmp_path)
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    wanted = f"{field} is not supported with the value {value!r} in a model of the architecture {name!r}. [A-Z].*"
+    wanted = f"{field} is not supported with the value {value!r} in a model of the architecture "
+    wanted += f"{MODELS[name].model_type!r}. [A-Z].*"
     with pytest.raises(ConfigError, match=wanted):
         load_hf_config(tmp_path)
 

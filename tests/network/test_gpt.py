@@ -247,6 +247,7 @@ def check_construction() -> None:
     check_shard_marks(sizes["llama_biases"])
     check_shard_marks(sizes["qwen2_moe"])
     check_shard_marks(sizes["gemma3_text"])
+    check_shard_marks(sizes["glm4_moe"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])

@@ -214,6 +214,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "fused_qwen3_moe": fused("qwen3_moe_mixed"),
     "fused_granitemoe": fused("granitemoe"),
     "fused_qwen2_moe": fused("qwen2_moe_mixed"),
+    "fused_glm4_moe": fused("glm4_moe"),
     "mixtral_called_mlp": saved(MODELS["mixtral"], tensors=called_mlp),
     # keys that transformers keeps and does not look at in models of these architectures
     "llama_window": saved(
@@ -279,6 +280,16 @@ ODD: dict[str, Callable[[Path], None]] = {
         MODELS["gemma2"],
         config={"rope_theta": 1e3, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", **FLOAT32},
         without=(*V5, "layer_types", "use_bidirectional_attention"),
+    ),
+    "v4_glm4": saved(
+        MODELS["glm4"],
+        config={"rope_theta": 1e3, "rope_scaling": None, "partial_rotary_factor": 0.25, **FLOAT32},
+        without=V5,
+    ),
+    "v4_glm4_moe": saved(
+        MODELS["glm4_moe_groups"],
+        config={"rope_theta": 1e4, "rope_scaling": None, "num_nextn_predict_layers": 0, **FLOAT32},
+        without=(*V5, "num_mtp_layers"),
     ),
     "v4_no_dtype": saved(MODELS["qwen2_tied"], config={"rope_theta": 300.0}, without=V5, tensors=bf16),
     "mixed_dtypes": saved(MODELS["qwen3"], config={"dtype": "bfloat16"}, tensors=mostly_bf16),

@@ -47,6 +47,7 @@ FAMILY = Family(
     mixture=mixture,
     biases=glm4.biases,
     head_norms=head_norms,
+    feed_forward_adapters=False,
     partial_rotary=True,
     further_layers=("num_nextn_predict_layers", "num_mtp_layers"),
 )

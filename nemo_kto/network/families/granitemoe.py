@@ -26,4 +26,4 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.experts(sizes, _NAMES)
 
 
-FAMILY = replace(granite.FAMILY, weights=weights, mixture=mixtral.mixture)
+FAMILY = replace(granite.FAMILY, weights=weights, mixture=mixtral.mixture, feed_forward_adapters=False)

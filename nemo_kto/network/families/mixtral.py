@@ -36,4 +36,10 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.experts(sizes, tables.ExpertNames.of("block_sparse_moe", "w1", "w3", "w2"))
 
 
-FAMILY = Family(weights=weights, fields=sliding_window, mixture=mixture, unsupported=unsupported)
+FAMILY = Family(
+    weights=weights,
+    fields=sliding_window,
+    mixture=mixture,
+    unsupported=unsupported,
+    feed_forward_adapters=False,
+)

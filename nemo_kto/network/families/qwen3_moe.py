@@ -36,4 +36,4 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
-FAMILY = replace(qwen3.FAMILY, weights=weights, mixture=mixture)
+FAMILY = replace(qwen3.FAMILY, weights=weights, mixture=mixture, feed_forward_adapters=False)
