@@ -20,18 +20,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+class Parts(NamedTuple):
+    """Vectors of which each rank has some channels.
+
+    Attributes:
+        channels: Channels of a whole vector.
+        add_up: Replaces a rank's sums over its own channels by the sums over all, in place.
+    """
+
+    channels: int
+    add_up: Callable[[Tensor], None]
+
+
+def rms_norm(values: Tensor, weight: Tensor, eps: float, parts: Parts | None = None) -> Tensor:
     """Return `values / sqrt(mean(values^2) + eps) * weight` (arXiv 1910.07467, eq. 4), computed in float32.
 
     Args:
         values: `[..., h]`.
         weight: `[h]`.
         eps: Added to the mean square over the channels.
+        parts: What the `h` channels are a part of; None where they are all.
 
     Returns:
         `[..., h]` in the dtype of `values`.
     """
-    output: Tensor = _RMSNorm.apply(values, weight, eps)  # type: ignore[no-untyped-call]
+    output: Tensor = _RMSNorm.apply(values, weight, eps, parts)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -86,17 +99,19 @@ def rotate(values: Tensor, table: Tensor, *, interleaved: bool = False) -> Tenso
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float, parts: Parts | None) -> Tensor:
         values = values.contiguous()  # a part of a wider tensor, kept, would keep all of that
-        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        ctx.parts = parts or Parts(values.shape[-1], _are_all)
+        squares = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        ctx.parts.add_up(squares)
+        inverse = squares.div_(ctx.parts.channels).add_(eps).rsqrt_()
         ctx.save_for_backward(values, weight, inverse)
         normed: Tensor = values * inverse
         return normed.mul_(weight).to(values.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         values, weight, inverse = ctx.saved_tensors
         factor = weight.float()
         normed = values * inverse
@@ -104,10 +119,16 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = (product @ factor).div_(values.shape[-1])[..., None]
+        along = product @ factor
+        ctx.parts.add_up(along)
+        along = along.div_(ctx.parts.channels)[..., None]
         grad_values = torch.mul(grad, factor, out=product)
         grad_values.addcmul_(normed, along, value=-1).mul_(inverse)
-        return grad_values.to(values.dtype), grad_weight, None
+        return grad_values.to(values.dtype), grad_weight, None, None
+
+
+def _are_all(sums: Tensor) -> None:
+    """Leave sums over all channels as they are."""
 
 
 class _Activation(NamedTuple):

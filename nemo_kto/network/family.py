@@ -100,7 +100,8 @@ class Dimensions:
         tied: Whether the output layer is the embedding.
         biases: Biases of linear layers.
         norm_biases: Whether norms have a bias: they are LayerNorms, not RMSNorms.
-        head_norms: Whether each head's queries and keys are normed.
+        head_norms: Whether queries and keys are normed.
+        norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
         mixture: The mixtures of experts; None for a dense model.
     """
 
@@ -115,6 +116,7 @@ class Dimensions:
     biases: Biases
     norm_biases: bool
     head_norms: bool
+    norms_of_all_heads: bool
     mixture: Mixture | None
 
     @property
@@ -207,7 +209,8 @@ class Family:
         unsupported: Returns what cannot be expressed here.
         biases: Returns which linear layers have a bias.
         layer_norms: Whether its norms are LayerNorms.
-        head_norms: Returns whether each head's queries and keys are normed.
+        head_norms: Returns whether queries and keys are normed.
+        norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
         projections: Names of the linear layers outside the experts, see `projections.py`.
         feed_forward_adapters: Whether those of them that are no part of attention can have adapters. In most mixtures
             PEFT takes their names for those that transformers 4 had for the experts' matrices, in dense layers too.
@@ -224,6 +227,7 @@ class Family:
     biases: Callable[[Any], Biases] = biases_of_fields
     layer_norms: bool = False
     head_norms: Callable[[Any], bool] = _no
+    norms_of_all_heads: bool = False
     projections: tuple[str, ...] = SEPARATE
     feed_forward_adapters: bool = True
     partial_rotary: bool = False
@@ -244,6 +248,7 @@ class Family:
             biases=self.biases(hf),
             norm_biases=self.layer_norms,
             head_norms=self.head_norms(hf),
+            norms_of_all_heads=self.norms_of_all_heads,
             mixture=self.mixture(hf),
         )
 

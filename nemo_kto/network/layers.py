@@ -12,14 +12,14 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_kto.network.model_config import ModelConfig
-from nemo_kto.network.norms import norm_of
+from nemo_kto.network.norms import AllHeadsRMSNorm, norm_of
 
 Biased = tuple[torch.Tensor, torch.Tensor | None]
 """Output `[T, 1, h]` of a row-parallel layer, and its bias `[h]` that is still to be added."""
 
 
 class FamilyAttention(SelfAttention):  # type: ignore[misc]
-    """Self-attention whose projections have the model's biases, and whose rotary embedding is the layer's.
+    """Self-attention whose projections and norms are the model's, and whose rotary embedding is the layer's.
 
     Args:
         config: The model's configuration.
@@ -36,6 +36,10 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]
             config = copy.copy(config)
             config.add_bias_linear = config.attention_output_bias
         super().__init__(config, *args, **kwargs)
+        if config.norms_of_all_heads:
+            channels, group = config.kv_channels, self.pg_collection.tp
+            self.q_layernorm = AllHeadsRMSNorm(config, self.num_attention_heads_per_partition * channels, group)
+            self.k_layernorm = AllHeadsRMSNorm(config, self.num_query_groups_per_partition * channels, group)
         self._separate_values = separate_values
         tables = config.rotary_tables
         self._table = None if tables is None else tables[self.layer_number - 1]

@@ -62,8 +62,9 @@ def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused:
     if sizes.biases.output:
         yield _one("self_attention.linear_proj.bias", "self_attn.o_proj.bias", layers, h)
     if sizes.head_norms:
-        yield _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", layers, d)
-        yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, d)
+        of_queries, of_keys = (queries, keys) if sizes.norms_of_all_heads else (d, d)
+        yield _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", layers, of_queries)
+        yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, of_keys)
 
 
 def feed_forward(

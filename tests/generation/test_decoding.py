@@ -57,9 +57,18 @@ LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short f
 DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
     *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4"),
-    "smollm3_pattern",
+    *("smollm3_pattern", "olmo2", "olmo3"),
 )
-SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed", "qwen2_moe", "qwen2_moe_mixed", "granitemoe", "glm4_moe")
+SPARSE = (
+    "qwen3_moe",
+    "mixtral",
+    "qwen3_moe_mixed",
+    "qwen2_moe",
+    "qwen2_moe_mixed",
+    "granitemoe",
+    "glm4_moe",
+    "minimax_m2",
+)
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -323,7 +332,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-                "smollm3_pattern",
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),

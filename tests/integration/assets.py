@@ -21,8 +21,11 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -108,6 +111,9 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "gemma3": (Gemma3TextConfig, {**GEMMA, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
     "glm4": (Glm4Config, {"head_dim": 8, **_TOKENS}),
     "glm4_moe": (Glm4MoeConfig, {**GLM4_EXPERTS, **_TOKENS}),  # routers with biases of their own
+    "olmo2": (Olmo2Config, {"head_dim": 16, **_TOKENS}),
+    "olmo3": (Olmo3Config, {"sliding_window": 4, **_TOKENS}),
+    "minimax_m2": (MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_TOKENS}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

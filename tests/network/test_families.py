@@ -87,6 +87,8 @@ def test_pieces_of_one_tensor_by_hand() -> None:
         ("glm4_moe", "norm_topk_prob", False),
         ("glm4_moe", "num_experts_per_tok", 1),
         ("glm4_moe_groups", "topk_group", 1),
+        ("olmo3", "sliding_window", 0),
+        ("minimax_m2", "router_jitter_noise", 0.1),
         ("granite", "hidden_act", "relu"),
         ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
         ("granitemoe", "num_experts_per_tok", 1),
@@ -118,7 +120,12 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODELS if name.startswith(("llama", "phi3", "gemma3", "glm4")) or "rope" in name]
+    "name",
+    [
+        name
+        for name in MODELS
+        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax")) or "rope" in name
+    ],
 )
 def test_rotary_embedding_is_transformers(name: str) -> None:
     """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""

@@ -76,7 +76,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
-        ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, mixtral, phi3, qwen2, .*qwen3, "
+        ConfigError, match=f"{model_type!r} is not supported.*llama, .*mistral, mixtral, .*phi3, qwen2, .*qwen3, "
     ):
         load_hf_config(write_config(tmp_path, {**OLD_STYLE, "model_type": model_type}))
 
@@ -248,6 +248,9 @@ def check_construction() -> None:
     check_shard_marks(sizes["qwen2_moe"])
     check_shard_marks(sizes["gemma3_text"])
     check_shard_marks(sizes["glm4_moe"])
+    check_shard_marks(sizes["olmo3"])
+    check_shard_marks(sizes["minimax_m2"])
+    check_random_weights(sizes["olmo2"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
@@ -320,9 +323,11 @@ def needed_activations(config: Any, *, norms: int) -> int:
 
 def check_shard_marks(config: Any) -> None:
     """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
+    sizes = dimensions_of(config)
     for name, parameter in build(config).named_parameters():
         whole = ("linear_proj.bias", "linear_fc2.bias", "gate_weight")
-        is_whole = "norm" in name or "router" in name or name.endswith(whole)
+        of_all_heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and sizes.norms_of_all_heads
+        is_whole = ("norm" in name and not of_all_heads) or "router" in name or name.endswith(whole)
         assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
         # every rank of the data-parallel group holds a copy, but of experts
         assert getattr(parameter, "allreduce", True) is (".experts." not in name), name

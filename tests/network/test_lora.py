@@ -81,14 +81,15 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoids": ("glm4_moe", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     **{
         f"of {name}": (name, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"})
-        for name in ("mistral_window", "smollm3_pattern", "granite", "gemma2_uncapped")
+        for name in ("mistral_window", "smollm3_pattern", "granite", "gemma2_uncapped", "olmo2_bias", "olmo3")
     },
     "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
     "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),
+    "minimax": ("minimax_m2", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
-SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts")
+SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:

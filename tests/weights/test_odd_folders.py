@@ -215,6 +215,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "fused_granitemoe": fused("granitemoe"),
     "fused_qwen2_moe": fused("qwen2_moe_mixed"),
     "fused_glm4_moe": fused("glm4_moe"),
+    "fused_minimax_m2": fused("minimax_m2"),
     "mixtral_called_mlp": saved(MODELS["mixtral"], tensors=called_mlp),
     # keys that transformers keeps and does not look at in models of these architectures
     "llama_window": saved(
@@ -290,6 +291,23 @@ ODD: dict[str, Callable[[Path], None]] = {
         MODELS["glm4_moe_groups"],
         config={"rope_theta": 1e4, "rope_scaling": None, "num_nextn_predict_layers": 0, **FLOAT32},
         without=(*V5, "num_mtp_layers"),
+    ),
+    "v4_olmo3": saved(
+        MODELS["olmo3_pattern"],
+        config={
+            "rope_theta": 1e4,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            **FLOAT32,
+        },
+        without=V5,
+    ),
+    "v4_minimax_m2": saved(
+        MODELS["minimax_m2"],
+        config={
+            **{"rope_theta": 1e4, "rotary_dim": 4, "use_qk_norm": True, "qk_norm_type": "per_layer"},
+            **{"scoring_func": "sigmoid", "use_routing_bias": True, **FLOAT32},
+        },
+        without=V5,
     ),
     "v4_no_dtype": saved(MODELS["qwen2_tied"], config={"rope_theta": 300.0}, without=V5, tensors=bf16),
     "mixed_dtypes": saved(MODELS["qwen3"], config={"dtype": "bfloat16"}, tensors=mostly_bf16),
