@@ -160,11 +160,11 @@ def per_document(row: Row) -> Attend:
     """Return the product's attention."""
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_kto.network.attention import DocumentAttention
+    from nemo_kto.network.model_config import ModelConfig
 
-    config = TransformerConfig(
+    config = ModelConfig(
         num_layers=1, hidden_size=HEADS * CHANNELS, num_attention_heads=HEADS, num_query_groups=GROUPS
     )
     attention = DocumentAttention(config, 1, AttnMaskType.causal, "self")

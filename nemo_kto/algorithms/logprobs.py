@@ -16,16 +16,50 @@ LOGITS_MEMORY = 256 * 2**20
 """Most bytes of logits and log-probs over the vocabulary that are held at once."""
 
 
+class LogitShape(NamedTuple):
+    """What a model makes of the products of hidden states and output layer.
+
+    Attributes:
+        factor: They are multiplied by it.
+        cap: Largest logit after that: `cap * tanh(logit / cap)` (arXiv 2408.00118, section 2); None for no cap.
+    """
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the products are the logits."""
+        return self.factor == 1.0 and self.cap is None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Return logits, in float32 unless they are the products; float32 products are written over."""
+        if self.is_plain:
+            return products
+        logits = products.float().mul_(self.factor)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative of logits by the products, in the memory of float32 `logits`."""
+        return self.factor if self.cap is None else logits.div_(self.cap).square_().neg_().add_(1).mul_(self.factor)
+
+
+PLAIN = LogitShape()
+
+
 def response_token_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     vocab_size: int,
+    shape: LogitShape = PLAIN,
     tp_group: dist.ProcessGroup | None = None,
     logits_memory: int = LOGITS_MEMORY,
 ) -> Tensor:
-    """Return the log-prob of each response token: the log-softmax of `hidden @ weight.T` over the whole vocabulary.
+    """Return the log-prob of each response token: the log-softmax of the logits over the whole vocabulary.
+
+    The logits are `hidden @ weight.T`, in the model's `shape`.
 
     The output layer is fused in: logits exist for a chunk of tokens at a time, as many as `logits_memory` has room for
     and at least one. What the gradient needs of them is kept from the forward pass where all tokens are one chunk, and
@@ -40,6 +74,7 @@ def response_token_logps(
         weight: `[v/t, h]`, this rank's rows of the output layer; rank `k` holds ids from `k * v/t`.
         targets: `[R]` int64, global token ids below `vocab_size`.
         vocab_size: Number of real tokens; padding rows from there on take no part in the softmax.
+        shape: See `LogitShape`.
         tp_group: Ranks that share the vocabulary; None if this rank has all of it.
         logits_memory: Bytes.
 
@@ -47,7 +82,9 @@ def response_token_logps(
         `[R]` float32, natural log; bit-equal with and without gradients. The gradient of `hidden` is complete on every
         rank (summed over `tp_group`). The backward pass can run once.
     """
-    logps: Tensor = _ResponseLogps.apply(hidden, weight, targets, vocab_size, tp_group, logits_memory)  # type: ignore[no-untyped-call]
+    logps: Tensor = _ResponseLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, vocab_size, shape, tp_group, logits_memory
+    )
     return logps
 
 
@@ -75,49 +112,55 @@ class _ResponseLogps(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         vocab_size: int,
+        shape: LogitShape,
         tp_group: dist.ProcessGroup | None,
         logits_memory: int,
     ) -> Tensor:
         first_id = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
         rows = weight[: min(max(vocab_size - first_id, 0), weight.shape[0])]
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        # logits as they come and their log-softmax in float32; padding rows count too, so all ranks have equal chunks
-        chunk_size = max(1, logits_memory // (weight.shape[0] * (hidden.element_size() + 4)))
+        # products as they come and their log-softmax in float32, logits in float32 if they are others; padding rows
+        # count too, so all ranks have equal chunks
+        bytes_each = hidden.element_size() + (4 if shape.is_plain else 8)
+        chunk_size = max(1, logits_memory // (weight.shape[0] * bytes_each))
         logps = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         shifts = torch.empty_like(logps)
+        normalizers = torch.empty_like(logps)
         kept = unit_gradient = None
         if of_hidden and not of_weight:
             unit_gradient = torch.empty_like(hidden)
         for part in _chunks(targets, chunk_size):
             target = _Target.of(targets[part], first_id, len(rows))
-            log_probs = _log_softmax(hidden[part], rows, target, tp_group, logps[part], shifts[part])
+            sums = _Sums(logps[part], shifts[part], normalizers[part])
+            log_probs = _log_softmax(shape.logits(hidden[part] @ rows.T), target, tp_group, sums)
             if unit_gradient is not None:
-                ones = torch.ones_like(logps[part])
-                unit_gradient[part] = (
-                    _gradient_of_logits(log_probs, shifts[part], target, ones).to(hidden.dtype) @ rows
-                )
+                gradient = _gradient_of_products(log_probs, sums, target, torch.ones_like(sums.logps), shape)
+                unit_gradient[part] = gradient.to(hidden.dtype) @ rows
             elif of_weight and len(targets) <= chunk_size:
                 kept = log_probs
             del log_probs  # before the next chunk's are made
-        ctx.save_for_backward(hidden, weight, targets, shifts, kept, unit_gradient)
-        ctx.settings = (first_id, len(rows), tp_group, chunk_size)
+        ctx.save_for_backward(hidden, weight, targets, logps, shifts, normalizers, kept, unit_gradient)
+        ctx.settings = (first_id, len(rows), shape, tp_group, chunk_size)
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        hidden, weight, targets, shifts, kept, unit_gradient = ctx.saved_tensors
-        first_id, num_rows, tp_group, chunk_size = ctx.settings
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+        hidden, weight, targets, logps, shifts, normalizers, kept, unit_gradient = ctx.saved_tensors
+        first_id, num_rows, shape, tp_group, chunk_size = ctx.settings
         if unit_gradient is not None:
             grad_hidden = (unit_gradient * grad_logps[:, None]).to(hidden.dtype)
             _all_reduce(grad_hidden, tp_group)
-            return grad_hidden, None, None, None, None, None
+            return grad_hidden, None, None, None, None, None, None
         rows = weight[:num_rows]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _chunks(targets, chunk_size):
             target = _Target.of(targets[part], first_id, num_rows)
-            log_probs = torch.log_softmax(hidden[part] @ rows.T, -1, dtype=torch.float32) if kept is None else kept
-            gradient = _gradient_of_logits(log_probs, shifts[part], target, grad_logps[part]).to(hidden.dtype)
+            sums = _Sums(logps[part], shifts[part], normalizers[part])
+            log_probs = kept
+            if log_probs is None:
+                log_probs = torch.log_softmax(shape.logits(hidden[part] @ rows.T), -1, dtype=torch.float32)
+            gradient = _gradient_of_products(log_probs, sums, target, grad_logps[part], shape).to(hidden.dtype)
             grad_hidden[part] = gradient @ rows
             if gradient.dtype == torch.float32:
                 grad_weight[:num_rows].addmm_(gradient.T, hidden[part])
@@ -125,7 +168,21 @@ class _ResponseLogps(torch.autograd.Function):
                 grad_weight[:num_rows] += gradient.T @ hidden[part]
             del log_probs, gradient
         _all_reduce(grad_hidden, tp_group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+class _Sums(NamedTuple):
+    """What is known of each token of a chunk, `[c]` float32 each, once its logits are summed.
+
+    Attributes:
+        logps: The target's log-prob over the whole vocabulary.
+        shifts: What is to be subtracted of log-probs over this rank's rows only to make them such.
+        normalizers: What was subtracted of this rank's logits to make them log-probs over its rows.
+    """
+
+    logps: Tensor
+    shifts: Tensor
+    normalizers: Tensor
 
 
 class _Target(NamedTuple):
@@ -144,47 +201,44 @@ def _chunks(targets: Tensor, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, len(targets), chunk_size)]
 
 
-def _log_softmax(
-    hidden: Tensor,
-    rows: Tensor,
-    target: _Target,
-    tp_group: dist.ProcessGroup | None,
-    logps: Tensor,
-    shifts: Tensor,
-) -> Tensor:
-    """Return the log-softmax `[c, rows]` over this rank's rows only, in float32.
-
-    Written besides: `logps` `[c]`, the targets' log-probs over the whole vocabulary; `shifts` `[c]`, what is to be
-    subtracted of the returned ones to make them such.
-    """
-    logits = hidden @ rows.T
+def _log_softmax(logits: Tensor, target: _Target, tp_group: dist.ProcessGroup | None, sums: _Sums) -> Tensor:
+    """Return the log-softmax `[c, rows]` of logits over this rank's rows only, in float32; `sums` are written."""
     log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
-    if tp_group is None:
-        logps.copy_(log_probs.gather(1, target.row[:, None])[:, 0])
-        shifts.zero_()
-        return log_probs
-    target_logits = torch.zeros_like(logps)
-    normalizers = torch.full_like(logps, float("-inf"))  # of a rank with padding rows only
-    if len(rows):
+    target_logits = torch.zeros_like(sums.logps)
+    sums.normalizers.fill_(float("-inf"))  # of a rank with padding rows only
+    if logits.shape[1]:
         target_logits = logits.gather(1, target.row[:, None])[:, 0].float()
-        normalizers = target_logits - log_probs.gather(1, target.row[:, None])[:, 0]
-    maximum = normalizers.clone()
+        target_log_probs = log_probs.gather(1, target.row[:, None])[:, 0]
+        sums.normalizers.copy_(target_logits - target_log_probs)
+        if tp_group is None:
+            sums.logps.copy_(target_log_probs)
+            sums.shifts.zero_()
+            return log_probs
+    maximum = sums.normalizers.clone()
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
-    sums = torch.stack([(normalizers - maximum).exp(), target_logits * target.is_local])
-    _all_reduce(sums, tp_group)
-    everywhere = sums[0].log() + maximum
-    logps.copy_(sums[1] - everywhere)
-    shifts.copy_(everywhere - normalizers)
+    totals = torch.stack([(sums.normalizers - maximum).exp(), target_logits * target.is_local])
+    _all_reduce(totals, tp_group)
+    everywhere = totals[0].log() + maximum
+    sums.logps.copy_(totals[1] - everywhere)
+    sums.shifts.copy_(everywhere - sums.normalizers)
     return log_probs
 
 
-def _gradient_of_logits(log_probs: Tensor, shifts: Tensor, target: _Target, grad_logps: Tensor) -> Tensor:
-    """Return `grad_logps * (one_hot(target) - softmax)` in the place of `log_probs`; see `_log_softmax`."""
+def _gradient_of_products(
+    log_probs: Tensor, sums: _Sums, target: _Target, grad_logps: Tensor, shape: LogitShape
+) -> Tensor:
+    """Return the gradient of the products, in the place of `log_probs`.
+
+    That of the logits is `grad_logps * (one_hot(target) - softmax)`.
+    """
+    slope: Tensor | float = shape.factor
+    if shape.cap is not None:
+        slope = shape.slope(log_probs + sums.normalizers[:, None])
     # one factor for both, so that with one rank no pass over the vocabulary is spent on the shift
-    gradient = log_probs.exp_().mul_((grad_logps * -torch.exp(-shifts))[:, None])
+    gradient = log_probs.exp_().mul_((grad_logps * -torch.exp(-sums.shifts))[:, None])
     if gradient.shape[1]:
         gradient.scatter_add_(1, target.row[:, None], (grad_logps * target.is_local)[:, None])
-    return gradient
+    return gradient if shape.is_plain else gradient.mul_(slope)
 
 
 def _all_reduce(tensor: Tensor, tp_group: dist.ProcessGroup | None) -> None:

@@ -126,7 +126,9 @@ def _answer(
     texts: list[list[int]] = [prompt.tolist() for prompt in prompts]
     limits = [min(len(text) + sampling.max_new_tokens, longest) for text in texts]
     rotary = unwrapped(scorer.chunks[0]).rotary
-    rows = _deal(texts, scorer.layout, place, cached=cached, switch=None if rotary is None else rotary.switch)
+    rows = _deal(
+        texts, scorer.layout, place, cached=cached, switches=frozenset() if rotary is None else rotary.switches
+    )
     unfinished = set(range(len(texts)))
     while unfinished:
         logits = scorer.logits(rows)
@@ -191,12 +193,12 @@ def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int, vocab_si
 
 
 def _deal(
-    texts: list[list[int]], layout: Layout, place: RankPosition, *, cached: bool, switch: int | None
+    texts: list[list[int]], layout: Layout, place: RankPosition, *, cached: bool, switches: frozenset[int]
 ) -> list[_Row]:
     """Return this replica's rows, one a stage, for that is also the least number interleaved stages can work on."""
     mine = range(place.dp_rank, len(texts), place.dp_size)
     shares = [mine[first :: layout.pipeline] for first in range(layout.pipeline)]
-    return [_Row(texts, list(share), KeyValueCache() if cached else None, switch) for share in shares]
+    return [_Row(texts, list(share), KeyValueCache() if cached else None, switches) for share in shares]
 
 
 @dataclass
@@ -207,15 +209,14 @@ class _Row:
         texts: All prompts with their answers so far, of this row and of others.
         numbers: Which of them are in this row, ascending; there may be none.
         cache: Their keys and values; None to score whole documents each time.
-        switch: Longest document, in tokens, with the model's first rotary embedding, see `RotaryEmbedding`; None
-            without another.
+        switches: Lengths of documents beyond which they have another rotary embedding, see `RotaryEmbedding`.
         whole: Whether the next pass is of whole documents, rather than of their newest tokens.
     """
 
     texts: list[list[int]]
     numbers: list[int]
     cache: KeyValueCache | None
-    switch: int | None
+    switches: frozenset[int]
     whole: bool = True
 
     def pack(self, device: torch.device) -> PackedRow:
@@ -224,7 +225,7 @@ class _Row:
         The "responses" are the tokens to come: `response_positions` `[b]` are the documents' last tokens.
         """
         texts = [self.texts[number] for number in self.numbers]
-        if not self.whole and any(len(text) - 1 == self.switch for text in texts):
+        if not self.whole and any(len(text) - 1 in self.switches for text in texts):
             self.whole, self.cache = True, KeyValueCache()  # keys that are kept have the other rotary embedding
         starts = [0 if self.whole else len(text) - 1 for text in texts]
         longest = max(map(len, texts), default=1)
@@ -293,7 +294,7 @@ class _NextTokenScorer:
         if not self.place.is_last_stage:
             return None
         network: Any = unwrapped(self.chunks[-1])
-        logits: torch.Tensor = (torch.cat(outputs) @ network.output_weight().T).float()
+        logits: torch.Tensor = network.logit_shape.logits(torch.cat(outputs) @ network.output_weight().T).float()
         group = self.place.tp_group
         if group.size() > 1:
             shards = [torch.empty_like(logits) for _ in range(group.size())]

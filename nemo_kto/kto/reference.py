@@ -107,10 +107,10 @@ class ExchangedReference(LiveReference):
     Whatever is written into the parameters inside `activated` stays in the copies.
 
     Args:
-        parameters: Those in which policy and reference differ.
+        parameters: Those in which policy and reference differ, and the routers' biases, which are none.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self._parameters = list(parameters)
         self._stored = [self._copy(parameter) for parameter in self._parameters]
 
@@ -157,7 +157,7 @@ class ExchangedReference(LiveReference):
 
     @staticmethod
     @abstractmethod
-    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _copy(parameter: torch.Tensor) -> torch.Tensor:
         """Return the copy of a parameter that is kept."""
 
     @abstractmethod
@@ -173,7 +173,7 @@ class CpuSwapReference(ExchangedReference):
     """
 
     @staticmethod
-    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _copy(parameter: torch.Tensor) -> torch.Tensor:
         copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda)
         return copy.copy_(parameter.detach())
 
@@ -205,7 +205,7 @@ class ResidentReference(ExchangedReference):
     """
 
     @staticmethod
-    def _copy(parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _copy(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().clone()
 
     def _exchange(self) -> None:

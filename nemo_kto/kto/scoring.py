@@ -268,6 +268,7 @@ class RowScorer:
             network.output_weight(),
             row.response_tokens,
             vocab_size=network.vocab_size,
+            shape=network.logit_shape,
             tp_group=self.place.tp_group if self.place.tp_group.size() > 1 else None,
         )
         scores = RowScores(

@@ -11,6 +11,7 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.kto.reference import EXCHANGED, AdapterOffReference, LiveReference, ReferenceSettings
 from nemo_kto.network.gpt import KTOGPTModel, initialize_weights
 from nemo_kto.network.lora import clear_adapters, initialize_adapters
+from nemo_kto.network.moe import router_biases
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.weights.import_hf import import_hf
 from nemo_kto.weights.peft_adapter import import_adapter
@@ -85,9 +86,12 @@ class Weights:
         if self.reference.mode == "adapter_off":
             return AdapterOffReference(models)
         everything = self.reference.model_folder is not None or not self.has_adapters
-        reference = EXCHANGED[self.reference.mode](
+        exchanged = [
             parameter for model in models for parameter in model.parameters() if everything or parameter.requires_grad
-        )
+        ]
+        if everything:
+            exchanged += [bias for model in models for bias in router_biases(model)]
+        reference = EXCHANGED[self.reference.mode](exchanged)
         with reference.activated():
             self.load_reference(models)
         return reference

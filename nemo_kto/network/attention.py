@@ -19,8 +19,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
+
+from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
+from nemo_kto.network.model_config import ModelConfig
 
 _SMALLEST_CHUNK = 256
 """Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
@@ -110,14 +112,14 @@ class DocumentAttention(MegatronModule):
 
     Takes the place of `DotProductAttention` in Megatron's layer specification and has its constructor. Documents are
     cut at `cu_seqlens`, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the
-    result has the same bits with and without gradients.
+    result has the same bits with and without gradients. What they cannot do is done by `algorithms/attention.py`.
 
     Context parallelism is Ulysses' (arXiv 2309.14509): one all-to-all gives each rank whole rows of `a/c` heads, a
     second one its own tokens of all heads. Key/value heads that `c` ranks cannot share are repeated before.
 
     Args:
-        config: Megatron's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that
-            `window_attn_skip_freq` selects.
+        config: The model's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that
+            `window_attn_skip_freq` selects; `attention_cap` caps the scores.
         layer_number: Number of the layer, from 1.
         attn_mask_type: Always causal here, given by the layer specification.
         attention_type: Always "self" here.
@@ -128,7 +130,7 @@ class DocumentAttention(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: ModelConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
@@ -146,6 +148,10 @@ class DocumentAttention(MegatronModule):
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size[0]
+        self._scoring: Scoring | None = None
+        if config.attention_cap is not None:
+            scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+            self._scoring = Scoring(scale, self.window, config.attention_cap)
 
     def forward(
         self,
@@ -197,7 +203,11 @@ class DocumentAttention(MegatronModule):
         """Return `[T, a, d]` for the newest token of each document; zeros for tokens that fill up the row."""
         keys, values = cache.append(self.layer_number, key, value)
         output = torch.zeros_like(query)
-        if documents := len(keys):
+        documents = len(keys)
+        if documents and self._scoring is not None:
+            visible = cache.visible(self.window)
+            output[:documents] = attend_newest(query[:documents], keys, values, visible, self._scoring)
+        elif documents:
             # the query heads that share keys are as good as so many queries with the same mask: nothing is repeated
             grouped = query[:documents].unflatten(1, (keys.shape[1], -1))
             mask = cache.visible(self.window)[:, None, None]
@@ -208,7 +218,9 @@ class DocumentAttention(MegatronModule):
     def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""
         length, window = query.shape[2], self.window
-        if window is None or length <= window + 1:
+        if self._scoring is not None:
+            output = attend(query[0], key[0], value[0], self._scoring)[None]
+        elif window is None or length <= window + 1:
             output = self._attend(query, key, value, None)
         else:
             # in chunks, so that time and memory grow with n * window instead of n * n

@@ -2,7 +2,7 @@
 
 A family says which of its configurations are supported, what its fields are to Megatron, and which of its tensors
 become which. What it leaves out is as in Llama: RMS norms before attention and feed-forward part, SwiGLU, rotary
-embedding over whole heads, no biases.
+embedding over whole heads, biases where `attention_bias` and `mlp_bias` ask for them.
 
 The files of families import no torch, Megatron or transformers at module level: a layout is judged before those are
 loaded. `hf` is a model's configuration, transformers' or, until that is loaded, the plain keys of its config.json; a
@@ -19,6 +19,24 @@ from typing import Any
 from nemo_kto.network.weight_rules import Rule
 from nemo_kto.runtime.layout import ModelSizes
 
+SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Llama's projections."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpert:
+    """What every token goes through in a mixture, beside the experts it is routed to.
+
+    Attributes:
+        name: Hugging Face's name of it in a mixture.
+        feed_forward: Its channels; of several that are stored as one, all together.
+        gate: Hugging Face's name of the layer whose sigmoid its output is multiplied with; None for no such gate.
+    """
+
+    name: str
+    feed_forward: int
+    gate: str | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
@@ -30,6 +48,13 @@ class Mixture:
         feed_forward: Channels inside an expert.
         sparse_layers: Numbers of the layers that have some, from 0.
         normalized: Whether the probabilities of the chosen experts are made to sum to one.
+        shared: The shared expert of each such layer; None without any.
+        scores: What makes probabilities of a router's logits: `softmax` over experts, or `sigmoid` of each.
+        chosen_with_bias: Whether experts are chosen by their probability plus a bias of their own, which is a number
+            that no gradient reaches.
+        scale: What the probabilities of the chosen experts are multiplied with in the end.
+        groups: Experts come in so many equal groups.
+        chosen_groups: Only the experts of so many groups are eligible: of those whose best two are best together.
     """
 
     experts: int
@@ -37,11 +62,32 @@ class Mixture:
     feed_forward: int
     sparse_layers: tuple[int, ...]
     normalized: bool
+    shared: SharedExpert | None = None
+    scores: str = "softmax"
+    chosen_with_bias: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Biases:
+    """Which linear layers outside mixtures of experts have a bias.
+
+    Attributes:
+        inputs: Those of attention that return queries, keys and values.
+        output: The one behind attention.
+        feed_forward: Those of the feed-forward part.
+    """
+
+    inputs: bool = False
+    output: bool = False
+    feed_forward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """The sizes of a model.
+    """The sizes of a model, and which of the smaller parts it has.
 
     Attributes:
         layers: Transformer layers.
@@ -52,6 +98,10 @@ class Dimensions:
         head_channels: Channels of a head.
         vocabulary: Tokens, without padding.
         tied: Whether the output layer is the embedding.
+        biases: Biases of linear layers.
+        norm_biases: Whether norms have a bias: they are LayerNorms, not RMSNorms.
+        head_norms: Whether queries and keys are normed.
+        norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
         mixture: The mixtures of experts; None for a dense model.
     """
 
@@ -63,6 +113,10 @@ class Dimensions:
     head_channels: int
     vocabulary: int
     tied: bool
+    biases: Biases
+    norm_biases: bool
+    head_norms: bool
+    norms_of_all_heads: bool
     mixture: Mixture | None
 
     @property
@@ -83,11 +137,8 @@ class Dimensions:
             num_experts=0 if mixture is None else mixture.experts,
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
+            shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
         )
-
-
-def _nothing(hf: Any) -> dict[str, Any]:
-    return {}
 
 
 def own_fields(hf: Any) -> frozenset[str]:
@@ -105,19 +156,46 @@ def own_field(hf: Any, name: str) -> Any:
     return getattr(hf, name, None) if name in own_fields(hf) else None
 
 
-def unlike_llama(hf: Any) -> dict[str, Any]:
-    """Return field -> value of what a family like Llama cannot have here: biases, another activation, no window."""
-    found: dict[str, Any] = {name: True for name in ("attention_bias", "mlp_bias") if own_field(hf, name)}
-    if hf.hidden_act not in ("silu", "swish"):
-        found["hidden_act"] = hf.hidden_act
+Refusals = dict[str, tuple[Any, str]]
+"""Field of a configuration -> its value, and why it cannot be expressed here, as a sentence."""
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Hugging Face's name of an activation -> Megatron's function, see `megatron_config.py`."""
+
+
+def activation_field(hf: Any) -> str:
+    """Return the field that names the activation of the feed-forward parts."""
+    return "hidden_activation" if "hidden_activation" in own_fields(hf) else "hidden_act"
+
+
+def unlike_llama(hf: Any) -> Refusals:
+    """Return what a family like Llama cannot have here: another activation, windows of less than a token."""
+    found: Refusals = {}
+    field = activation_field(hf)
+    if getattr(hf, field) not in ACTIVATIONS:
+        found[field] = (getattr(hf, field), f"Supported are {', '.join(ACTIVATIONS)}.")
     window = own_field(hf, "sliding_window")
-    if window is not None and window < 1:
-        found["sliding_window"] = window
+    if window is not None and window < 1 and sliding_window(hf):
+        found["sliding_window"] = (window, "A token sees at least itself.")
     return found
+
+
+def biases_of_fields(hf: Any) -> Biases:
+    """Return the biases that `attention_bias`, of all four projections, and `mlp_bias` ask for."""
+    attention = bool(own_field(hf, "attention_bias"))
+    return Biases(inputs=attention, output=attention, feed_forward=bool(own_field(hf, "mlp_bias")))
+
+
+def _nothing(hf: Any) -> dict[str, Any]:
+    return {}
 
 
 def _dense(hf: Any) -> None:
     return None
+
+
+def _no(hf: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,19 +204,35 @@ class Family:
 
     Attributes:
         weights: Returns the table of weights of a model with these sizes, see `tables.py`.
-        fields: Returns the fields of Megatron's TransformerConfig that differ from Llama's.
+        fields: Returns the fields of `ModelConfig` that differ from Llama's.
         mixture: Returns the mixtures of experts; None for a dense model.
-        unsupported: Returns field of the configuration -> value, of those values that cannot be expressed here.
-        fused_projections: Projections that return several parts of Megatron's linear layers, see `lora.py`.
+        unsupported: Returns what cannot be expressed here.
+        biases: Returns which linear layers have a bias.
+        layer_norms: Whether its norms are LayerNorms.
+        head_norms: Returns whether queries and keys are normed.
+        norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
+        projections: Names of the linear layers outside the experts, see `projections.py`.
+        feed_forward_adapters: Whether those of them that are no part of attention can have adapters. In most mixtures
+            PEFT takes their names for those that transformers 4 had for the experts' matrices, in dense layers too.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
+        rotary_by_layer_type: Whether `rope_parameters` has an entry for each of `layer_types`.
+        further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
+            tokens at once; transformers computes nothing with them, and here they are left out.
     """
 
     weights: Callable[[Dimensions], Iterable[Rule]]
     fields: Callable[[Any], dict[str, Any]] = _nothing
     mixture: Callable[[Any], Mixture | None] = _dense
-    unsupported: Callable[[Any], dict[str, Any]] = unlike_llama
-    fused_projections: tuple[str, ...] = ()
+    unsupported: Callable[[Any], Refusals] = unlike_llama
+    biases: Callable[[Any], Biases] = biases_of_fields
+    layer_norms: bool = False
+    head_norms: Callable[[Any], bool] = _no
+    norms_of_all_heads: bool = False
+    projections: tuple[str, ...] = SEPARATE
+    feed_forward_adapters: bool = True
     partial_rotary: bool = False
+    rotary_by_layer_type: bool = False
+    further_layers: tuple[str, ...] = ()
 
     def dimensions(self, hf: Any) -> Dimensions:
         """Return the sizes of a model."""
@@ -151,6 +245,10 @@ class Family:
             head_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
             vocabulary=hf.vocab_size,
             tied=bool(hf.tie_word_embeddings),
+            biases=self.biases(hf),
+            norm_biases=self.layer_norms,
+            head_norms=self.head_norms(hf),
+            norms_of_all_heads=self.norms_of_all_heads,
             mixture=self.mixture(hf),
         )
 

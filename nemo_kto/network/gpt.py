@@ -6,6 +6,7 @@ Tensor legend: `T` tokens of a packed row, `h` hidden size, `v/t` rows of the pa
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +22,20 @@ from megatron.core.tensor_parallel.layers import (
 )
 from transformers import PretrainedConfig
 
+from nemo_kto.algorithms.logprobs import LogitShape
 from nemo_kto.network import moe
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.hf_config import check_hf_config
 from nemo_kto.network.layer_specs import attends_by_document, block_spec, check_transformer_impl
 from nemo_kto.network.megatron_config import Recompute, megatron_config
-from nemo_kto.network.rotary import RotaryEmbedding, rope_parameters
+from nemo_kto.network.rotary import RotaryEmbedding
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
+
+_NORM = re.compile(r"norm(_weight|\.weight)$")
+"""What the names of the weights of norms end with."""
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -103,9 +108,18 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         decoder_input, rotary, *rest = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=described, padding_mask=padding_mask, **kwargs
         )
+        if decoder_input is not None and self.config.embedding_multiplier != 1.0:
+            decoder_input = decoder_input * self._embedding_multiplier
         if self.rotary is not None:
             rotary = self.rotary.table(position_ids[0], self._document_lengths(position_ids[0], packed_seq_params))
         return (decoder_input, rotary, *rest)
+
+    @property
+    def _embedding_multiplier(self) -> float:
+        config = self.config
+        if not config.embedding_multiplier_is_rounded:
+            return float(config.embedding_multiplier)
+        return torch.tensor(config.embedding_multiplier, dtype=config.params_dtype).item()
 
     def _document_lengths(self, positions: torch.Tensor, row: PackedSeqParams) -> torch.Tensor:
         """Return how many tokens `[T]` the document of each of this rank's tokens has.
@@ -128,6 +142,11 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
             return shared
         weight: torch.nn.Parameter = self.output_layer.weight
         return weight
+
+    @property
+    def logit_shape(self) -> LogitShape:
+        """What it makes of the products of hidden states and output layer."""
+        return LogitShape(self.config.logits_multiplier, self.config.logits_cap)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the hidden states `[T, 1, h]`, after the final norm on the last stage."""
@@ -183,7 +202,7 @@ def build_gpt(
         moe_aux_loss_coeff=moe_aux_loss_coeff,
     )
     rotary = RotaryEmbedding(hf_config, sizes.head_channels)
-    by_document = attends_by_document(config, use_transformer_engine) or rotary.depends_on_length
+    by_document = attends_by_document(config, use_transformer_engine) or rotary.is_beyond_megatron
     # like `bias_activation_fusion` one of the functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; it
     # is for what `DocumentAttention` takes, not for Transformer Engine's rows
     config.apply_rope_fusion = by_document
@@ -207,16 +226,16 @@ def build_gpt(
         post_process=place.is_last_stage and chunk == layout.virtual - 1,
         parallel_output=True,
         position_embedding_type="none" if by_document else "rope",
-        rotary_base=rope_parameters(hf_config)["rope_theta"],
         rotary_percent=2 * len(rotary.inverse_frequencies) / sizes.head_channels,
         share_embeddings_and_output_weights=sizes.tied,
         vp_stage=chunk_number,
     )
     _mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
+    moe.freeze_router_biases(model, config)
     _clear_vocabulary(model)
     if not by_document:
-        # Megatron knows Llama 3's scaling with one set of parameters only; the frequencies say everything
+        # of the kinds of scaling Megatron knows few, and those not in full; the frequencies say everything
         model.rotary_pos_emb.inv_freq = rotary.inverse_frequencies
     return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
 
@@ -225,14 +244,16 @@ def build_gpt(
 def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
     """Fill the weights with random numbers that depend on `seed` only, never on the layout.
 
-    Matrices are normal with mean 0 and standard deviation `std`, norms one, biases and padding rows zero. Each full
-    tensor is drawn in float32 from a generator of its own, seeded by (`seed`, its name), and sliced: one at a time.
+    Matrices are normal with mean 0 and standard deviation `std`, norms multiply by one, biases and padding rows are
+    zero. Each full tensor is drawn in float32 from a generator of its own, seeded by (`seed`, its name), and sliced:
+    one at a time.
     """
     rules = model.rules()
+    norm = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
     for leaf in sharded_leaves(model):
         layout = match(rules, leaf.key).layout
         if len(leaf.global_shape) == 1:
-            leaf.data.fill_(0.0 if leaf.key.endswith("bias") else 1.0)
+            leaf.data.fill_(norm if _NORM.search(leaf.key) else 0.0)
             continue
         generator = tensor_generator(seed, leaf.key)
         full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network import moe, rotary
 from nemo_kto.network.families import dimensions_of, family_of
+from nemo_kto.network.family import Refusals
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -82,17 +83,15 @@ def check_hf_config(config: PretrainedConfig) -> None:
     if getattr(config, "transformers_weights", None) is not None:
         raise ConfigError(f"{source}: transformers_weights is not supported. Call the file model.safetensors.")
     mixture = family.mixture(config)
-    unsupported = {
+    refusals: Refusals = {
         **family.unsupported(config),
-        **rotary.unsupported_fields(config, partial=family.partial_rotary),
-        **(moe.unsupported_fields(mixture) if mixture is not None else {}),
+        **rotary.unsupported_fields(config),
+        **(moe.unsupported_fields(mixture, config) if mixture is not None else {}),
     }
-    for field, value in unsupported.items():
+    for field, (value, reason) in refusals.items():
         raise ConfigError(
             f"{source}: {field} is not supported with the value {value!r} in a model of the architecture "
-            f"{config.model_type!r}. Supported are rope types {', '.join(rotary.SUPPORTED_TYPES)}, and experts chosen "
-            "without noise, two or more for each token where their probabilities are normalised; biases and other "
-            "activations only where the architecture always has them."
+            f"{config.model_type!r}. {reason}"
         )
     try:
         rotary.RotaryEmbedding(config, dimensions_of(config).head_channels)

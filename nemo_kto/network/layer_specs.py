@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from nemo_kto.algorithms.pointwise import rms_norm
 from nemo_kto.errors import ConfigError
 from nemo_kto.network import moe
 from nemo_kto.network.attention import DocumentAttention
-
-
-class SeparateValueAttention(SelfAttention):  # type: ignore[misc]
-    """Self-attention whose values have memory of their own.
-
-    They come as a part of what one projection returns for queries, keys and values. The rotary embedding makes the
-    first two anew; values that are kept for the backward pass, by attention or by its recomputation, would then keep
-    the memory of all three.
-    """
-
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """Return queries `[T, 1, a, d]`, keys and values `[T, 1, g, d]`."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return query, key, value.contiguous()
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron adds up its gradient over the ranks that divide the tokens.
-
-    Megatron's own wrapper of torch's norms refuses sequence parallelism.
-
-    Args:
-        config: Megatron's configuration.
-        hidden_size: Channels.
-        eps: Added to the mean square.
-        kwargs: What Megatron passes to every norm besides.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the normed `values`, `[..., hidden_size]`: on CUDA by torch's kernel, which a CPU has none of."""
-        if values.is_cuda:
-            return super().forward(values)
-        assert self.eps is not None
-        return rms_norm(values, self.weight, self.eps)
+from nemo_kto.network.layers import FamilyAttention, FamilyLayer
+from nemo_kto.network.model_config import ModelConfig
+from nemo_kto.network.norms import norm_of
 
 
 def block_spec(
-    config: TransformerConfig,
+    config: ModelConfig,
     *,
     use_transformer_engine: bool,
     by_document: bool,
@@ -68,13 +28,13 @@ def block_spec(
     """Return the layers of one chunk of a pipeline stage.
 
     Args:
-        config: Megatron's configuration.
+        config: The model's configuration.
         use_transformer_engine: Whether layers come from Transformer Engine.
         by_document: Whether attention is `DocumentAttention`.
         chunk: Which one; None unless stages are interleaved.
         unfused: See `build_gpt`.
     """
-    norm = SequenceParallelRMSNorm
+    norm = norm_of(config)
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -90,7 +50,7 @@ def block_spec(
 
 
 def _layer_spec(
-    config: TransformerConfig,
+    config: ModelConfig,
     use_transformer_engine: bool,
     num_experts: int | None,
     *,
@@ -103,43 +63,59 @@ def _layer_spec(
         engine = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
-    if engine is not None and not unfused:
+    # Transformer Engine's linear layers have the norm inside that is before them
+    if engine is not None and not unfused and config.norms_before:
         layer = engine
     else:
-        layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-        )
-        _replace_norms(layer)
-        if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
-            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        if (
-            engine is not None
-        ):  # its linear layers have the norm inside; its attention and its experts are as good here
-            layer.submodules.self_attention.submodules.core_attention = (
-                engine.submodules.self_attention.submodules.core_attention
-            )
-            layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
+        layer = _unfused_layer(config, num_experts, engine)
+    attention = layer.submodules.self_attention
+    attention.module = FamilyAttention
+    attention.params = {**attention.params, "separate_values": by_document}
     if by_document:
-        layer.submodules.self_attention.module = SeparateValueAttention
-        layer.submodules.self_attention.submodules.core_attention = DocumentAttention
+        attention.submodules.core_attention = DocumentAttention
+    if config.norms_after or config.residual_multiplier != 1.0:
+        layer.module = FamilyLayer
     return layer
 
 
-def attends_by_document(config: TransformerConfig, use_transformer_engine: bool) -> bool:
+def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleSpec | None) -> ModuleSpec:
+    """Return a layer of Megatron's own linear layers and torch's norms.
+
+    Transformer Engine's attention and experts, where there is such an `engine`, are as good here.
+    """
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    _set_norms(layer, config)
+    if num_experts:  # Transformer Engine's name: only its dense layers have the norm inside their first projection
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    if engine is not None:
+        attention, engines = (spec.submodules.self_attention.submodules for spec in (layer, engine))
+        attention.core_attention = engines.core_attention
+        layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
+    return layer
+
+
+def attends_by_document(config: ModelConfig, use_transformer_engine: bool) -> bool:
     """Return whether attention is `DocumentAttention`.
 
     None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
-    tokens.
+    tokens; it has no caps.
     """
-    return not use_transformer_engine or config.params_dtype == torch.float32 or config.context_parallel_size > 1
+    return (
+        not use_transformer_engine
+        or config.params_dtype == torch.float32
+        or config.context_parallel_size > 1
+        or config.attention_cap is not None
+    )
 
 
-def _replace_norms(layer: ModuleSpec) -> None:
-    """Put `SequenceParallelRMSNorm` where the local specification has torch's norms."""
-    for submodules in (layer.submodules, layer.submodules.self_attention.submodules):
-        for name, module in vars(submodules).items():
-            if module is WrappedTorchNorm:
-                setattr(submodules, name, SequenceParallelRMSNorm)
+def _set_norms(layer: ModuleSpec, config: ModelConfig) -> None:
+    """Put the model's norms where the local specification has norms."""
+    norm, attention = norm_of(config), layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm if config.norms_before else IdentityOp
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
 
 
 def check_transformer_impl(transformer_impl: str) -> bool:

@@ -39,8 +39,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.dropout import drop_out
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
-from nemo_kto.network.projections import LINEAR_OF, PARTS, LoRASettings, parts_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, linear_layers, parts_of, place_in_layer
 from nemo_kto.network.sharded import sharded_leaves
 
 
@@ -234,15 +235,18 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         settings: Which adapters; layers of other chunks and ranks are passed over.
     """
     model.requires_grad_(False)
-    switch = _Switch()
+    switch, sizes = _Switch(), dimensions_of(model.hf_config)
     for layer in model.decoder.layers:
         number = layer.layer_number - 1
         if number not in settings.layers:
             continue
-        for name in PARTS:
+        for name, parts in linear_layers(model.hf_config).items():
             chosen = [projection for projection in settings.projections if LINEAR_OF[projection] == name]
             if chosen:
-                _adapt(layer.get_submodule(name), name, chosen=chosen, settings=settings, switch=switch, layer=number)
+                places, names = zip(*(place_in_layer(projection, number, sizes) for projection in chosen), strict=True)
+                linear = layer.get_submodule(places[0])
+                _adapt(linear, parts, names=names, settings=settings, switch=switch)
+                linear._dropout_salt = zlib.crc32(f"{number}.{places[0]}".encode())
         layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
     model.adapter_switch = switch
     if model.config.recompute_granularity == "full" and model.pre_process:
@@ -264,8 +268,9 @@ def _note_dropout_keys(switch: _Switch) -> Any:
 
 
 def _adapt(
-    linear: Any, name: str, *, chosen: Sequence[str], settings: LoRASettings, switch: _Switch, layer: int
+    linear: Any, parts: Sequence[str], *, names: Sequence[str], settings: LoRASettings, switch: _Switch
 ) -> None:
+    """Give a linear layer adapters; see `linear_layers` for its parts, `place_in_layer` for the names."""
     classes = {
         ColumnParallelLinear: AdaptedColumnParallelLinear,
         RowParallelLinear: AdaptedRowParallelLinear,
@@ -275,17 +280,16 @@ def _adapt(
     is_column = isinstance(linear, ColumnParallelLinear)
     outputs, inputs = linear.weight.shape
     linear._groups = 1
-    rows = dict.fromkeys(PARTS[name], outputs // len(PARTS[name]))
-    if name == "self_attention.linear_qkv":  # Megatron keeps each key/value head with those of its queries
+    rows = dict.fromkeys(parts, outputs // len(parts))
+    if "q_proj" in parts:  # Megatron keeps each key/value head with those of its queries
         linear._groups = config.num_query_groups // tp_size
         per_group = config.num_attention_heads // config.num_query_groups
         rows = {"q_proj": per_group * config.kv_channels, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
     linear._parts = tuple(rows.items())
     linear._switch, linear._settings = switch, settings
-    linear._dropout_salt = zlib.crc32(f"{layer}.{name}".encode())
     linear._sharded_dim = {}
     adapters = torch.nn.ModuleDict()
-    for projection in chosen:
+    for projection in names:
         own = {part: rows[part] * linear._groups for part in parts_of(projection)}
         adapter = Adapter(linear.weight, inputs=inputs, outputs=own, rank=settings.rank)
         a_name, b_names = ["lora_a"], list(adapter.b_names.values())

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from nemo_kto.algorithms import pointwise
 from nemo_kto.network import moe
 from nemo_kto.network.families import family_of
-from nemo_kto.network.family import Dimensions, Family
+from nemo_kto.network.family import ACTIVATIONS, Dimensions, Family, activation_field
+from nemo_kto.network.model_config import ModelConfig
+from nemo_kto.network.rotary import RotaryEmbedding
 from nemo_kto.runtime.layout import Layout
 
 
@@ -47,8 +49,8 @@ def megatron_config(
     recompute: Recompute | None,
     grouped_gemm: bool,
     moe_aux_loss_coeff: float,
-) -> TransformerConfig:
-    """Return Megatron's configuration of a model.
+) -> ModelConfig:
+    """Return the configuration of a model.
 
     Args:
         hf_config: The model's configuration.
@@ -60,7 +62,7 @@ def megatron_config(
     """
     family = family_of(hf_config)
     sizes = family.dimensions(hf_config)
-    return TransformerConfig(
+    return ModelConfig(
         **_division(layout),
         **_precision(params_dtype),
         **_architecture(hf_config, family, sizes),
@@ -70,23 +72,38 @@ def megatron_config(
 
 
 def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> dict[str, Any]:
-    """Return the TransformerConfig fields that say what the model computes."""
-    return {
+    """Return the fields that say what the model computes."""
+    fields: dict[str, Any] = {
         "num_layers": sizes.layers,
         "hidden_size": sizes.hidden,
         "ffn_hidden_size": sizes.feed_forward,
         "num_attention_heads": sizes.heads,
         "num_query_groups": sizes.groups,
         "kv_channels": sizes.head_channels,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.rms_norm_eps,
+        "normalization": "LayerNorm" if family.layer_norms else "RMSNorm",
+        "layernorm_epsilon": getattr(hf, "rms_norm_eps", None),
+        "qk_layernorm": sizes.head_norms and not sizes.norms_of_all_heads,
+        "norms_of_all_heads": sizes.head_norms and sizes.norms_of_all_heads,
+        "add_qkv_bias": sizes.biases.inputs,
+        "attention_output_bias": sizes.biases.output,
+        "add_bias_linear": sizes.biases.feed_forward,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "rotary_tables": RotaryEmbedding(hf, sizes.head_channels).tables_of_layers,
         **family.fields(hf),
     }
+    return {**fields, **_activation(ACTIVATIONS[getattr(hf, activation_field(hf))], gated=fields["gated_linear_unit"])}
+
+
+def _activation(name: str, *, gated: bool) -> dict[str, Any]:
+    """Return the fields of an activation, by its name in `ACTIVATIONS`.
+
+    What Megatron fuses are functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; of GELU, in a gated
+    part, the tanh form.
+    """
+    functions = {"silu": F.silu, "gelu": F.gelu if gated else pointwise.gelu}
+    return {"activation_func": functions[name], "bias_activation_fusion": gated}
 
 
 def _experts(sizes: Dimensions, *, grouped_gemm: bool, aux_loss_coeff: float) -> dict[str, Any]:
@@ -137,6 +154,5 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
         "use_cpu_initialization": not on_cuda,
         "perform_initialization": False,  # it would make every full tensor on every rank
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": True,
         "bias_dropout_fusion": False,
     }

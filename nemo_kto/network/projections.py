@@ -10,18 +10,26 @@ from transformers import PretrainedConfig
 
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Dimensions
 
-PARTS = {
-    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "self_attention.linear_proj": ("o_proj",),
-    "mlp.linear_fc1": ("gate_proj", "up_proj"),
-    "mlp.linear_fc2": ("down_proj",),
+LINEAR_OF = {
+    "q_proj": "self_attention.linear_qkv",
+    "k_proj": "self_attention.linear_qkv",
+    "v_proj": "self_attention.linear_qkv",
+    "o_proj": "self_attention.linear_proj",
+    "gate_proj": "mlp.linear_fc1",
+    "up_proj": "mlp.linear_fc1",
+    "down_proj": "mlp.linear_fc2",
+    "qkv_proj": "self_attention.linear_qkv",
+    "gate_up_proj": "mlp.linear_fc1",
+    "c_fc": "mlp.linear_fc1",
+    "c_proj": "mlp.linear_fc2",
 }
-"""Megatron's linear layer of a transformer layer -> the parts its rows are made of, in the order of a fused one."""
+"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of."""
 
 
-_FUSED = {"qkv_proj": "self_attention.linear_qkv", "gate_up_proj": "mlp.linear_fc1"}
-"""Projection that returns all parts of a linear layer -> that layer."""
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Projection that returns several parts of a linear layer -> those parts, in their order."""
 
 
 _GROUPS = {
@@ -31,25 +39,41 @@ _GROUPS = {
     "mlp_fc2": ("mlp.linear_fc2",),
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
-    "all": tuple(PARTS),
+    "all": tuple(dict.fromkeys(LINEAR_OF.values())),
 }
 """NeMo's names of target modules -> linear layers."""
 
 
-LINEAR_OF = {part: linear for linear, parts in PARTS.items() for part in parts} | _FUSED
-"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of."""
-
-
-def parts_of(projection: str) -> tuple[str, ...]:
-    """Return the parts of Megatron's linear layer that a projection returns, in its order."""
-    return PARTS[_FUSED[projection]] if projection in _FUSED else (projection,)
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the parts of Megatron's linear layer that a projection, or that of adapters, returns, in its order."""
+    projection = name.rpartition("-")[2]
+    return _FUSED.get(projection, (projection,))
 
 
 def projections_of_model(hf_config: PretrainedConfig) -> tuple[str, ...]:
     """Return the projections of a model's layers."""
-    fused = family_of(hf_config).fused_projections
-    instead = {part for projection in fused for part in parts_of(projection)}
-    return tuple(name for name in LINEAR_OF if name in fused or (name not in _FUSED and name not in instead))
+    return ordered(family_of(hf_config).projections)
+
+
+def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str, str]:
+    """Return (Megatron's linear layer, name of the adapters beside it) for a projection of a layer.
+
+    In a layer of experts those of the feed-forward part are the shared expert's. Hugging Face has it as a module in
+    the mixture, whose name and a hyphen are in front of the adapters' then.
+    """
+    linear, mixture = LINEAR_OF[projection], sizes.mixture
+    if mixture is None or mixture.shared is None or layer not in mixture.sparse_layers or linear[:4] != "mlp.":
+        return linear, projection
+    return linear.replace("mlp.", "mlp.shared_experts."), f"{mixture.shared.name}-{projection}"
+
+
+def linear_layers(hf_config: PretrainedConfig) -> dict[str, tuple[str, ...]]:
+    """Return Megatron's linear layers of a transformer layer -> the parts their rows are made of, in their order."""
+    layers: dict[str, tuple[str, ...]] = {}
+    for projection in projections_of_model(hf_config):
+        name = LINEAR_OF[projection]
+        layers[name] = (*layers.get(name, ()), *parts_of(projection))
+    return layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `r` channels of a head t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Refusals
 
-SUPPORTED_TYPES = ("default", "linear", "llama3", "longrope")
+SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+"""`dynamic` has other frequencies in documents longer than `max_position_embeddings` only, which do not exist here."""
+
+_CPU = torch.device("cpu")
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
@@ -21,22 +26,72 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     return dict(config.rope_parameters or {})
 
 
-def unsupported_fields(config: PretrainedConfig, *, partial: bool) -> dict[str, Any]:
-    """Return field of the configuration -> value, of those values that cannot be expressed here.
-
-    Args:
-        config: The model's configuration.
-        partial: Whether its family rotates a share of each head's channels.
-    """
+def _entries(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """Return kind of layer -> its parameters, for the kinds that there are; of None where all have the same."""
     rope = rope_parameters(config)
-    if "rope_type" not in rope:  # one for each kind of layer
-        return {"rope_parameters": rope}
-    if rope["rope_type"] not in SUPPORTED_TYPES:
-        return {"rope_parameters.rope_type": rope["rope_type"]}
-    factor = rope.get("partial_rotary_factor")
-    if not partial and factor not in (None, 1.0):
-        return {"rope_parameters.partial_rotary_factor": factor}
-    return {}
+    if not family_of(config).rotary_by_layer_type:
+        return {None: rope}
+    return {kind: rope.get(kind) or {} for kind in sorted(set(config.layer_types))}
+
+
+def unsupported_fields(config: PretrainedConfig) -> Refusals:
+    """Return what cannot be expressed here of a model's rotary embedding."""
+    found: Refusals = {}
+    partial = family_of(config).partial_rotary
+    for kind, rope in _entries(config).items():
+        name = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
+        if "rope_type" not in rope:
+            found[name] = (rope, "A rope_type is needed, and one for all layers in most architectures.")
+            continue
+        if rope["rope_type"] not in SUPPORTED_TYPES:
+            found[f"{name}.rope_type"] = (rope["rope_type"], f"Supported are {', '.join(SUPPORTED_TYPES)}.")
+        factor = rope.get("partial_rotary_factor")
+        # a "proportional" embedding has angles for all channels, of which some are zero
+        if not partial and factor not in (None, 1.0) and rope["rope_type"] != "proportional":
+            found[f"{name}.partial_rotary_factor"] = (factor, "This architecture rotates all channels of a head.")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frequencies:
+    """The rotary embedding of a kind of layers.
+
+    Attributes:
+        usual: `[r / 2]` float32, radians per position.
+        long: `[r / 2]` float32, those of documents longer than `switch`; None for the same.
+        switch: Longest document, in tokens, with the first kind; None without another.
+        factor: What cosines and sines are multiplied with.
+    """
+
+    usual: torch.Tensor
+    long: torch.Tensor | None = None
+    switch: int | None = None
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, head_channels: int, kind: str | None, rope: dict[str, Any]) -> _Frequencies:
+        """Return those that transformers computes of the parameters `rope` of a kind of layers."""
+        if rope["rope_type"] == "default":
+            share = (rope.get("partial_rotary_factor") or 1.0) if family_of(config).partial_rotary else 1.0
+            channels = int(head_channels * share)
+            exponents = torch.arange(0, channels, 2, dtype=torch.float32) / channels
+            return cls(usual=1.0 / (rope["rope_theta"] ** exponents))
+        compute = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+        usual, factor = compute(config, _CPU, layer_type=kind)
+        if rope["rope_type"] != "longrope":
+            return cls(usual=usual, factor=factor)
+        switch = int(rope["original_max_position_embeddings"])
+        long, _ = compute(config, _CPU, seq_len=switch + 1, layer_type=kind)
+        return cls(usual=usual, long=long, switch=switch, factor=factor)
+
+    def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return cosines, then sines, `[T, r]` float32; see `RotaryEmbedding.table`."""
+        where = positions.float()[:, None]
+        angles = where * self.usual.to(where.device)
+        if self.long is not None:
+            is_long = (lengths > self.switch)[:, None]
+            angles = torch.where(is_long, where * self.long.to(where.device), angles)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1) * self.factor
 
 
 class RotaryEmbedding:
@@ -47,44 +102,37 @@ class RotaryEmbedding:
         head_channels: Channels of a head.
 
     Attributes:
-        inverse_frequencies: `[r / 2]` float32, radians per position.
-        long_inverse_frequencies: `[r / 2]` float32, those of documents longer than `switch`; None for the same.
-        switch: Longest document, in tokens, with the first kind; None without another.
-        factor: What cosines and sines are multiplied with.
+        tables_of_layers: Which of the tables each layer takes; None where there is one.
+        switches: Lengths of documents, in tokens, beyond which tables have other frequencies.
     """
 
     def __init__(self, config: PretrainedConfig, head_channels: int) -> None:
-        rope = rope_parameters(config)
-        self.long_inverse_frequencies: torch.Tensor | None = None
-        self.switch: int | None = None
-        self.factor = 1.0
-        if rope["rope_type"] == "default":
-            share = rope.get("partial_rotary_factor", 1.0) if family_of(config).partial_rotary else 1.0
-            channels = int(head_channels * share)
-            exponents = torch.arange(0, channels, 2, dtype=torch.float32) / channels
-            self.inverse_frequencies = 1.0 / (rope["rope_theta"] ** exponents)
-            return
-        compute = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-        self.inverse_frequencies, self.factor = compute(config, torch.device("cpu"))
-        if rope["rope_type"] == "longrope":
-            self.switch = int(rope["original_max_position_embeddings"])
-            self.long_inverse_frequencies, _ = compute(config, torch.device("cpu"), seq_len=self.switch + 1)
+        entries = _entries(config)
+        self._kinds = [_Frequencies.of(config, head_channels, kind, rope) for kind, rope in entries.items()]
+        self.tables_of_layers: tuple[int, ...] | None = None
+        if len(entries) > 1:
+            self.tables_of_layers = tuple(list(entries).index(kind) for kind in config.layer_types)
+        self.switches = frozenset(kind.switch for kind in self._kinds if kind.switch is not None)
 
     @property
-    def depends_on_length(self) -> bool:
-        """Whether documents of different lengths have different tables, or one that Megatron's does not know."""
-        return self.switch is not None or self.factor != 1.0
+    def inverse_frequencies(self) -> torch.Tensor:
+        """`[r / 2]` float32, radians per position, where Megatron's own embedding will do."""
+        return self._kinds[0].usual
+
+    @property
+    def is_beyond_megatron(self) -> bool:
+        """Whether tables depend on a document's length, differ between layers, or have a factor."""
+        return len(self._kinds) > 1 or bool(self.switches) or self._kinds[0].factor != 1.0
 
     def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return cosines, then sines, of the angles of each token, `[T, 1, 1, r]` float32; see `pointwise.rotate`.
+        """Return cosines, then sines, of the angles of each token, float32; see `pointwise.rotate`.
 
         Args:
             positions: `[T]` int64, places of the tokens in their documents.
             lengths: `[T]` int64, tokens of their documents.
+
+        Returns:
+            `[T, 1, 1, r]`; where layers have different tables `[tables, T, 1, 1, r]`.
         """
-        where = positions.float()[:, None]
-        angles = where * self.inverse_frequencies.to(where.device)
-        if self.long_inverse_frequencies is not None:
-            is_long = (lengths > self.switch)[:, None]
-            angles = torch.where(is_long, where * self.long_inverse_frequencies.to(where.device), angles)
-        return (torch.cat([angles.cos(), angles.sin()], dim=-1) * self.factor)[:, None, None]
+        tables = torch.stack([kind.table(positions, lengths) for kind in self._kinds])[:, :, None, None]
+        return tables[0] if self.tables_of_layers is None else tables

@@ -6,10 +6,10 @@ Tensor legend: `h` hidden size, `f` feed-forward size, `a` query heads, `g` key/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from nemo_kto.network.family import Dimensions
+from nemo_kto.network.family import Dimensions, Mixture
 from nemo_kto.network.weight_rules import FusedQKV, PaddedVocab, Piece, Rule, stacked
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -17,6 +17,7 @@ OUTPUT = "lm_head.weight"
 
 _OURS = "decoder.layers.{layer}."
 _THEIRS = "model.layers.{layer}."
+_EXPERT = _OURS + "mlp.experts.experts.{expert}."
 
 
 def outer(sizes: Dimensions) -> Iterator[Rule]:
@@ -26,20 +27,18 @@ def outer(sizes: Dimensions) -> Iterator[Rule]:
     embedding = Piece(EMBEDDING, (sizes.vocabulary, h), elsewhere=(output,) if sizes.tied else ())
 
     yield Rule("embedding.word_embeddings.weight", (embedding,), vocabulary)
-    yield Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", (h,)),))
+    for suffix in ("weight", "bias") if sizes.norm_biases else ("weight",):
+        yield Rule(f"decoder.final_layernorm.{suffix}", (Piece(f"model.norm.{suffix}", (h,)),))
     if not sizes.tied:
         yield Rule("output_layer.weight", (output,), vocabulary)
 
 
-def attention(
-    sizes: Dimensions, *, bias: bool = False, head_norms: bool = False, fused: str | None = None
-) -> Iterator[Rule]:
+def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused: str | None = None) -> Iterator[Rule]:
     """Yield the rules of each layer's attention, with the norm before it.
 
     Args:
         sizes: Of the model.
-        bias: Whether queries, keys and values have a bias.
-        head_norms: Whether each head's queries and keys are normed.
+        norm: Name of that norm in a layer; None where there is none.
         fused: Name of the one projection that returns queries, keys and values, in this order; None where there are
             three, `q_proj`, `k_proj` and `v_proj`.
     """
@@ -54,66 +53,142 @@ def attention(
             return stacked(f"{theirs}{fused}.{suffix}", *shapes)
         return tuple(Piece(f"{theirs}{part}_proj.{suffix}", shape) for part, shape in zip("qkv", shapes, strict=True))
 
-    yield _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", layers, h)
+    if norm is not None:
+        yield from _norm("self_attention.linear_qkv.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
     yield Rule(ours + "linear_qkv.weight", projection("weight", h), layout, layers)
     yield _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", layers, h, queries)
-    if bias:
+    if sizes.biases.inputs:
         yield Rule(ours + "linear_qkv.bias", projection("bias"), layout, layers)
-    if head_norms:
-        yield _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", layers, d)
-        yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, d)
+    if sizes.biases.output:
+        yield _one("self_attention.linear_proj.bias", "self_attn.o_proj.bias", layers, h)
+    if sizes.head_norms:
+        of_queries, of_keys = (queries, keys) if sizes.norms_of_all_heads else (d, d)
+        yield _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", layers, of_queries)
+        yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, of_keys)
 
 
-def feed_forward(sizes: Dimensions, *, fused: str | None = None) -> Iterator[Rule]:
+def feed_forward(
+    sizes: Dimensions, *, norm: str | None = "post_attention_layernorm", fused: str | None = None
+) -> Iterator[Rule]:
     """Yield the rules of the gated feed-forward part of each dense layer, with the norm before it.
 
     Args:
         sizes: Of the model.
+        norm: Name of that norm in a layer; None where there is none.
         fused: Name of the one projection that returns gate and up, in this order; None where there are two,
             `gate_proj` and `up_proj`.
     """
     h, f, layers = sizes.hidden, sizes.feed_forward, sizes.dense_layers
     if not layers:
         return
-    gate, up = Piece(f"{_THEIRS}mlp.gate_proj.weight", (f, h)), Piece(f"{_THEIRS}mlp.up_proj.weight", (f, h))
-    if fused is not None:
-        gate, up = stacked(f"{_THEIRS}mlp.{fused}.weight", (f, h), (f, h))
-    yield _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", layers, h)
-    yield Rule(_OURS + "mlp.linear_fc1.weight_w", (gate,), layers=layers)
-    yield Rule(_OURS + "mlp.linear_fc1.weight_v", (up,), layers=layers)
-    yield _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers, h, f)
+    if norm is not None:
+        yield from _norm("mlp.linear_fc1.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
+    for suffix, columns in (("weight", (h,)), ("bias", ())) if sizes.biases.feed_forward else (("weight", (h,)),):
+        gate, up = (Piece(f"{_THEIRS}mlp.{part}_proj.{suffix}", (f, *columns)) for part in ("gate", "up"))
+        if fused is not None:
+            gate, up = stacked(f"{_THEIRS}mlp.{fused}.{suffix}", (f, *columns), (f, *columns))
+        yield Rule(f"{_OURS}mlp.linear_fc1.{suffix}_w", (gate,), layers=layers)
+        yield Rule(f"{_OURS}mlp.linear_fc1.{suffix}_v", (up,), layers=layers)
+    yield from _linear("mlp.linear_fc2.", "mlp.down_proj.", layers, h, f, biased=sizes.biases.feed_forward)
 
 
-def experts(sizes: Dimensions, *, block: str, gate: str, up: str, down: str) -> Iterator[Rule]:
-    """Yield the rules of the router and the experts of each layer that has some, with the norm before them.
-
-    transformers 5 calls the block `mlp` in every family, and keeps each layer's experts in two tensors, in which it
-    saves them too, if told so.
+def plain_feed_forward(
+    sizes: Dimensions, *, up: str, down: str, norm: str = "post_attention_layernorm"
+) -> Iterator[Rule]:
+    """Yield the rules of a feed-forward part that is not gated, with the norm before it.
 
     Args:
-        sizes: Of the model.
-        block: Name of the mixture in a layer.
-        gate: Name of an expert's gate projection.
-        up: Name of its up projection.
-        down: Name of its down projection.
+        sizes: Of the model, all of whose layers are dense.
+        up: Name of its first projection.
+        down: Name of its second.
+        norm: Name of the norm in a layer.
     """
+    h, f, layers, biased = sizes.hidden, sizes.feed_forward, sizes.dense_layers, sizes.biases.feed_forward
+    yield from _norm("mlp.linear_fc1.layer_norm_", norm, layers, h, biased=sizes.norm_biases)
+    yield from _linear("mlp.linear_fc1.", f"mlp.{up}.", layers, f, h, biased=biased)
+    yield from _linear("mlp.linear_fc2.", f"mlp.{down}.", layers, h, f, biased=biased)
+
+
+def norms_after(sizes: Dimensions, *, attention: str, feed_forward: str) -> Iterator[Rule]:
+    """Yield the rules of the norms behind attention and feed-forward part, by their names in a layer."""
+    layers, h = range(sizes.layers), sizes.hidden
+    yield from _norm("post_self_attn_layernorm.", attention, layers, h, biased=sizes.norm_biases)
+    yield from _norm("post_mlp_layernorm.", feed_forward, layers, h, biased=sizes.norm_biases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What folders call the parts of a mixture of experts, in a layer; the names they are published with come first.
+
+    Attributes:
+        router: The router's weight.
+        bias: The bias that experts are chosen with, if there is any.
+        separate: (gate, up, down) of one expert, where each is a tensor; `{expert}` stands for its number.
+        together: (gate and up, down) of all experts, where each is a tensor.
+        shared: The shared expert, if there is any.
+    """
+
+    router: Sequence[str]
+    bias: Sequence[str] = ()
+    separate: Sequence[tuple[str, str, str]] = ()
+    together: Sequence[tuple[str, str]] = ()
+    shared: str = ""
+
+    @classmethod
+    def of(cls, block: str, gate: str, up: str, down: str) -> ExpertNames:
+        """Return the usual ones, which differ in the names of a `block` and of an expert's projections.
+
+        transformers 5 calls the block `mlp` in every such family, and keeps each layer's experts in two tensors, in
+        which it saves them too, if told so.
+        """
+        blocks = list(dict.fromkeys([block, "mlp"]))
+        projections = [f"experts.{{expert}}.{name}.weight" for name in (gate, up, down)]
+        return cls(
+            router=[f"{place}.gate.weight" for place in blocks],
+            bias=[f"{place}.gate.e_score_correction_bias" for place in blocks],
+            separate=[tuple(f"{place}.{name}" for name in projections) for place in blocks],  # type: ignore[misc]
+            together=[(f"{place}.experts.gate_up_proj", f"{place}.experts.down_proj") for place in blocks],
+            shared=block,
+        )
+
+
+def experts(sizes: Dimensions, names: ExpertNames) -> Iterator[Rule]:
+    """Yield the rules of each mixture: router, experts, shared expert, with the norm before them."""
     mixture = sizes.mixture
     if mixture is None:
         return
     h, m, e, layers = sizes.hidden, mixture.feed_forward, mixture.experts, mixture.sparse_layers
-    ours, blocks = _OURS + "mlp.experts.experts.{expert}.", list(dict.fromkeys([block, "mlp"]))
     yield _one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", layers, h)
-    routers = [Piece(f"{_THEIRS}{place}.gate.weight", (e, h)) for place in blocks]
+    routers = [Piece(_THEIRS + name, (e, h)) for name in names.router]
     yield Rule(_OURS + "mlp.router.weight", (_anywhere(*routers),), layers=layers)
-    for key, name, fused, shapes, part in (
-        ("linear_fc1.weight_w", gate, "gate_up_proj", ((m, h), (m, h)), 0),
-        ("linear_fc1.weight_v", up, "gate_up_proj", ((m, h), (m, h)), 1),
-        ("linear_fc2.weight", down, "down_proj", ((h, m),), 0),
+    if mixture.chosen_with_bias:
+        biases = [Piece(_THEIRS + name, (e,), keeps_float32=True) for name in names.bias]
+        yield Rule(_OURS + "mlp.router.expert_bias", (_anywhere(*biases),), layers=layers)
+    for place, (key, shapes, part) in enumerate(
+        (
+            ("linear_fc1.weight_w", ((m, h), (m, h)), 0),
+            ("linear_fc1.weight_v", ((m, h), (m, h)), 1),
+            ("linear_fc2.weight", ((h, m),), 0),
+        )
     ):
-        single = [Piece(f"{_THEIRS}{place}.experts.{{expert}}.{name}.weight", shapes[part]) for place in blocks]
-        all_in_one = [stacked(f"{_THEIRS}{place}.experts.{fused}", *shapes)[part] for place in blocks]
+        single = [Piece(_THEIRS + each[place], shapes[part]) for each in names.separate]
+        all_in_one = [stacked(_THEIRS + each[place // 2], *shapes)[part] for each in names.together]
         places = [*single, *(replace(piece, stacked=e) for piece in all_in_one)]
-        yield Rule(ours + key, (_anywhere(*places),), layers=layers, experts=e)
+        yield Rule(_EXPERT + key, (_anywhere(*places),), layers=layers, experts=e)
+    yield from _shared_expert(sizes.hidden, mixture, names.shared)
+
+
+def _shared_expert(h: int, mixture: Mixture, block: str) -> Iterator[Rule]:
+    """Yield the rules of the shared expert of each mixture, which is called `block` in a layer."""
+    shared, layers = mixture.shared, mixture.sparse_layers
+    if shared is None:
+        return
+    ours, theirs, f = "mlp.shared_experts.", f"{block}.{shared.name}.", shared.feed_forward
+    yield _one(f"{ours}linear_fc1.weight_w", f"{theirs}gate_proj.weight", layers, f, h)
+    yield _one(f"{ours}linear_fc1.weight_v", f"{theirs}up_proj.weight", layers, f, h)
+    yield _one(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", layers, h, f)
+    if shared.gate is not None:
+        yield _one(f"{ours}gate_weight", f"{block}.{shared.gate}.weight", layers, 1, h)
 
 
 def _anywhere(first: Piece, *others: Piece) -> Piece:
@@ -121,5 +196,18 @@ def _anywhere(first: Piece, *others: Piece) -> Piece:
     return replace(first, elsewhere=others)
 
 
-def _one(key: str, name: str, layers: range | tuple[int, ...], *shape: int) -> Rule:
+def _one(key: str, name: str, layers: Sequence[int], *shape: int) -> Rule:
     return Rule(_OURS + key, (Piece(_THEIRS + name, shape),), layers=layers)
+
+
+def _norm(key: str, name: str, layers: Sequence[int], channels: int, *, biased: bool) -> Iterator[Rule]:
+    """Yield the rules of a norm: `key` and a suffix, and its `name` in a layer."""
+    for suffix in ("weight", "bias") if biased else ("weight",):
+        yield _one(key + suffix, f"{name}.{suffix}", layers, channels)
+
+
+def _linear(key: str, name: str, layers: Sequence[int], outputs: int, inputs: int, *, biased: bool) -> Iterator[Rule]:
+    """Yield the rules of a linear layer, whose names get suffixes."""
+    yield _one(f"{key}weight", f"{name}weight", layers, outputs, inputs)
+    if biased:
+        yield _one(f"{key}bias", f"{name}bias", layers, outputs)

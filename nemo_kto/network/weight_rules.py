@@ -32,6 +32,7 @@ class Piece:
             is a single matrix.
         place: Which of them this one is.
         elsewhere: Where other folders keep it, as transformers' own renaming has it.
+        keeps_float32: Whether it is written in float32 whatever dtype the model is written in, as transformers does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Piece:
     stacked: int | None = None
     place: int = 0
     elsewhere: tuple[Piece, ...] = ()
+    keeps_float32: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -56,10 +58,12 @@ class Piece:
 
     def at(self, layer: int | str, expert: int | str) -> Piece:
         """Return the piece of one layer and expert."""
-        name = self.name.format(layer=layer, expert=expert)
-        place = 0 if self.stacked is None else int(expert)
-        elsewhere = tuple(piece.at(layer, expert) for piece in self.elsewhere)
-        return Piece(name, self.shape, self.first_row, self.total_rows, self.stacked, place, elsewhere)
+        return replace(
+            self,
+            name=self.name.format(layer=layer, expert=expert),
+            place=0 if self.stacked is None else int(expert),
+            elsewhere=tuple(piece.at(layer, expert) for piece in self.elsewhere),
+        )
 
     def found_among(self, names: Collection[str]) -> list[Piece]:
         """Return where a folder with tensors of these names keeps the piece: nowhere, once, or in several copies."""

@@ -82,6 +82,7 @@ class ModelSizes:
         num_experts: Experts of each layer that has some; 0 for a dense model.
         expert_layers: Numbers of those layers, from 0.
         expert_ffn_hidden_size: Channels inside an expert.
+        shared_ffn_hidden_size: Channels inside the expert that all tokens go through; 0 without any.
     """
 
     num_layers: int
@@ -91,6 +92,7 @@ class ModelSizes:
     num_experts: int = 0
     expert_layers: Sequence[int] = ()
     expert_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
@@ -107,6 +109,7 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
         ("attention heads", sizes.num_attention_heads),
         ("key/value heads (query groups)", sizes.num_query_groups),
         ("feed-forward units", sizes.ffn_hidden_size),
+        ("units of the shared expert", sizes.shared_ffn_hidden_size),
     ):
         if value is not None and value % layout.tensor:
             raise ConfigError(

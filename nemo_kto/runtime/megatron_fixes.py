@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
-from megatron.core.transformer.moe import experts, moe_utils
+from megatron.core.transformer.moe import experts, moe_utils, shared_experts
 
 from nemo_kto.algorithms import pointwise
 from nemo_kto.runtime.write_results import WriteResults, become_helper
@@ -52,7 +52,9 @@ def keep_less_for_backward() -> None:
     their first call, for which a machine needs a compiler; `apply_rope_fusion` needs Transformer Engine (Megatron-Core
     0.16). Without them a feed-forward part keeps five tensors of its inner width, with them three.
     """
-    mlp.bias_swiglu_impl = _swiglu
+    for module in (mlp, shared_experts):
+        module.bias_swiglu_impl = _swiglu
+        module.bias_geglu_impl = _geglu
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate
@@ -134,13 +136,20 @@ def _swiglu(
 def _weighted_swiglu(
     projected: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor | None, fp8_input_store: bool = False
 ) -> torch.Tensor:
-    assert bias is None and not fp8_input_store, "no option of this package leads here"
-    return pointwise.swiglu(projected, weights)
+    assert not fp8_input_store, "no option of this package leads here"
+    return pointwise.swiglu(_biased(projected, bias), weights)
+
+
+def _geglu(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return pointwise.geglu(_biased(projected, bias))
+
+
+def _biased(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return projected if bias is None else projected + bias
 
 
 def _rotate(values: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    assert not interleaved, "no model of this package has its channels in that order"
-    return pointwise.rotate(values, table)
+    return pointwise.rotate(values, table, interleaved=interleaved)
 
 
 def _communicate_shapes(

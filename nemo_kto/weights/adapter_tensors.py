@@ -13,61 +13,66 @@ from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import dimensions_of
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of, place_in_layer
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Return part of a linear layer -> (its outputs, its inputs)."""
+    """Return part of a linear layer, as adapters beside it are named -> (its outputs, its inputs)."""
     model = dimensions_of(hf)
-    hidden, inner = model.hidden, model.feed_forward
+    hidden = model.hidden
     queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
-    return {
+    sizes = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
     }
+    shared = None if model.mixture is None else model.mixture.shared
+    for prefix, inner in (("", model.feed_forward), *([(f"{shared.name}-", shared.feed_forward)] if shared else [])):
+        sizes |= {f"{prefix}{name}": (inner, hidden) for name in ("gate_proj", "up_proj", "c_fc")}
+        sizes |= {f"{prefix}{name}": (hidden, inner) for name in ("down_proj", "c_proj")}
+    return sizes
 
 
 def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the adapters, by PEFT's name."""
-    sizes = linear_sizes(hf)
+    sizes, model = linear_sizes(hf), dimensions_of(hf)
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):
-        key = f"decoder.layers.{layer}.{LINEAR_OF[projection]}.adapters.{projection}."
+        linear, name = place_in_layer(projection, layer, model)
         for matrix in ("lora_a", "lora_b"):
-            piece = piece_of(key + matrix, sizes, rank=settings.rank)
+            key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
+            piece = piece_of(key, sizes, rank=settings.rank)
             shapes[piece.name] = piece.tensor_shape
     return shapes
 
 
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]\.weight")
-_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.lora_([ab])(?:_(\w+))?")
+_TENSOR = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)\.lora_[AB]\.weight"
+)
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([ab])(?:_(\w+))?")
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
 def _named(key: str) -> tuple[str, str, str]:
-    """Return (PEFT's name, projection, part or "") of an adapter's matrix named `key` in the sharded state dict."""
+    """Return (PEFT's name, adapters' name, part or "") of the matrix named `key` in the sharded state dict."""
     match = _KEY.fullmatch(key)
     assert match is not None, key
-    layer, block, projection, kind, part = match.groups()
-    name = f"base_model.model.model.layers.{layer}.{_BLOCKS[block]}.{projection}.lora_{kind.upper()}.weight"
-    return name, projection, part or ""
+    layer, block, adapters, kind, part = match.groups()
+    place = f"{_BLOCKS[block]}.{adapters.replace('-', '.')}"
+    return f"base_model.model.model.layers.{layer}.{place}.lora_{kind.upper()}.weight", adapters, part or ""
 
 
 def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int) -> Piece:
     """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors."""
-    name, projection, part = _named(key)
-    parts = parts_of(projection)
+    name, adapters, part = _named(key)
+    parts, prefix = parts_of(adapters), adapters[: adapters.rfind("-") + 1]
     if name.endswith("lora_A.weight"):
-        return Piece(name, (rank, sizes[parts[0]][1]))
-    pieces = stacked(name, *((sizes[part][0], rank) for part in parts))
+        return Piece(name, (rank, sizes[prefix + parts[0]][1]))
+    pieces = stacked(name, *((sizes[prefix + part][0], rank) for part in parts))
     return pieces[parts.index(part) if part else 0]
 
 

@@ -123,7 +123,7 @@ class _Plan:
     def finish(self, card: str | None) -> None:
         """Write what is left, and all that stands beside the weights; give the folder its name."""
         self._writer.finish()
-        dtype = self._dtype if self._form is not None else self._dtype_of("")
+        dtype = self._dtype if self._form is not None else self._own()
         if self._writer.too_large is not None:
             logger.warning(
                 "%s holds %.4g, more than float16 can (65504): it is written in bfloat16, as is every other tensor of "
@@ -152,10 +152,14 @@ class _Plan:
         """Return where a piece is written: where the source has it, copies of tied matrices included."""
         return piece.found_among(self._file_of) or [piece]
 
-    def _dtype_of(self, name: str) -> torch.dtype:
-        if self._dtype is None and name in self._file_of:
+    def _dtype_of(self, piece: Piece) -> torch.dtype:
+        if self._dtype is None and piece.name in self._file_of:
             assert self._form is not None
-            return self._form.dtype(name)
+            return self._form.dtype(piece.name)
+        return torch.float32 if piece.keeps_float32 else self._own()
+
+    def _own(self) -> torch.dtype:
+        """Return the dtype of what no source says more of."""
         return self._dtype or configured_dtype(self._hf_config) or self._own_dtype
 
     def _writer_of(self, max_shard_bytes: int | None) -> ShardWriter:
@@ -187,7 +191,7 @@ def gathered_tensors(
     """
     rank = dist.get_rank()
     leaves = {(leaf.key, _corner(leaf)): leaf for chunk in chunks for leaf in sharded_leaves(chunk, adapters=adapters)}
-    mine = {place: (leaf.global_shape, leaf.region) for place, leaf in leaves.items()}
+    mine = {place: (leaf.global_shape, leaf.region, leaf.data.dtype) for place, leaf in leaves.items()}
     everyone: list[dict[tuple[str, tuple[int, ...]], Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     owners: dict[str, dict[tuple[int, ...], int]] = {}
@@ -200,9 +204,9 @@ def gathered_tensors(
     for key in keys:
         full = None
         for corner, owner in owners[key].items():
-            global_shape, region = everyone[owner][key, corner]
+            global_shape, region, dtype = everyone[owner][key, corner]
             if rank == 0:
-                full = any_parameter.new_empty(global_shape) if full is None else full
+                full = any_parameter.new_empty(global_shape, dtype=dtype) if full is None else full
                 if owner == 0:
                     full[region] = leaves[key, corner].data
                 else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
 from nemo_kto.network.weight_rules import Piece, Region, all_pieces, match, spellings
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.weights.folder import listed
+
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old folders store, as transformers ignores them: they follow from the configuration."""
@@ -39,7 +45,7 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
-            block = rule.layout.read(pieces, leaf.region, partial(_read_finite, source))
+            block = rule.layout.read(pieces, leaf.region, functools.partial(_read_finite, source))
             leaf.data[: len(block)].copy_(block)
             leaf.data[len(block) :].zero_()
 
@@ -81,6 +87,7 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
     # a tied matrix may be there a second time: `load_hf_config` has seen that it is the same
     copies = set(spellings(OUTPUT)) if hf_config.tie_word_embeddings else set()
     surplus = sorted(name for name in source.names - expected.keys() - copies if not _IGNORED.search(name))
+    surplus = _without_further_layers(source.folder, surplus, hf_config)
     if missing == {OUTPUT}:
         raise CheckpointError(_without_output_layer(source, hf_config, surplus))
     if missing:
@@ -100,6 +107,29 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
                 f"{source.folder}: {name} is stored as {source.dtype(name)}; quantised weights cannot be trained. Use "
                 "the model's unquantised folder."
             )
+
+
+def _without_further_layers(folder: Path, names: list[str], hf_config: Any) -> list[str]:
+    """Return the names without those of layers that are left out of the model, which is said once."""
+    if not family_of(hf_config).further_layers:
+        return names
+    of_model = hf_config.num_hidden_layers
+    further = {name for name in names if (found := _LAYER.search(name)) and int(found[1]) >= of_model}
+    if further:
+        _warn_left_out(folder, of_model, len(further))
+    return [name for name in names if name not in further]
+
+
+@functools.cache
+def _warn_left_out(folder: Path, layers: int, tensors: int) -> None:
+    if is_global_rank_zero():
+        logger.warning(
+            "%s: the %d tensors of layers from number %d on, which guess several tokens at once, are left out, as in "
+            "transformers; what is exported has none, and says so in its config.json.",
+            folder,
+            tensors,
+            layers,
+        )
 
 
 def _without_output_layer(source: SafetensorsFolder, hf_config: Any, surplus: list[str]) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.families import family_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
 from nemo_kto.network.sharded import sharded_leaves
@@ -76,14 +76,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_projections(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
-    """Raise a ConfigError when a chosen layer lacks a chosen projection: where it has experts instead."""
+    """Raise a ConfigError when chosen projections cannot have adapters in a model of this family."""
     in_mlp = [name for name in settings.projections if LINEAR_OF[name].startswith("mlp.")]
-    dense = dimensions_of(hf_config).dense_layers
-    sparse = [layer + 1 for layer in settings.layers if layer not in dense]
-    if in_mlp and sparse:
+    if in_mlp and not family_of(hf_config).feed_forward_adapters:
         raise ConfigError(
-            f"model.peft.lora_tuning.target_modules: experts cannot have adapters, and layers {sparse} consist of "
-            "them. Use attention, or choose dense layers with model.peft.lora_tuning.layer_selection."
+            f"model.peft.lora_tuning.target_modules: {listed(in_mlp)} cannot have adapters in a model of the "
+            f"architecture {hf_config.model_type!r}. Experts can have none, and PEFT takes these names for theirs, in "
+            "whichever layer. Use attention."
         )
 
 

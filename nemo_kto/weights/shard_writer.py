@@ -24,7 +24,7 @@ class ShardWriter:
 
     Attributes:
         folder: Where.
-        dtype_of: Name of a tensor -> the dtype it is written in.
+        dtype_of: Piece of a tensor -> the dtype that tensor is written in.
         max_bytes: A file is full when the next tensor would make it larger.
         file_of: Name of a tensor -> name of the file it shall be in, in the order of files. A file is then also full
             when the next tensor is of a later one.
@@ -33,7 +33,7 @@ class ShardWriter:
     """
 
     folder: Path
-    dtype_of: Callable[[str], torch.dtype]
+    dtype_of: Callable[[Piece], torch.dtype]
     max_bytes: int
     file_of: Mapping[str, str] = field(default_factory=dict)
     too_large: tuple[str, float] | None = None
@@ -54,7 +54,7 @@ class ShardWriter:
             return
         parts = [part for _, part in sorted(self._pieces.pop(piece.name).items())]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        dtype = self.dtype_of(piece.name)
+        dtype = self.dtype_of(piece)
         tensor = cast(whole, dtype).reshape(piece.tensor_shape).contiguous()
         if tensor.dtype != dtype and self.too_large is None:
             self.too_large = (piece.name, float(whole.abs().max()))

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import KTOError
+from nemo_kto.network.families import family_of
 from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder, has_weights
 from nemo_kto.weights.folder import configured_dtype
@@ -80,7 +81,7 @@ def describes(folder: Path, config: PretrainedConfig) -> bool:
 
 
 def _compared(config: PretrainedConfig) -> dict[str, Any]:
-    changing = ("_name_or_path", "dtype", "torch_dtype", "tie_word_embeddings")
+    changing = ("_name_or_path", "dtype", "torch_dtype", "tie_word_embeddings", *family_of(config).further_layers)
     return {key: value for key, value in config.to_dict().items() if key not in changing}
 
 
@@ -105,6 +106,7 @@ def write_config(
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         shutil.copyfile(source / "config.json", target)
         changes = _untied(read_hf_config(source), config)
+    changes |= {name: 0 for name in family_of(config).further_layers if fields.get(name)}  # they are left out
     if dtype is not None and configured_dtype(config) != dtype:
         # transformers 5 reads either, 4 the longer one
         keys = [key for key in ("torch_dtype", "dtype") if key in fields] or ["torch_dtype"]

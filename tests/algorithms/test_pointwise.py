@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nemo_kto.algorithms.pointwise import rms_norm, rotate, swiglu
+from nemo_kto.algorithms.pointwise import geglu, gelu, rms_norm, rotate, swiglu
 
 TOKENS, CHANNELS, HEADS = 7, 12, 3
 
@@ -19,6 +19,14 @@ def norm_expression(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def swiglu_expression(projected: torch.Tensor, weights: torch.Tensor | float = 1.0) -> torch.Tensor:
     gate, up = projected[..., :CHANNELS], projected[..., CHANNELS:]
     return gate * torch.sigmoid(gate) * up * weights
+
+
+def gelu_expression(values: torch.Tensor) -> torch.Tensor:
+    return 0.5 * values * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (values + 0.044715 * values**3)))
+
+
+def geglu_expression(projected: torch.Tensor) -> torch.Tensor:
+    return gelu_expression(projected[..., :CHANNELS]) * projected[..., CHANNELS:]
 
 
 def rotation_expression(values: torch.Tensor) -> torch.Tensor:
@@ -41,6 +49,14 @@ def partial_rotation_expression(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([rotation_expression(rotated), rest], dim=-1)
 
 
+def interleaved_expression(values: torch.Tensor) -> torch.Tensor:
+    """The pairs are channels that are neighbours."""
+    order = torch.arange(CHANNELS).view(2, -1).T.flatten()  # 0, d/2, 1, d/2 + 1, ...
+    apart = torch.empty_like(values)
+    apart[..., order] = values
+    return rotation_expression(apart)[..., order]
+
+
 # name -> (function, expression, shapes of what both take)
 CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "norm": (
@@ -56,7 +72,14 @@ CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "swiglu": (swiglu, swiglu_expression, [(TOKENS, 1, 2 * CHANNELS)]),
     "swiglu of an expert": (swiglu, swiglu_expression, [(TOKENS, 2 * CHANNELS), (TOKENS, 1)]),
     "swiglu of an expert without tokens": (swiglu, swiglu_expression, [(0, 2 * CHANNELS), (0, 1)]),
+    "geglu": (geglu, geglu_expression, [(TOKENS, 1, 2 * CHANNELS)]),
+    "gelu": (gelu, gelu_expression, [(TOKENS, 1, CHANNELS)]),
     "rotation": (lambda values: rotate(values, TABLE), rotation_expression, [(TOKENS, 1, HEADS, CHANNELS)]),
+    "interleaved rotation": (
+        lambda values: rotate(values, TABLE, interleaved=True),
+        interleaved_expression,
+        [(TOKENS, 1, HEADS, CHANNELS)],
+    ),
     "rotation of some channels": (
         lambda values: rotate(values, TABLE),
         partial_rotation_expression,

@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +30,7 @@ from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_off, add_adapters
 from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
@@ -54,8 +54,21 @@ LAYOUTS: dict[str, Layout] = {
     "CP4": Layout(world_size=4, context=4),  # more ranks than key/value heads
 }
 LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short factors to its long ones
-DENSE = ("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH)
-SPARSE = ("qwen3_moe", "mixtral", "qwen3_moe_mixed")
+DENSE = (
+    *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
+    *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4"),
+    *("smollm3_pattern", "olmo2", "olmo3"),
+)
+SPARSE = (
+    "qwen3_moe",
+    "mixtral",
+    "qwen3_moe_mixed",
+    "qwen2_moe",
+    "qwen2_moe_mixed",
+    "granitemoe",
+    "glm4_moe",
+    "minimax_m2",
+)
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -314,13 +327,20 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
 @pytest.mark.parametrize(
     ("layout", "families"),
     [
-        ("ONE", ("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH)),
+        (
+            "ONE",
+            (
+                *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
+                *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2"),
+            ),
+        ),
         ("TP2", ("llama", "qwen3")),
         ("PP2", ("llama", "mistral_window")),
         ("VPP2", ("llama",)),
         ("TP2SP", ("mistral_window", "qwen3_moe")),
         ("CP2", ("mistral_window",)),
-        ("EP2", ("qwen3_moe",)),
+        ("EP2", ("qwen3_moe", "qwen2_moe_mixed")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )
@@ -447,7 +467,7 @@ def test_diverged_logits_still_give_tokens() -> None:
 
 def attention(window: int | None) -> DocumentAttention:
     """Build a module of four heads that share two key/value heads of eight channels."""
-    config = TransformerConfig(
+    config = ModelConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, window_size=None if window is None else (window, 0)
     )
     groups = SimpleNamespace(cp=None)

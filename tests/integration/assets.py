@@ -14,12 +14,27 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4MoeConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
+    MiniMaxM2Config,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +58,29 @@ EXPERTS: dict[str, Any] = {
     "mlp_only_layers": [1],
     "head_dim": 8,
 }
+SHARED: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.8,
+}
+
+GLM4_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+    "use_qk_norm": True,
+    "routed_scaling_factor": 1.5,
+    "num_mtp_layers": 0,
+}
 
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
@@ -53,11 +91,30 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [1.0, 2.1, 3.7],
     "original_max_position_embeddings": 8,
 }
+# cosines and sines have a factor; the longer documents reach positions that are new to the embedding
+YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e2, "factor": 8.0, "original_max_position_embeddings": 8}
 _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}  # not beyond the vocabulary
+GEMMA: dict[str, Any] = {**_TOKENS, "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 4}
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": 4}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
+    "shared": (Qwen2MoeConfig, {**SHARED, "mlp_only_layers": [1]}),
+    "granite": (GraniteConfig, {**GRANITE, **_TOKENS}),
+    "granitemoe": (GraniteMoeConfig, {**GRANITE, **_TOKENS, "num_local_experts": 4}),
+    "starcoder2": (Starcoder2Config, {"sliding_window": 6, **_TOKENS}),
+    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0}),
+    "gemma3": (Gemma3TextConfig, {**GEMMA, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
+    "glm4": (Glm4Config, {"head_dim": 8, **_TOKENS}),
+    "glm4_moe": (Glm4MoeConfig, {**GLM4_EXPERTS, **_TOKENS}),  # routers with biases of their own
+    "olmo2": (Olmo2Config, {"head_dim": 16, **_TOKENS}),
+    "olmo3": (Olmo3Config, {"sliding_window": 4, **_TOKENS}),
+    "minimax_m2": (MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_TOKENS}),
+    "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }
 """Kind of model -> its configuration."""
@@ -84,7 +141,12 @@ def make_model_folder(folder: Path, *, seed: int = 0, kind: str = "llama", tied:
     }
     config_class, own = KINDS[kind]
     config = config_class(**sizes, **own)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for vector in (*model.parameters(), *model.buffers()):
+            if vector.dim() == 1 and not vector.any():  # biases and the like, which would do nothing as they begin
+                vector.normal_(std=0.2)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

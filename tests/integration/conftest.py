@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from tests.distributed_harness import free_port
-from tests.integration.assets import make_model_folder, settings, train_on_rank, write_feedback
+from tests.integration.assets import KINDS, make_model_folder, settings, train_on_rank, write_feedback
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the models `hf`, `tied`, `experts`, `fused`, `gaps`, train.jsonl and validation.jsonl."""
+    """Return a folder with the models `hf`, `tied` and those of all kinds, train.jsonl and validation.jsonl."""
     folder = tmp_path_factory.mktemp("assets")
     make_model_folder(folder / "hf")
     make_model_folder(folder / "tied", tied=True)
-    for kind in ("experts", "fused", "gaps"):
+    for kind in KINDS:
         make_model_folder(folder / kind, kind=kind)
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=11, seed=2)

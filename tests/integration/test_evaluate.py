@@ -31,8 +31,8 @@ from tests.integration.assets import (
     train_on_rank,
     write_feedback,
 )
+from tests.integration.oracle import BETA, DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT, Pair
 from tests.integration.test_objectives import bco
-from tests.integration.test_oracle import BETA, DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT, Pair
 from tests.waiting import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -61,11 +61,20 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp_whole": (2, {**SP2, **WHOLE}),
     "dp2_shared": (2, SHARED),
 }
+MIXTURE_LAYOUTS = {
+    name: EXPERT_LAYOUTS[name]
+    for name in ("one", "dp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "ep2", "ep2_cp2", "tp2sp_ep2", "tp2sp_ep2_whole")
+}
+"""Those that each of the other mixtures is tried under."""
 # stages that hold the embedding and the output layer exchange the gradients of what is one matrix
 TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
 # rotary embeddings that depend on a document's length, which context parallelism cuts; fused tensors
 FUSED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "tp2pp2", "cp2", "tp2sp_cp2")}
 GAPS_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2", "pp2uneven", "pp2vpp2", "cp2")}
+DENSE_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "tp2sp_cp2")}
+"""Those that each of the other dense families is tried under."""
+PLAIN_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "cp2")}
+"""Those that families without parts of their own are tried under."""
 LORA = {
     "model__peft__peft_scheme": "lora",
     "model__peft__lora_tuning__adapter_dim": 4,
@@ -86,8 +95,36 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "experts": ("experts", EXPERT_LAYOUTS, {}),
     "fused": ("fused", FUSED_LAYOUTS, {}),
     "gaps": ("gaps", GAPS_LAYOUTS, {}),
+    "biases": ("biases", DENSE_LAYOUTS, {}),
+    "mistral": ("mistral", PLAIN_LAYOUTS, {}),
+    "qwen2": ("qwen2", PLAIN_LAYOUTS, {}),
+    "qwen3": ("qwen3", PLAIN_LAYOUTS, {}),
+    "mixtral": ("mixtral", {**PLAIN_LAYOUTS, "ep2": EXPERT_LAYOUTS["ep2"]}, {}),
+    "shared": ("shared", MIXTURE_LAYOUTS, {}),
+    "granite": ("granite", DENSE_LAYOUTS, {}),
+    "granitemoe": ("granitemoe", MIXTURE_LAYOUTS, {}),
+    "starcoder2": ("starcoder2", DENSE_LAYOUTS, {}),
+    "gemma2": ("gemma2", DENSE_LAYOUTS, {}),
+    "gemma3": ("gemma3", DENSE_LAYOUTS, {}),
+    "glm4": ("glm4", DENSE_LAYOUTS, {}),
+    "glm4_moe": ("glm4_moe", MIXTURE_LAYOUTS, {}),
+    "olmo2": ("olmo2", DENSE_LAYOUTS, {}),
+    "olmo3": ("olmo3", DENSE_LAYOUTS, {}),
+    "minimax_m2": ("minimax_m2", MIXTURE_LAYOUTS, {}),
+    "olmo2, adapters": ("olmo2", DENSE_LAYOUTS, ADAPTERS),
+    "olmo3, adapters": ("olmo3", DENSE_LAYOUTS, ADAPTERS),
+    "minimax_m2, adapters": ("minimax_m2", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
+    "glm4, adapters": ("glm4", DENSE_LAYOUTS, ADAPTERS),
+    "glm4_moe, adapters": ("glm4_moe", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
+    "gemma2, adapters": ("gemma2", DENSE_LAYOUTS, ADAPTERS),
+    "gemma3, adapters": ("gemma3", DENSE_LAYOUTS, ADAPTERS),
+    "granite, adapters": ("granite", DENSE_LAYOUTS, ADAPTERS),
+    "granitemoe, adapters": ("granitemoe", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
+    "starcoder2, adapters": ("starcoder2", DENSE_LAYOUTS, ADAPTERS),
+    "shared, adapters": ("shared", MIXTURE_LAYOUTS, ADAPTERS),
     "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
+    "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
 }
@@ -111,6 +148,16 @@ DEFAULT = {
     *{("fused", name, "kept") for name in ("tp2sp_cp2", "pp2")},
     ("fused, adapters", "tp2sp", "kept"),
     ("gaps", "pp2vpp2", "kept"),
+    ("biases", "tp2sp", "kept"),
+    ("granite", "pp2", "kept"),
+    ("gemma2", "tp2sp_cp2", "kept"),
+    ("gemma3", "pp2vpp2", "kept"),
+    ("starcoder2", "cp2", "kept"),
+    ("glm4", "tp2", "kept"),
+    ("olmo2", "tp2", "kept"),
+    ("olmo3", "tp2sp", "kept"),
+    ("minimax_m2", "ep2", "kept"),
+    ("glm4_moe", "tp2sp_ep2_whole", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
     ("few adapters", "pp2", "kept"),
@@ -153,6 +200,7 @@ def series(train: Callable[..., Path], root: Path) -> Callable[..., Series]:
                 train(
                     world_size,
                     pretrained_checkpoint__restore_from_path=str(root / folder),
+                    model__tokenizer__path=str(root / "hf"),  # beside Qwen2 transformers would make Qwen2's of it
                     model__micro_batch_size=2,
                     model__data__data_prefix__validation=str(root / "validation.jsonl"),
                     model__kto__reference__mode="auto" if kind else mode,

@@ -25,7 +25,7 @@ from tests.integration.assets import (
     train_on_rank,
     write_feedback,
 )
-from tests.integration.test_oracle import (
+from tests.integration.oracle import (
     BETA,
     BETAS,
     CLIP,

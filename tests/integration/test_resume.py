@@ -142,6 +142,7 @@ CHAINS = {
         (2, {"model__pipeline_model_parallel_size": 2, "model__optim__overlap_param_sync": True}),
         (2, {"model__kto__reference__mode": "cpu_swap"}),
     ],
+    "router biases": [(2, EP2), (1, {"model__kto__reference__mode": "cpu_swap"})],
     "experts, whole ones": [
         (2, EP2),
         (2, {**TP2_SP, **EP2, "model__expert_tensor_parallel_size": 1}),
@@ -151,7 +152,9 @@ CHAINS = {
 }
 
 
-SLOW = ("context", "experts", "experts, whole ones", "moving reference")
+SLOW = ("context", "experts", "experts, whole ones", "moving reference", "router biases")
+FOLDERS = {"experts": "experts", "experts, whole ones": "experts", "router biases": "glm4_moe"}
+"""Chain -> its model, if not the dense one."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "adapters": {
         "model__peft__peft_scheme": "lora",
@@ -165,6 +168,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model__kto__reference__sync_every_n_steps": 3,  # in the middle of the chain's second part, and in its last
         "model__kto__reference__sync_mixup_alpha": 0.5,
     },
+    "router biases": {"model__kto__reference__sync_every_n_steps": 3, "model__kto__reference__mode": "resident"},
 }
 """Chain -> what its runs are set to besides."""
 
@@ -177,7 +181,7 @@ def test_a_run_goes_on_under_one_layout_after_the_other(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], chain: str
 ) -> None:
     """Two steps under each, against as many in one process."""
-    model = {"pretrained_checkpoint__restore_from_path": str(root / ("experts" if "experts" in chain else "hf"))}
+    model = {"pretrained_checkpoint__restore_from_path": str(root / FOLDERS.get(chain, "hf"))}
     model |= SETTINGS.get(chain, {})
     for index, (world_size, changes) in enumerate(CHAINS[chain]):
         steps = {"trainer__kto__max_steps": 2 * index + 2}

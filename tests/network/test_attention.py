@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_kto.network.attention import DocumentAttention
+from nemo_kto.network.model_config import ModelConfig
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 
@@ -21,7 +21,7 @@ def attention(
     *, layer_number: int = 1, softmax_scale: float | None = None, cp_group: Any = None, **config: object
 ) -> DocumentAttention:
     """Build the module as Megatron's SelfAttention does."""
-    transformer = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=HEADS, **config)
+    transformer = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=HEADS, **config)
     transformer.context_parallel_size = cp_group.size() if cp_group else 1
     return DocumentAttention(
         config=transformer,
@@ -56,13 +56,19 @@ def run(module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[
 
 
 def expected(
-    qkv: tuple[torch.Tensor, ...], lengths: list[int], *, scale: float, window: int | None = None
+    qkv: tuple[torch.Tensor, ...],
+    lengths: list[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over the visible tokens of each document, `[T, heads * channels]`."""
     outputs = []
     for query, key, value in zip(*(part.split(lengths) for part in qkv), strict=True):
         key, value = (part.repeat_interleave(HEADS // GROUPS, dim=1) for part in (key, value))
         scores = torch.einsum("ihd,jhd->hij", query, key) * scale
+        scores = scores if cap is None else torch.tanh(scores / cap) * cap
         distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
         hidden = distance < 0 if window is None else (distance < 0) | (distance > window)
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
@@ -75,6 +81,19 @@ def test_each_document_attends_to_itself_causally(lengths: list[int]) -> None:
     qkv = row(lengths)
     result = run(attention(), qkv, lengths)
     torch.testing.assert_close(result, expected(qkv, lengths, scale=CHANNELS**-0.5), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, (6, 0)])
+def test_scores_are_capped(window: tuple[int, int] | None) -> None:
+    lengths = [7, 1, 280]
+    qkv = row(lengths)
+    direction = torch.randn(sum(lengths), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
+    result = run(attention(attention_cap=0.7, window_size=window), qkv, lengths)
+    wanted = expected(qkv, lengths, scale=CHANNELS**-0.5, window=window and window[0], cap=0.7)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=2e-6)
+    ours = torch.autograd.grad(result, qkv, direction)
+    for mine, theirs in zip(ours, torch.autograd.grad(wanted, qkv, direction), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)
 
 
 def test_softmax_scale_replaces_the_default() -> None:
@@ -134,24 +153,26 @@ def test_other_documents_do_not_change_a_single_bit() -> None:
     assert torch.equal(run(module, qkv, lengths)[12:21], alone)
 
 
-def shares_of_a_row(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def shares_of_a_row(dtype: torch.dtype, cap: float | None) -> tuple[torch.Tensor, ...]:
     """Return this context-parallel rank's part of the output and of the gradients of query, key and value."""
     lengths = [7, 1, 280, 12]  # the ranks' parts begin and end within documents
     size, rank = dist.get_world_size(), dist.get_rank()
     direction = torch.randn(sum(lengths), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1)).to(dtype)
     mine = [part.detach().chunk(size)[rank].requires_grad_() for part in row(lengths, dtype=dtype)]
-    output = run(attention(cp_group=dist.group.WORLD, window_size=(30, 0)), tuple(mine), lengths)
+    module = attention(cp_group=dist.group.WORLD, window_size=(30, 0), attention_cap=cap)
+    output = run(module, tuple(mine), lengths)
     return output.detach(), *torch.autograd.grad(output, mine, direction.chunk(size)[rank])
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("ranks", [2, 4])  # two and four ranks for two key/value heads
-def test_context_parallel_ranks_share_the_heads(run_ranks: Callable[..., Any], ranks: int) -> None:
-    parts = run_ranks(shares_of_a_row, ranks, torch.float32)
+def test_context_parallel_ranks_share_the_heads(run_ranks: Callable[..., Any], ranks: int, cap: float | None) -> None:
+    parts = run_ranks(shares_of_a_row, ranks, torch.float32, cap)
     output, *gradients = (torch.cat(shares) for shares in zip(*parts, strict=True))
     lengths = [7, 1, 280, 12]
     qkv = row(lengths)
     direction = torch.randn(sum(lengths), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
-    wanted = expected(qkv, lengths, scale=CHANNELS**-0.5, window=30)
+    wanted = expected(qkv, lengths, scale=CHANNELS**-0.5, window=30, cap=cap)
     torch.testing.assert_close(output, wanted, rtol=0, atol=2e-6)
     for mine, theirs in zip(gradients, torch.autograd.grad(wanted, qkv, direction), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)

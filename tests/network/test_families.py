@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from nemo_kto.errors import ConfigError
 from nemo_kto.network import families
 from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, sizes_of_folder
 from nemo_kto.network.family import Family
@@ -78,24 +79,69 @@ def test_pieces_of_one_tensor_by_hand() -> None:
     assert Piece("w", (2, 7)).tensor_shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("gemma2", "use_bidirectional_attention", True),
+        ("gemma2", "hidden_activation", "gelu"),
+        ("glm4_moe", "norm_topk_prob", False),
+        ("glm4_moe", "num_experts_per_tok", 1),
+        ("glm4_moe_groups", "topk_group", 1),
+        ("olmo3", "sliding_window", 0),
+        ("minimax_m2", "router_jitter_noise", 0.1),
+        ("granite", "hidden_act", "relu"),
+        ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
+        ("granitemoe", "num_experts_per_tok", 1),
+        ("starcoder2", "sliding_window", 0),
+        ("starcoder2", "hidden_act", "gelu"),
+    ],
+)
+def test_what_cannot_be_expressed_is_named(tmp_path: Path, name: str, field: str, value: object) -> None:
+    MODELS[name].save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    load_hf_config(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    wanted = f"{field} is not supported with the value {value!r} in a model of the architecture "
+    wanted += f"{MODELS[name].model_type!r}. [A-Z].*"
+    with pytest.raises(ConfigError, match=wanted):
+        load_hf_config(tmp_path)
+
+
 def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     """Return transformers' cosines and sines `[length, r / 2]` each, side by side, of a document of some length."""
-    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
-    cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
-    half = cos.shape[-1] // 2
-    return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+    rotary, positions = AutoModelForCausalLM.from_config(config).model.rotary_emb, torch.arange(length)[None]
+    kinds = [{"layer_type": kind} for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [{}]
+    tables = []
+    for kind in kinds:
+        cos, sin = rotary(torch.zeros(1), positions, **kind)
+        half = cos.shape[-1] // 2
+        tables.append(torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1))
+    return torch.stack(tables)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("llama", "linear", "phi3"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in MODELS
+        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax")) or "rope" in name
+    ],
+)
 def test_rotary_embedding_is_transformers(name: str) -> None:
     """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""
     config = MODELS[name]
     positions = torch.cat([torch.arange(16), torch.arange(17)])
     lengths = torch.tensor([16] * 16 + [17] * 17)
-    table = RotaryEmbedding(config, dimensions_of(config).head_channels).table(positions, lengths)
-    assert table.dtype == torch.float32 and table.shape[1:3] == (1, 1)
-    expected = torch.cat([theirs(config, 16), theirs(config, 17)])
-    torch.testing.assert_close(table[:, 0, 0], expected, rtol=0, atol=1e-6)
+    rotary = RotaryEmbedding(config, dimensions_of(config).head_channels)
+    table = rotary.table(positions, lengths)
+    expected = torch.cat([theirs(config, 16), theirs(config, 17)], dim=1)
+    assert table.dtype == torch.float32 and table.shape[-3:-1] == (1, 1)
+    torch.testing.assert_close(table.view(expected.shape), expected, rtol=0, atol=1e-6)
+    tables = rotary.tables_of_layers
+    assert (tables is None) == (len(expected) == 1)
+    if tables is not None:
+        kinds = sorted(config.rope_parameters)
+        assert [kinds[table] for table in tables] == config.layer_types
     if "longrope" in name:
         assert not torch.allclose(table[1], table[17])
 

@@ -17,8 +17,8 @@ from nemo_kto.network.attention import DocumentAttention
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt, initialize_weights
 from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
-from nemo_kto.network.layer_specs import SequenceParallelRMSNorm
 from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.norms import SequenceParallelRMSNorm
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
@@ -76,7 +76,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
-        ConfigError, match=f"{model_type!r} is not supported.*llama, mistral, mixtral, phi3, qwen2, qwen3"
+        ConfigError, match=f"{model_type!r} is not supported.*llama, .*mistral, mixtral, .*phi3, qwen2, .*qwen3, "
     ):
         load_hf_config(write_config(tmp_path, {**OLD_STYLE, "model_type": model_type}))
 
@@ -84,10 +84,9 @@ def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("hidden_act", "gelu"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "axial", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"quant_method": "fp8"}),
     ],
@@ -245,15 +244,41 @@ def check_construction() -> None:
         build(sizes["llama"], transformer_impl="transformer_engine")
     check_shard_marks(sizes["qwen2_tied"])
     check_shard_marks(sizes["qwen3_moe_mixed"])
+    check_shard_marks(sizes["llama_biases"])
+    check_shard_marks(sizes["qwen2_moe"])
+    check_shard_marks(sizes["gemma3_text"])
+    check_shard_marks(sizes["glm4_moe"])
+    check_shard_marks(sizes["olmo3"])
+    check_shard_marks(sizes["minimax_m2"])
+    check_random_weights(sizes["olmo2"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
     check_random_weights(sizes["qwen2_tied"])
+    check_random_weights(sizes["llama_biases"])
+    check_random_weights(sizes["gemma3_text"], norm=0.0)  # one is added
     whole = kept_activations(sizes["llama"])
     selective = kept_activations(sizes["llama"], Recompute(granularity="selective"))
     assert selective < whole <= needed_activations(sizes["llama"], norms=0)
     assert kept_activations(sizes["qwen3"]) <= needed_activations(sizes["qwen3"], norms=1)
     kept_activations(sizes["mixtral"])
+    # of the norms behind attention and feed-forward part what goes in, of all norms the sums of their weights and one;
+    # another rotary table; of the three layers with windows the masks of the documents that are longer
+    lengths = [length for length in tiny_hf.DOCUMENT_LENGTHS if length > 6]
+    masks = 3 * sum(length * length for length in lengths) / sum(tiny_hf.DOCUMENT_LENGTHS)
+    around = 4 * (2 * 32 + 2 + 3) + 16 + masks
+    assert kept_activations(sizes["gemma3_text"]) <= needed_activations(sizes["gemma3_text"], norms=1) + around
+    for name in ("gemma3_text", "granite"):
+        assert_nothing_is_kept_without_gradients(sizes[name])
     assert not dynamo_counters["frames"], "a forward pass needs no compiler, with experts neither"
+
+
+def assert_nothing_is_kept_without_gradients(config: Any) -> None:
+    """Megatron adds up residual streams with gradients in any case."""
+    model, tokens = build(config), torch.cat(tiny_hf.documents())
+    described = tiny_hf.packed_params([len(tokens)])
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        hidden = model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=described)
+    assert not hidden.requires_grad
 
 
 def kept_activations(config: Any, recompute: Recompute | None = None) -> float:
@@ -298,11 +323,14 @@ def needed_activations(config: Any, *, norms: int) -> int:
 
 def check_shard_marks(config: Any) -> None:
     """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
+    sizes = dimensions_of(config)
     for name, parameter in build(config).named_parameters():
-        is_whole = "norm" in name or "router" in name
+        whole = ("linear_proj.bias", "linear_fc2.bias", "gate_weight")
+        of_all_heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and sizes.norms_of_all_heads
+        is_whole = ("norm" in name and not of_all_heads) or "router" in name or name.endswith(whole)
         assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
         # every rank of the data-parallel group holds a copy, but of experts
-        assert getattr(parameter, "allreduce", True) is ("experts" not in name), name
+        assert getattr(parameter, "allreduce", True) is (".experts." not in name), name
         if not is_whole:
             row_parallel = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             assert parameter.partition_dim == int(row_parallel), name
@@ -323,8 +351,8 @@ def check_experts(config: Any, *, norms_chosen: bool) -> None:
     assert build(config).config.moe_router_load_balancing_type == "none"
 
 
-def check_random_weights(config: Any) -> None:
-    """Normal matrices of the given deviation, norms one, biases and padding zero, all set by the seed."""
+def check_random_weights(config: Any, norm: float = 1.0) -> None:
+    """Normal matrices of the given deviation, norms of this weight, biases and padding zero, all set by the seed."""
     model = build(config)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
@@ -334,9 +362,9 @@ def check_random_weights(config: Any) -> None:
         if name.endswith("bias"):
             assert (value == 0).all(), name
         elif value.dim() == 1:
-            assert (value == 1).all(), name
+            assert (value == norm).all(), name
         else:
-            real = value[: model.vocab_size] if "embedding" in name else value
+            real = value[: model.vocab_size] if "embedding" in name or "output_layer" in name else value
             assert abs(real.std().item() - 0.02) < 0.002, name
             assert abs(real.mean().item()) < 0.002, name
     assert (first["embedding.word_embeddings.weight"][131:] == 0).all()

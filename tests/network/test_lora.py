@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Pretrain
 
 from nemo_kto.algorithms.dropout import keep_mask, token_keys
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import (
@@ -67,9 +68,28 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("qwen3", {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     # one projection for queries, keys and values, one for gate and up
     "fused": ("phi3_partial", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+    "around norms": ("gemma3_text", {"r": 3, "lora_alpha": 4, "target_modules": "all-linear"}),
+    # a feed-forward part that is not gated
+    "plain": ("starcoder2_window", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}),
+    "biases": ("llama_biases", {"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}),
+    # layers of experts, where the feed-forward projections are the shared expert's, and a dense one
+    "shared": (
+        "qwen2_moe_mixed",
+        {"r": 3, "lora_alpha": 3, "target_modules": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
+    "halves": ("glm4", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}),
+    "sigmoids": ("glm4_moe", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
+    **{
+        f"of {name}": (name, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"})
+        for name in ("mistral_window", "smollm3_pattern", "granite", "gemma2_uncapped", "olmo2_bias", "olmo3")
+    },
+    "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
+    "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),
+    "minimax": ("minimax_m2", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
+SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -103,7 +123,7 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
         for name in PEFT:
-            if name == "experts" and layout == "TP2":
+            if name in SPARSE and layout == "TP2":
                 continue  # Megatron's experts need sequence parallelism beside tensor parallelism
             use_adapter(source, results / layout / name, name, LAYOUTS[layout])
 
@@ -179,7 +199,7 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     return folder
 
 
-CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if (layout, name) != ("TP2", "experts")]
+CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if layout != "TP2" or name not in SPARSE]
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
@@ -289,13 +309,28 @@ def test_scales_by_hand() -> None:
     assert LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8, rslora=True).scale == 2
 
 
-def test_experts_cannot_have_adapters_but_dense_layers_can() -> None:
-    mixed = tiny_hf.families()["qwen3_moe_mixed"]  # experts in the last of its four layers only
-    settings = {"projections": ("q_proj", "up_proj"), "rank": 2, "alpha": 2}
-    with pytest.raises(ConfigError, match=r"layers \[4\] consist of them"):
-        check_projections(LoRASettings(**settings, layers=(0, 1, 2, 3)), mixed)
-    check_projections(LoRASettings(**settings, layers=(0, 1, 2)), mixed)
-    check_projections(LoRASettings(**{**settings, "projections": ("q_proj", "o_proj")}, layers=(0, 1, 2, 3)), mixed)
+MIXTURES = [name for name, config in tiny_hf.families().items() if dimensions_of(config).mixture is not None]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_which_mixtures_have_adapters_in_feed_forward_parts_is_pefts_matter(name: str) -> None:
+    """PEFT takes the names of the projections for the experts', whether or not a layer has any."""
+    config = tiny_hf.families()[name]
+    settings: dict[str, Any] = {"layers": (0, 1, 2, 3), "rank": 2, "alpha": 2}
+    names = ["gate_proj", "up_proj", "down_proj"]
+    check_projections(LoRASettings(**settings, projections=("q_proj", "o_proj")), config)
+    try:
+        peft = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=names))
+        places = {key.split(".lora_A.")[0].rpartition(".")[2] for key in peft.state_dict() if ".lora_A." in key}
+    except ValueError:  # there are no such modules
+        places = set()
+    if places == set(names):
+        check_projections(LoRASettings(**settings, projections=tuple(names)), config)
+    else:
+        with pytest.raises(
+            ConfigError, match=f"gate_proj, up_proj, down_proj cannot have adapters.*'{config.model_type}'"
+        ):
+            check_projections(LoRASettings(**settings, projections=tuple(names)), config)
 
 
 def changed(source: Path, folder: Path, **fields: Any) -> Path:

@@ -15,15 +15,26 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4MoeConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 from nemo_kto.network.gpt import KTOGPTModel
@@ -51,8 +62,40 @@ _LONGROPE = {
     "long_factor": [1.0, 1.7, 2.9, 4.5],
     "original_max_position_embeddings": 16,
 }
+# cosines and sines have a factor, here 1.14
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_EXACT = {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.3, "truncate": False, "beta_fast": 4.0, "beta_slow": 0.5}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+_PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+_NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 2}  # else beyond these
+_GRANITE = {
+    "embedding_multiplier": 7.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+_GLM4_EXPERTS: dict[str, Any] = {
+    **_NO_TOKENS,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
+_GEMMA: dict[str, Any] = {**_NO_TOKENS, "head_dim": 16, "query_pre_attn_scalar": 9, "sliding_window": 6}
+_TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+}
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_QWEN2_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 
 
 def families() -> dict[str, PretrainedConfig]:
@@ -65,18 +108,123 @@ def families() -> dict[str, PretrainedConfig]:
             **SIZES, rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32}
         ),
         "linear_rope": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+        "yarn_rope": LlamaConfig(**SIZES, rope_parameters=_YARN),
+        "yarn_rope_exact": Qwen3Config(**SIZES, head_dim=16, rope_parameters=_YARN_EXACT),
+        "dynamic_rope": LlamaConfig(**SIZES, rope_parameters=_DYNAMIC),
+        "proportional_rope": LlamaConfig(**SIZES, rope_parameters=_PROPORTIONAL),
+        "llama_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+        "llama_mlp_bias": LlamaConfig(**SIZES, mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
         "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
         "mistral_window": MistralConfig(**SIZES, sliding_window=7),
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
         "qwen3": Qwen3Config(**SIZES, head_dim=16),
+        "qwen3_bias": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
         "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
         "qwen3_moe": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True),
         "qwen3_moe_mixed": Qwen3MoeConfig(
             **SIZES, **_QWEN3_EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], decoder_sparse_step=2
         ),
+        "qwen3_moe_bias": Qwen3MoeConfig(**SIZES, **_QWEN3_EXPERTS, norm_topk_prob=True, attention_bias=True),
         "qwen3_moe_one": Qwen3MoeConfig(
             **SIZES, **{**_QWEN3_EXPERTS, "num_experts_per_tok": 1}, norm_topk_prob=False, mlp_only_layers=[0, 3]
+        ),
+        "qwen2_moe": Qwen2MoeConfig(**SIZES, **_QWEN2_EXPERTS, norm_topk_prob=False),
+        "qwen2_moe_mixed": Qwen2MoeConfig(
+            **SIZES,
+            **_QWEN2_EXPERTS,
+            norm_topk_prob=True,
+            qkv_bias=False,
+            mlp_only_layers=[2],
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=3,
+        ),
+        "granite": GraniteConfig(**SIZES, **_GRANITE, attention_bias=True),
+        "granite_tied": GraniteConfig(
+            **SIZES, **{**_GRANITE, "residual_multiplier": 1.0}, mlp_bias=True, tie_word_embeddings=True
+        ),
+        "granitemoe": GraniteMoeConfig(**SIZES, **_GRANITE, num_local_experts=4),
+        "granitemoe_bias": GraniteMoeConfig(
+            **SIZES, **_GRANITE, num_local_experts=6, num_experts_per_tok=3, attention_bias=True
+        ),
+        "starcoder2": Starcoder2Config(**SIZES, **_NO_TOKENS),
+        "starcoder2_window": Starcoder2Config(
+            **SIZES, **_NO_TOKENS, sliding_window=6, use_bias=False, tie_word_embeddings=False, hidden_act="silu"
+        ),
+        "starcoder2_no_bias": Starcoder2Config(**SIZES, **_NO_TOKENS, use_bias=False, norm_epsilon=1e-3),
+        "gemma2": Gemma2Config(**SIZES, **_GEMMA, attn_logit_softcapping=0.5, final_logit_softcapping=2.0),
+        "gemma2_uncapped": Gemma2Config(
+            **SIZES,
+            **_GEMMA,
+            layer_types=["full_attention"] * 4,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+        "gemma3_text": Gemma3TextConfig(
+            **SIZES, **_GEMMA, layer_types=[*["sliding_attention"] * 3, "full_attention"], rope_parameters=_TWO_ROPES
+        ),
+        "gemma3_text_linear": Gemma3TextConfig(
+            **SIZES,
+            **_GEMMA,
+            rope_parameters={
+                **_TWO_ROPES,
+                "full_attention": {"rope_type": "linear", "rope_theta": 2e3, "factor": 3.0},
+            },
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            final_logit_softcapping=2.0,
+            attn_logit_softcapping=0.5,
+        ),
+        "glm4": Glm4Config(**SIZES, **_NO_TOKENS, head_dim=16),
+        "glm4_tied": Glm4Config(
+            **SIZES,
+            **_NO_TOKENS,
+            head_dim=8,
+            attention_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.75},
+            tie_word_embeddings=True,
+        ),
+        "glm4_moe": Glm4MoeConfig(**SIZES, **_GLM4_EXPERTS, use_qk_norm=True, routed_scaling_factor=1.7),
+        "glm4_moe_groups": Glm4MoeConfig(
+            **SIZES,
+            **{**_GLM4_EXPERTS, "num_experts_per_tok": 4, "n_routed_experts": 8, "n_shared_experts": 2},
+            attention_bias=True,
+            n_group=4,
+            topk_group=2,
+        ),
+        "olmo2": Olmo2Config(**SIZES, **_NO_TOKENS, head_dim=16),
+        "olmo2_bias": Olmo2Config(
+            **{**SIZES, "num_key_value_heads": 4},
+            **_NO_TOKENS,
+            attention_bias=True,
+            rope_parameters=_YARN,
+            tie_word_embeddings=True,
+        ),
+        "olmo3": Olmo3Config(
+            **SIZES,
+            **_NO_TOKENS,
+            sliding_window=6,
+            rope_parameters={**_TWO_ROPES, "full_attention": {**_YARN, "attention_factor": 1.2}},
+        ),
+        "olmo3_pattern": Olmo3Config(
+            **SIZES,
+            **_NO_TOKENS,
+            sliding_window=9,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            rope_parameters={**_TWO_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 1e5}},
+        ),
+        "minimax_m2": MiniMaxM2Config(
+            **SIZES,
+            **_NO_TOKENS,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        "minimax_m2_more": MiniMaxM2Config(
+            **SIZES, **_NO_TOKENS, head_dim=8, num_local_experts=6, num_experts_per_tok=3, tie_word_embeddings=True
         ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
@@ -117,8 +265,9 @@ def make_folder(
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("norm.weight") else 0.0
+        biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *biases]:
+            centre = parameter.mean() if name.endswith("norm.weight") else 0.0  # one, or zero where one is added
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
@@ -155,11 +304,15 @@ def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     hidden = outputs[0]
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden)
-    hidden = hidden[:, 0]
-    shard = hidden @ model.output_weight().T
-    shards = [torch.empty_like(shard) for _ in range(place.tp_group.size())]
-    dist.all_gather(shards, shard, group=place.tp_group)
-    return torch.cat(shards, dim=1)[:, : model.vocab_size]
+    hidden = torch.cat(_gathered(hidden[:, 0], place.cp_group))
+    logits = model.logit_shape.logits(hidden @ model.output_weight().T)
+    return torch.cat(_gathered(logits, place.tp_group), dim=1)[:, : model.vocab_size]
+
+
+def _gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
 def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
@@ -178,8 +331,10 @@ def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
 def _forward_step(rows: Any, model: Any) -> tuple[torch.Tensor, Any]:
     row = next(rows)
     positions = torch.cat([torch.arange(len(document)) for document in row])
+    place = parallel.position()
+    tokens, positions = (part.chunk(place.cp_group.size())[place.cp_rank] for part in (torch.cat(row), positions))
     hidden = model(
-        input_ids=torch.cat(row)[None],
+        input_ids=tokens[None],
         position_ids=positions[None],
         attention_mask=None,
         packed_seq_params=packed_params([len(document) for document in row]),

@@ -90,6 +90,11 @@ def test_experts_can_be_divided(layout: Layout) -> None:
         (Layout(world_size=2, tensor=2), EXPERTS, "tensor_model_parallel_size=2 needs model.sequence_parallel=true"),
         (Layout(world_size=3, expert=3), EXPERTS, "8 experts .*expert_model_parallel_size=3. .*divisor of 8"),
         (Layout(world_size=8, expert_tensor=8), EXPERTS, "12 channels of an expert .* 8.*expert_tensor_parallel_size"),
+        (
+            Layout(world_size=8, tensor=4, sequence=True),
+            replace(EXPERTS, shared_ffn_hidden_size=10),
+            "10 units of the shared expert .*tensor_model_parallel_size=4",
+        ),
         (Layout(world_size=6, expert=4), EXPERTS, "6 processes .*expert_model_parallel_size=4 .* = 4. Use"),
         (Layout(world_size=4, tensor=2, sequence=True, expert=4), EXPERTS, "4 processes .* size 2 .* = 8"),
     ],

@@ -28,6 +28,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP1": {},
     "TP2": {"tensor": 2},
     "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
     "EP2": {"expert": 2},
     "TP2EP2": {"tensor": 2, "expert": 2, "expert_tensor": 1},
     "ETP2": {"expert_tensor": 2},

@@ -212,6 +212,10 @@ ODD: dict[str, Callable[[Path], None]] = {
     "other_prefixes": saved(MODELS["llama"], tensors=other_prefixes),
     "fused_mixtral": fused("mixtral"),
     "fused_qwen3_moe": fused("qwen3_moe_mixed"),
+    "fused_granitemoe": fused("granitemoe"),
+    "fused_qwen2_moe": fused("qwen2_moe_mixed"),
+    "fused_glm4_moe": fused("glm4_moe"),
+    "fused_minimax_m2": fused("minimax_m2"),
     "mixtral_called_mlp": saved(MODELS["mixtral"], tensors=called_mlp),
     # keys that transformers keeps and does not look at in models of these architectures
     "llama_window": saved(
@@ -242,9 +246,67 @@ ODD: dict[str, Callable[[Path], None]] = {
         config={"rope_theta": 1e4, "rope_scaling": {**V4_LLAMA3, "original_max_position_embeddings": 32}, **FLOAT32},
         without=V5,
     ),
+    "v4_yarn": saved(
+        MODELS["qwen2_tied"],
+        config={
+            "rope_theta": 1e4,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            **FLOAT32,
+        },
+        without=V5,
+    ),
+    "v4_dynamic": saved(
+        MODELS["llama_biases"],
+        config={"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}, **FLOAT32},
+        without=V5,
+    ),
     "v4_phi3": saved(
         PHI3,
         config={"rope_theta": 1e4, "rope_scaling": V4_LONGROPE, "original_max_position_embeddings": 16, **FLOAT32},
+        without=V5,
+    ),
+    "v4_gemma3": saved(
+        MODELS["gemma3_text"],
+        config={
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 50.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "sliding_window_pattern": 2,
+            "cache_implementation": "hybrid",
+            **FLOAT32,
+        },
+        without=(*V5, "layer_types"),
+    ),
+    "v4_gemma2": saved(
+        MODELS["gemma2"],
+        config={"rope_theta": 1e3, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", **FLOAT32},
+        without=(*V5, "layer_types", "use_bidirectional_attention"),
+    ),
+    "v4_glm4": saved(
+        MODELS["glm4"],
+        config={"rope_theta": 1e3, "rope_scaling": None, "partial_rotary_factor": 0.25, **FLOAT32},
+        without=V5,
+    ),
+    "v4_glm4_moe": saved(
+        MODELS["glm4_moe_groups"],
+        config={"rope_theta": 1e4, "rope_scaling": None, "num_nextn_predict_layers": 0, **FLOAT32},
+        without=(*V5, "num_mtp_layers"),
+    ),
+    "v4_olmo3": saved(
+        MODELS["olmo3_pattern"],
+        config={
+            "rope_theta": 1e4,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            **FLOAT32,
+        },
+        without=V5,
+    ),
+    "v4_minimax_m2": saved(
+        MODELS["minimax_m2"],
+        config={
+            **{"rope_theta": 1e4, "rotary_dim": 4, "use_qk_norm": True, "qk_norm_type": "per_layer"},
+            **{"scoring_func": "sigmoid", "use_routing_bias": True, **FLOAT32},
+        },
         without=V5,
     ),
     "v4_no_dtype": saved(MODELS["qwen2_tied"], config={"rope_theta": 300.0}, without=V5, tensors=bf16),

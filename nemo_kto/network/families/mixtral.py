@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_kto.network import tables
-from nemo_kto.network.family import Dimensions, Family, Mixture, sliding_window, unlike_llama
+from nemo_kto.network.family import Dimensions, Family, Mixture, Refusals, sliding_window, unlike_llama
 from nemo_kto.network.weight_rules import Rule
 
 
@@ -21,17 +21,25 @@ def mixture(hf: Any) -> Mixture:
     )
 
 
-def unsupported(hf: Any) -> dict[str, Any]:
+def unsupported(hf: Any) -> Refusals:
     """Return what cannot be expressed, also the noise that transformers makes in the router while it trains."""
-    noise = {"router_jitter_noise": hf.router_jitter_noise} if hf.router_jitter_noise > 0 else {}
-    return {**unlike_llama(hf), **noise}
+    found = unlike_llama(hf)
+    if hf.router_jitter_noise > 0:
+        found["router_jitter_noise"] = (hf.router_jitter_noise, "Policy and reference have to be routed alike.")
+    return found
 
 
 def weights(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the table of weights."""
     yield from tables.outer(sizes)
     yield from tables.attention(sizes)
-    yield from tables.experts(sizes, block="block_sparse_moe", gate="w1", up="w3", down="w2")
+    yield from tables.experts(sizes, tables.ExpertNames.of("block_sparse_moe", "w1", "w3", "w2"))
 
 
-FAMILY = Family(weights=weights, fields=sliding_window, mixture=mixture, unsupported=unsupported)
+FAMILY = Family(
+    weights=weights,
+    fields=sliding_window,
+    mixture=mixture,
+    unsupported=unsupported,
+    feed_forward_adapters=False,
+)

@@ -19,6 +19,6 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
 FAMILY = Family(
     weights=weights,
     fields=sliding_window,
-    fused_projections=("qkv_proj", "gate_up_proj"),
+    projections=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     partial_rotary=True,
 )

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from nemo_kto.network import tables
-from nemo_kto.network.family import Dimensions, Family, sliding_window
-from nemo_kto.network.weight_rules import Rule
+from nemo_kto.network.families import llama
+from nemo_kto.network.family import sliding_window
 
 
-def fields(hf: Any) -> dict[str, Any]:
-    """Return Megatron's fields."""
-    return {"qk_layernorm": True, **sliding_window(hf)}
+def head_norms(hf: Any) -> bool:
+    """Return that queries and keys are normed."""
+    return True
 
 
-def weights(sizes: Dimensions) -> Iterator[Rule]:
-    """Yield the table of weights."""
-    yield from tables.outer(sizes)
-    yield from tables.attention(sizes, head_norms=True)
-    yield from tables.feed_forward(sizes)
-
-
-FAMILY = Family(weights=weights, fields=fields)
+FAMILY = replace(llama.FAMILY, fields=sliding_window, head_norms=head_norms)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from nemo_kto.network import tables
 from nemo_kto.network.families import qwen3
-from nemo_kto.network.family import Dimensions, Family, Mixture
+from nemo_kto.network.family import Dimensions, Mixture
 from nemo_kto.network.weight_rules import Rule
 
 
@@ -31,8 +32,8 @@ def mixture(hf: Any) -> Mixture | None:
 
 def weights(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the table of weights."""
-    yield from qwen3.weights(sizes)
-    yield from tables.experts(sizes, block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    yield from qwen3.FAMILY.weights(sizes)
+    yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
-FAMILY = Family(weights=weights, fields=qwen3.fields, mixture=mixture)
+FAMILY = replace(qwen3.FAMILY, weights=weights, mixture=mixture, feed_forward_adapters=False)

@@ -1,0 +1,97 @@
+"""Transformer layers and their attention, as far as models differ there from what Megatron's compute."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from nemo_kto.network.model_config import ModelConfig
+from nemo_kto.network.norms import AllHeadsRMSNorm, norm_of
+
+Biased = tuple[torch.Tensor, torch.Tensor | None]
+"""Output `[T, 1, h]` of a row-parallel layer, and its bias `[h]` that is still to be added."""
+
+
+class FamilyAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention whose projections and norms are the model's, and whose rotary embedding is the layer's.
+
+    Args:
+        config: The model's configuration.
+        args: See SelfAttention.
+        separate_values: Give values memory of their own. They come as a part of what one projection returns for
+            queries, keys and values. The rotary embedding makes the first two anew; values that are kept for the
+            backward pass, by attention or by its recomputation, would then keep the memory of all three.
+        kwargs: See SelfAttention.
+    """
+
+    def __init__(self, config: ModelConfig, *args: Any, separate_values: bool, **kwargs: Any) -> None:
+        if config.attention_output_bias != config.add_bias_linear:
+            # Megatron has one field for the biases of both parts of a layer
+            config = copy.copy(config)
+            config.add_bias_linear = config.attention_output_bias
+        super().__init__(config, *args, **kwargs)
+        if config.norms_of_all_heads:
+            channels, group = config.kv_channels, self.pg_collection.tp
+            self.q_layernorm = AllHeadsRMSNorm(config, self.num_attention_heads_per_partition * channels, group)
+            self.k_layernorm = AllHeadsRMSNorm(config, self.num_query_groups_per_partition * channels, group)
+        self._separate_values = separate_values
+        tables = config.rotary_tables
+        self._table = None if tables is None else tables[self.layer_number - 1]
+
+    def forward(
+        self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return Megatron's (output, bias).
+
+        Args:
+            args: See SelfAttention.
+            rotary_pos_emb: `[T, 1, 1, r]`; `[tables, T, 1, 1, r]` where layers have different ones.
+            kwargs: See SelfAttention.
+        """
+        if rotary_pos_emb is not None and self._table is not None:
+            rotary_pos_emb = rotary_pos_emb[self._table]
+        found: Biased = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        return found
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Return queries `[T, 1, a, d]`, keys and values `[T, 1, g, d]`."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return query, key, value.contiguous() if self._separate_values else value
+
+
+class FamilyLayer(TransformerLayer):  # type: ignore[misc]
+    """A layer that norms or multiplies what attention and feed-forward part return, before it is added.
+
+    Args:
+        config: The model's configuration.
+        args: See TransformerLayer.
+        kwargs: See TransformerLayer.
+    """
+
+    def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Megatron's joins are made with gradients in any case, which costs nothing where no parameter takes part
+        self.bias_dropout_add_exec_handler = nullcontext
+        self.post_self_attn_layernorm = self.post_mlp_layernorm = torch.nn.Identity()
+        if config.norms_after:
+            norm = norm_of(config)
+            self.post_self_attn_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_mlp_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attn_bda = partial(self._join, "post_self_attn_layernorm")
+        self.mlp_bda = partial(self._join, "post_mlp_layernorm")
+
+    def _join(self, norm: str, training: bool, fused: bool) -> Any:
+        """Return what adds an output to the residual stream, in the place of Megatron's; nothing is dropped out."""
+
+        def add(output_and_bias: Biased, residual: torch.Tensor, dropout: float) -> torch.Tensor:
+            output, bias = output_and_bias
+            output = self.get_submodule(norm)(output if bias is None else output + bias)
+            return torch.add(residual, output, alpha=self.config.residual_multiplier)
+
+        return add
