@@ -10,17 +10,21 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.faults import bad_data, bad_folders, bad_settings
+from tests.faults.commands import Command
 from tests.faults.forked_commands import ForkedCommand
 from tests.integration.assets import make_model_folder, settings, write_feedback
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 EVERY = 6
 """Of so many cases, one is in the default tier."""
 
@@ -182,3 +186,59 @@ def test_adapters(place: Place, case: str, key: str) -> None:
     prefix = "model__peft__lora_tuning__" if key == "restore_from_path" else "model__kto__reference__"
     line = place.refusal(place.training(**LORA, **{prefix + key: str(folder)}))
     assert said in line and "HERE/adapter" in line
+
+
+TWO_RANKS: dict[str, tuple[dict[str, Any], str]] = {
+    "bad data": ({"model__data__data_prefix__train": "HERE/bad.jsonl"}, "HERE/bad.jsonl:2"),
+    "weights that are not finite": ({"pretrained_checkpoint__restore_from_path": "HERE/hf"}, "not finite"),
+    "adapters of a reference that are not finite": (
+        {**LORA, "model__kto__reference__checkpoint": "HERE/adapter"},
+        "HERE/adapter/adapter_model.safetensors",
+    ),
+    "more than there is memory": (
+        {**LORA, "model__peft__lora_tuning__adapter_dim": 10**9},
+        "not enough memory: can't allocate",
+    ),
+    "a callback that cannot be made": (
+        {"trainer__callbacks": [{"_target_": "collections.OrderedDict"}]},
+        "OrderedDict",
+    ),
+}
+"""What is wrong -> what is changed, and what is said: much of it is found when every rank reads its part."""
+
+
+@pytest.mark.parametrize("case", some(TWO_RANKS))
+def test_two_ranks_end_with_one_sentence(place: Place, case: str) -> None:
+    """Nobody waits for the other one, and one of them speaks, or both say the same before they have met."""
+    (place.folder / "bad.jsonl").write_bytes(bad_data.lines("{oops"))
+    for name, source, weights in (("hf", "hf", "model"), ("adapter", "adapted/hf", "adapter_model")):
+        folder = Path(shutil.copytree(place.root / source, place.folder / name))
+        spoil = bad_folders.tensors(
+            lambda found: {key: found[key] * torch.nan for key in found}, f"{weights}.safetensors"
+        )
+        spoil(folder)
+    changes, said = TWO_RANKS[case]
+    filled = {key: place.filled(value) if isinstance(value, str) else value for key, value in changes.items()}
+    arguments = place.training(**filled, trainer__devices=2, model__tensor_model_parallel_size=2)
+    ended = ForkedCommand(arguments, place.folder / "printed", ranks=2).end()
+    everything = place.emptied("".join(output + errors for _, output, errors in ended))
+    print(everything)
+    assert [code for code, _, _ in ended] == [1, 1] and "Traceback" not in everything
+    found = [
+        line.partition("error: ")[2] for line in everything.splitlines() if re.match(r"(\[rank 1\] )?error: ", line)
+    ]
+    assert len(found) in (1, 2) and len(set(found)) == 1 and said in found[0], found
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_without_network(place: Place) -> None:
+    """In a process of its own: whether there is a network is asked when `datasets` is imported."""
+    arguments = place.training(model__data__data_prefix__train="trl-lib/kto-mix-14k")[1:]
+    script = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
+    code, _, errors = Command(
+        place.folder / "command", [sys.executable, str(script), *arguments], HF_HUB_OFFLINE="1"
+    ).end()
+    (line,) = errors.splitlines()
+    assert code == 1 and line.startswith(
+        "error: train data: trl-lib/kto-mix-14k: no such file or folder, and no data set"
+    )
