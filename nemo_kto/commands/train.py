@@ -119,6 +119,11 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
         added.append(ExportAtEnd(export_to, source_folder, replace=replace))
     model = run.model()
     model.records_file = RecordsFile(log_dir / DIVERGED_FILE, run.tokenizer, run.data)
+    if config.generation.num_prompts and not run.schedule.val_interval and is_global_rank_zero():
+        logger.warning(
+            "generation.num_prompts=%d: prompts are answered after validations, and there is no validation data.",
+            config.generation.num_prompts,
+        )
     if config.generation.num_prompts:
         answers = _answers(run, log_dir)
         added.append(answers)

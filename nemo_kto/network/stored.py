@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
 from nemo_kto.network.weight_rules import Piece, Region, spellings
 
@@ -135,7 +135,8 @@ def _opened(stack: ExitStack, file: Path) -> Any:
     try:
         return stack.enter_context(safe_open(file, framework="pt"))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Download it again.") from error
+        hint = git_lfs_hint(file) or " Download it again."
+        raise CheckpointError(f"{file} cannot be read: {error}.{hint}") from error
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_kto.config.folders import check_named_folders, tokenizer_folder
+from nemo_kto.config.folders import check_named_folders, model_folder, tokenizer_folder
 from nemo_kto.config.plugins import check_functions
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ReferenceSettings
+from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
@@ -67,8 +68,11 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     check_named_folders(config)
+    folder = model_folder(config)
+    if folder is not None:
+        read_hf_config(folder)  # first, as the tokenizer's loader reads it too and would say that the tokenizer is bad
+    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     hf_config = hf_config_of(config, tokenizer)
     layout = layout_of(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)

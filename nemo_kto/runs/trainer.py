@@ -7,10 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
+from transformers import PretrainedConfig
 
 from nemo_kto import stopping
 from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, export_directory, log_directory
@@ -103,7 +105,8 @@ def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
         raise
     except BaseException as error:
         watchdog = trainer.strategy.watchdog  # type: ignore[attr-defined]
-        settled = error if watchdog is None else watchdog.ranks.settle(error)
+        own = _out_of_memory(error) or error
+        settled = own if watchdog is None else watchdog.ranks.settle(own)
         if settled is error:
             raise
         raise settled from error
@@ -113,6 +116,20 @@ def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
     if stopped:
         trainer.strategy.watchdog.ranks.leave_together()  # type: ignore[attr-defined]
     return not stopped
+
+
+def _out_of_memory(error: BaseException) -> ConfigError | None:
+    """Return what to say of an error that is a want of memory; None for any other."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
+    (first, *_) = str(error).splitlines() or [type(error).__name__]
+    reason = first.rpartition("DefaultCPUAllocator: ")[2]  # behind the place in PyTorch's source
+    return ConfigError(
+        f"There is not enough memory: {reason.rstrip('.')}. Lower model.micro_batch_size, "
+        "model.micro_batch_tokens or model.data.seq_length, set model.activations_checkpoint_granularity, train fewer "
+        "weights (model.peft), or divide the model among more processes, as with model.tensor_model_parallel_size."
+    )
 
 
 def named_callbacks(config: KTOConfig) -> list[Callback]:
@@ -128,7 +145,7 @@ def named_callbacks(config: KTOConfig) -> list[Callback]:
         try:
             callback = instantiate(settings)
         except InstantiationException as error:
-            raise ConfigError(f"{key} cannot be made: {error}") from error
+            raise ConfigError(f"{key} cannot be made: {' '.join(str(error).split())}") from error
         if not isinstance(callback, Callback):
             kind = type(callback).__name__
             raise ConfigError(f"{key} is of type {kind}, no Callback of lightning.pytorch.")
@@ -185,18 +202,30 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
 
 def _space_plan(run: Run) -> Plan:
     """Return what the run is going to write."""
-    config, schedule = run.config, run.schedule
-    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(run.config)
-    best = manager.checkpoint_callback_params.save_top_k if schedule.val_interval else 0
+    best = run.config.exp_manager.checkpoint_callback_params.save_top_k if run.schedule.val_interval else 0
     if best == -1:
-        best = -(-schedule.total // schedule.val_interval)
+        best = -(-run.schedule.total // run.schedule.val_interval)
+    return space_plan(run.config, run.hf_config, adapters=run.lora is not None, best=best)
+
+
+def space_plan(config: KTOConfig, hf_config: PretrainedConfig, *, adapters: bool, best: int) -> Plan:
+    """Return what a run is going to write.
+
+    Args:
+        config: Its configuration.
+        hf_config: The model's.
+        adapters: Whether those are trained, not the model.
+        best: How many of the best checkpoints are kept.
+    """
+    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(config)
+    named = None if export.dtype == "auto" else getattr(torch, export.dtype)
     return Plan(
         checkpoints=log_directory(config) / "checkpoints" if manager.create_checkpoint_callback else None,
         at_once=best + 2,  # the last one, and the one that is to replace it
         params_dtype=params_dtype,
         export=export_directory(config) if export.enabled else None,
-        export_dtype=configured_dtype(run.hf_config) or params_dtype,
-        whole_model=run.lora is None or export.merge_adapters,
+        export_dtype=named or configured_dtype(hf_config) or params_dtype,
+        whole_model=not adapters or export.merge_adapters,
     )
 
 

@@ -18,11 +18,15 @@ def known_device_count(devices: int | str) -> int | None:
 
 
 def check_environment() -> None:
-    """Raise a ConfigError for variables of a launcher that has not started this process.
+    """Raise a ConfigError for variables of a launcher that has not started this process, or that are no numbers.
 
     With RANK left over from another job a process would believe that somebody else speaks for the run, and say and
     write nothing.
     """
+    for name in ("NODE_RANK", "GROUP_RANK"):
+        _number(name, 0)
+    if not 0 <= (port := _number("MASTER_PORT", 0)) < 2**16:
+        raise ConfigError(f"The environment variable MASTER_PORT={port} is no port. Unset it, or name a free one.")
     if not is_launched() and (_number("WORLD_SIZE", 1) != 1 or _number("RANK", 0) != 0):
         raise _left_over()
 

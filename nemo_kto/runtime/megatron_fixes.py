@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
+import signal
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -63,11 +65,12 @@ def keep_less_for_backward() -> None:
 def write_without_manager() -> None:
     """Let the processes that write checkpoints be helpers of their rank, and report without a process of their own.
 
-    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time.
+    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time. And who
+    starts them looks whether they are there: Megatron-Core 0.16 waits for the report of one that was killed for ever.
     """
     if getattr(filesystem_async, "_get_write_results_queue", None) is not _write_results:
         filesystem_async._get_write_results_queue = _write_results
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write_as_helper)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_parts)
 
 
 def outlive_failed_writes() -> None:
@@ -119,12 +122,49 @@ def _write_results() -> WriteResults:
 _write_preloaded_data = filesystem_async.FileSystemWriterAsync.write_preloaded_data
 
 
-def _write_as_helper(*arguments: Any, **keywords: Any) -> None:
-    """Write one file of a checkpoint, in a process forked for it."""
+@filesystem_async._disable_gc()  # type: ignore[untyped-decorator]  # as what it replaces
+def _write_parts(
+    transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
+) -> None:
+    """Write the files of one rank's part of a checkpoint, each in a process forked for it."""
+    assert not use_msc, "no option of this package leads here"
+    context = multiprocessing.get_context("fork")
+    answers = [WriteResults() for _ in write_buckets]
+    writers = [
+        context.Process(target=_write_as_helper, args=(transform_list, number, bucket, answers[number]))
+        for number, bucket in enumerate(write_buckets)
+    ]
+    for writer in writers:
+        writer.start()
+    results: dict[int, Any] | Exception = {}
+    for number, writer in enumerate(writers):
+        writer.join()
+        try:
+            _, found = answers[number].get_nowait()
+        except queue.Empty:
+            found = RuntimeError(f"a process that wrote a part of it was ended {_how_it_ended(writer.exitcode)}")
+        if isinstance(found, Exception):
+            results = found
+        elif isinstance(results, dict):
+            results[number] = found
+    global_results_queue.put(results)
+
+
+def _write_as_helper(transform_list: list[Any], number: int, bucket: Any, answer: WriteResults) -> None:
+    """Write one file of a checkpoint, in this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     become_helper(parent.pid)
-    _write_preloaded_data(*arguments, **keywords)
+    counted: queue.Queue[int] = queue.Queue()  # Megatron's way to tell that it is done
+    counted.put(number)
+    _write_preloaded_data(transform_list, number, bucket, answer, counted, True)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"by {name}, as the system does when memory runs out" if name == "SIGKILL" else f"by {name}"
 
 
 def _swiglu(

@@ -89,7 +89,7 @@ class MegatronStrategy(DDPStrategy):
             checkpoint_io=(ckpt.BackgroundCheckpointIO if async_save else ckpt.ShardedCheckpointIO)(
                 source_folder=source_folder, verify=verify_checkpoints
             ),
-            cluster_environment=_cluster_environment(),
+            cluster_environment=cluster_environment(),
         )
         self.layout = layout
         self.optim = optim
@@ -367,7 +367,7 @@ def _folder(filepath: str | Path) -> Path:
     return path.with_suffix("") if path.suffix == ".ckpt" else path
 
 
-def _cluster_environment() -> Any:
+def cluster_environment() -> Any:
     """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher.
 
     Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and
