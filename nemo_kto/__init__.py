@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
+from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise, without_wandb
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _NOISY:
         silence_startup_noise()
-    loaded = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    with without_wandb():
+        loaded = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
     if name in _NOISY:
         silence_loaded_packages()
     return getattr(loaded, name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_kto import stopping
 from nemo_kto.errors import run_guarded
-from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise
+from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise, without_wandb
 
 if TYPE_CHECKING:
     from nemo_kto.config.schema import KTOConfig
@@ -214,20 +216,27 @@ def _cache_reference(options: argparse.Namespace) -> None:
 
 
 def run_script(command: str, overrides: Sequence[str]) -> None:
-    """Run a command that takes a configuration, once that has been judged.
+    """Run a command that takes a configuration, once that has been judged; exit as `stopping.py` says when stopped.
 
     Args:
         command: Name of a module of `nemo_kto.commands` and of its function.
         overrides: `KEY=VALUE` of the command line.
     """
+    stopping.take_signals()
+    run_guarded(lambda: _run_script(command, overrides))
+
+
+def _run_script(command: str, overrides: Sequence[str]) -> None:
     silence_startup_noise()
     from nemo_kto.config.compose import run_configured  # Hydra only where it is needed: --help stays instant
 
     def run(config: KTOConfig) -> None:
         from nemo_kto.runs.early import check_early
 
+        stopping.take_signals()  # of a --multirun this is the next one
         check_early(config, command)
-        _imported(command, command)(config)
+        if _imported(command, command)(config) is False:
+            sys.exit(stopping.STOPPED_EARLY)
 
     run_configured(run, overrides)
 
@@ -244,7 +253,8 @@ def _command(module: str, action: str = "run") -> Callable[[argparse.Namespace],
 
 def _imported(module: str, action: str) -> Callable[[Any], None]:
     """Return a function of a module of `nemo_kto.commands`."""
-    loaded = importlib.import_module(f"nemo_kto.commands.{module}")
+    with without_wandb():
+        loaded = importlib.import_module(f"nemo_kto.commands.{module}")
     silence_loaded_packages()
     function: Callable[[Any], None] = getattr(loaded, action)
     return function

@@ -5,7 +5,6 @@ Each message names the place (file, line, field or key) and what to do.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemo_kto import stopping
+
 _PEER_DELAY = 3.0
 """Seconds another rank waits before it repeats an error: the launcher usually ends it first, as rank 0 reported it."""
 
@@ -21,7 +22,13 @@ _PARENT = os.getppid()
 
 
 class KTOError(Exception):
-    """Base of every error raised on purpose; the command line prints its message without a traceback."""
+    """Base of every error raised on purpose; the command line prints its message without a traceback.
+
+    Attributes:
+        said_here: Whether, of several ranks that end, it is this one that reports it; None if that is not known.
+    """
+
+    said_here: bool | None = None
 
 
 class ConfigError(KTOError):
@@ -34,6 +41,10 @@ class DataError(KTOError):
 
 class DivergenceError(KTOError):
     """Training has left the finite numbers; names the step."""
+
+
+class RankError(KTOError):
+    """A process of the run has ended, does not answer, or cannot be reached; names it."""
 
 
 class StoppedEarly(Exception):
@@ -62,33 +73,59 @@ class DamagedCheckpointError(CheckpointError):
         return DamagedCheckpointError, (self.folder, self.fault)
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; the same on all ranks, and nothing is left of it.
+
+    Attributes:
+        folder: Where it would be.
+        reason: Why, in words.
+    """
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"The checkpoint {folder} could not be written: {reason}.")
+        self.folder = folder
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between ranks."""
+        return SaveError, (self.folder, self.reason)
+
+
 def run_guarded(action: Callable[[], None]) -> None:
     """Run `action`; an error that is the user's to mend becomes one line on stderr and exit code 1.
 
-    HYDRA_FULL_ERROR=1 adds the traceback. All other errors pass through unchanged.
+    HYDRA_FULL_ERROR=1 adds the traceback. A command that is stopped ends with the exit code that says so. All other
+    errors pass through unchanged.
     """
     try:
         action()
+    except stopping.Stopped as stop:
+        stopping.say_stopped(stop.reason)
+        _leave(stopping.STOPPED_EARLY)
+    except KeyboardInterrupt:  # of commands that have nothing to go on with
+        stopping.say("Interrupted.")
+        _leave(stopping.INTERRUPTED)
     except KTOError as error:
-        rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        if rank != "0":
-            time.sleep(_PEER_DELAY)
-            if os.getppid() != _PARENT:
-                _leave()  # started by rank 0, which has reported the same and ended
-        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        _leave()
+        _report(error)
+        _leave(1)
 
 
-def _leave() -> NoReturn:
-    """End this process with exit code 1, without the interpreter's shutdown and without leaving processes behind.
+def _report(error: KTOError) -> None:
+    """Print an error, unless another rank does."""
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    if error.said_here is False:
+        return
+    if rank != "0" and error.said_here is None:
+        time.sleep(_PEER_DELAY)
+        if os.getppid() != _PARENT:
+            return  # started by rank 0, which has reported the same and ended
+    spoken_for = rank == "0" or isinstance(error, RankError)
+    sys.stderr.write(f"error: {error}\n" if spoken_for else f"[rank {rank}] error: {error}\n")
 
-    Process groups of a failed start can hang in their destructors. Megatron's checkpoint writer has started a process
-    that would stay for ever and keep this one's output open.
-    """
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(1)
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    stopping.leave(code)

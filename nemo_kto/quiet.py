@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
 """Environment variable; 1 shows everything again."""
@@ -36,6 +38,22 @@ def silence_startup_noise() -> None:
         logging.getLogger(name).setLevel(_STILL_SHOWN)
 
 
+@contextmanager
+def without_wandb() -> Iterator[None]:
+    """Let what is imported meanwhile do without wandb, which makes two temporary folders when it is imported.
+
+    Megatron imports it for its own inference. A logger that needs it imports it later.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
 def silence_loaded_packages() -> None:
     """Do what can only be done once NeMo and Lightning are imported, if they are; unless NEMO_KTO_VERBOSE=1."""
     if os.environ.get(VERBOSE_VARIABLE) == "1":
@@ -48,6 +66,8 @@ def silence_loaded_packages() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] in _PACKAGES:
             logging.getLogger(name).setLevel(_STILL_SHOWN)
+    # of each writer of a checkpoint that fails; ours says it once, and better
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def is_global_rank_zero() -> bool:

@@ -16,6 +16,7 @@ LAYERS = {
     "__init__": 0,
     "errors": 0,
     "quiet": 0,
+    "stopping": 0,
     "config": 0,
     "algorithms": 1,
     "data": 2,

@@ -11,11 +11,11 @@ HANG = 900.0
 """Seconds; only catches hangs. So many that nothing else takes them, however busy the machine is."""
 
 
-def wait_until(holds: Callable[[], Any], *, process: subprocess.Popen[str]) -> None:
+def wait_until(holds: Callable[[], Any], *, process: subprocess.Popen[str] | None = None) -> None:
     """Return once `holds()` is true; fail if it is not when `process`, which makes it true, has ended or hangs."""
     end = time.monotonic() + HANG
     while not holds():
-        ended = process.poll() is not None
-        assert not ended or holds(), f"the process ended with exit code {process.returncode}"
+        ended = process is not None and process.poll() is not None
+        assert not ended or holds(), f"the process ended with exit code {process and process.returncode}"
         assert time.monotonic() < end, f"the process hangs: {HANG:.0f} s have passed"
         time.sleep(0.02)

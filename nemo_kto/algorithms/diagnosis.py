@@ -8,7 +8,8 @@ are 0 as long as the policy is the reference.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+import statistics
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 
 WARNINGS = {
@@ -167,6 +168,47 @@ class Diagnosis:
                 rejected=rewards[_REJECTED],
             )
         return found
+
+
+class GradientSpikes:
+    """Says when a gradient is far larger than those before, once for each spike, and in the end no more.
+
+    It looks at the steps that this process has taken: after a resume it has to see some before it judges again.
+
+    Args:
+        factor: Times the median of the norms before that a spike is above.
+        window: So many norms before count; half of them have to be there.
+        most: Spikes that are said.
+    """
+
+    def __init__(self, *, factor: float = 10.0, window: int = 50, most: int = 10) -> None:
+        self._factor = factor
+        self._window = window
+        self._norms: deque[float] = deque(maxlen=window)
+        self._most = most
+        self._said = 0
+        self._above = False
+
+    def update(self, norm: float, *, step: int) -> str | None:
+        """Return what to say of a step; most often None.
+
+        Args:
+            norm: The gradient's norm before it was clipped, finite.
+            step: Number of the step, from 1.
+        """
+        before, known = self._above, len(self._norms)
+        median = statistics.median(self._norms) if 2 * known >= self._window else 0.0
+        self._above = norm > self._factor * median > 0.0
+        self._norms.append(norm)
+        if not self._above or before or self._said == self._most:
+            return None
+        self._said += 1
+        last = " Further ones are not said." if self._said == self._most else ""
+        return (
+            f"The gradient of step {step} is a spike: its norm is {norm:.3g}, and the median of the {known} steps "
+            f"before {median:.3g}. If more follow, lower model.optim.lr, and see that "
+            f"trainer.kto.gradient_clip_val is not 0.{last}"
+        )
 
 
 def _moved_apart(rewards: list[float]) -> bool:

@@ -27,12 +27,14 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate
+from nemo_kto.runs.early import check_folders
+from nemo_kto.runs.facts import common_facts
 from nemo_kto.runs.records import without_training
 from nemo_kto.runs.resume import check_scored_like_trained
 from nemo_kto.runs.run import prepare
-from nemo_kto.runs.trainer import strategy, trainer_settings
+from nemo_kto.runs.trainer import finishes, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint_folders import step_of
-from nemo_kto.runtime.loop import GracefulStop, ProgressBar
+from nemo_kto.runtime.loop import ProgressBar
 
 OUTPUT_FILE = "evaluation.json"
 
@@ -66,7 +68,9 @@ def evaluate(config: KTOConfig) -> dict[str, Any] | None:
         ConfigError: See `train`; also if there is no held-out data, or nothing that differs from the reference.
         DataError: See `train`.
         CheckpointError: A folder or the checkpoint cannot be used, or the results not be written.
+        RankError: See `train`.
     """
+    check_folders(config, "evaluate")
     checkpoint = checkpoint_to_evaluate(config)
     output = Path(config.evaluation.output or log_directory(config) / OUTPUT_FILE).absolute()
     run = prepare(without_training(config), trains=False)
@@ -75,12 +79,14 @@ def evaluate(config: KTOConfig) -> dict[str, Any] | None:
     names, file_of = run.data.files_of("validation")
     collector = Collector(names, file_of)
     trainer = Trainer(
-        **trainer_settings(run), strategy=strategy(run), callbacks=[GracefulStop(), ProgressBar(), collector]
+        **trainer_settings(run),
+        strategy=strategy(run, common_facts(run, {"the checkpoint": checkpoint})),
+        callbacks=[ProgressBar(), collector],
     )
     if is_global_rank_zero():
         what = checkpoint or f"{model_folder(config)} (no checkpoint)"
         print(f"Evaluating {what}, on {run.accelerator}, {run.layout}", flush=True)
-    trainer.validate(run.model(), datamodule=run.data, ckpt_path=checkpoint, verbose=False)
+    finishes(trainer, partial(trainer.validate, run.model(), datamodule=run.data, ckpt_path=checkpoint, verbose=False))
     if not is_global_rank_zero():
         return None
     assert collector.results is not None
@@ -194,7 +200,9 @@ def write_results(file: Path, results: Mapping[str, Any]) -> Path:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        partial_file = file.with_name(f"{file.name}.partial")  # the command may be ended at any moment
+        partial_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        partial_file.replace(file)
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be written ({error.strerror}). Name another file in evaluation.output."

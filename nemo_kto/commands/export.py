@@ -54,6 +54,7 @@ class ExportAtEnd(Callback):
             return
         assert isinstance(pl_module, MegatronGPTKTOModel)
         trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
+        pl_module.check_parameters()  # no checkpoint may have been written that did
         if self.replace:
             remove = partial(shutil.rmtree, self.folder, ignore_errors=True)
             parallel.run_on_rank_zero(remove, f"{self.folder} cannot be removed")

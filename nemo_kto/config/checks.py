@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ _LEAST = {
     "trainer.log_every_n_steps": 1,
     "trainer.kto.save_interval": 0,
     "trainer.kto.gradient_clip_val": 0,
+    "trainer.kto.max_skipped_steps": 1,
     "exp_manager.checkpoint_callback_params.save_top_k": -1,
     "model.seed": 0,
     "model.micro_batch_size": 1,
@@ -66,6 +68,12 @@ _LEAST = {
 }
 """Key -> the least value it may have."""
 
+_SECRET = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSW(OR)?D|CREDENTIAL|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE)
+"""Names of environment variables whose values are nobody's business."""
+
+_SHORTEST_SECRET = 8
+"""Letters; shorter values are in harmless words too."""
+
 _MONITORS = ("val_loss", "val_kl", "val_rewards_accuracies", "val_rewards_margins")
 """Validation metrics that a checkpoint can be chosen by, as the checkpoint callback knows them."""
 
@@ -83,11 +91,16 @@ def check_least(values: Mapping[str, Any]) -> None:
 
 def check_values(config: KTOConfig) -> None:
     """Raise a ConfigError for a value that is of the right type and still impossible."""
-    check_least(leaf_values(config))
+    values = leaf_values(config)
+    check_least(values)
+    for key, value in values.items():
+        _check_text(key, value)
     if config.model.kto.ref_policy_kl_penalty <= 0:
         raise ConfigError(
             f"model.kto.ref_policy_kl_penalty={config.model.kto.ref_policy_kl_penalty} (beta) must be above 0."
         )
+    if config.trainer.timeout_minutes <= 0:
+        raise ConfigError(f"trainer.timeout_minutes={config.trainer.timeout_minutes} must be above 0.")
     _check_length(config.trainer.kto)
     _check_callbacks(config.trainer.callbacks)
     _check_exp_manager(config.exp_manager)
@@ -100,6 +113,27 @@ def check_values(config: KTOConfig) -> None:
     check_objective(config)
     if not 0 < config.generation.top_p <= 1:
         raise ConfigError(f"generation.top_p={config.generation.top_p} must be above 0 and at most 1.")
+
+
+def _check_text(key: str, value: Any) -> None:
+    """Raise a ConfigError for text that must not be, or cannot be, written into logs, cards and checkpoints.
+
+    That is the value of an environment variable that looks like a secret, as by `${oc.env:...}`; and a name whose
+    bytes are no UTF-8.
+    """
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(
+            f"{key}={ascii(value)} has bytes in it that are no text in UTF-8. Rename that file or folder."
+        )
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if _SECRET.search(name) and len(secret) >= _SHORTEST_SECRET and secret in value:
+                raise ConfigError(
+                    f"{key} holds the value of the environment variable {name}, which would be written to the log "
+                    "folder. Leave it out: whoever needs it reads the variable."
+                )
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        _check_text(key, inner)
 
 
 def _check_length(kto: TrainerKTOConfig) -> None:
@@ -132,6 +166,11 @@ def _check_exp_manager(manager: ExpManagerConfig) -> None:
         raise ConfigError(
             f"exp_manager.checkpoint_callback_params.monitor={monitor} is not a validation metric. "
             f"Use one of {', '.join(_MONITORS)}."
+        )
+    if re.search(r"[{}/\\\x00-\x1f]", manager.name):
+        raise ConfigError(
+            f"exp_manager.name={manager.name!r}: checkpoints' names begin with it, so it cannot have braces, slashes, "
+            "backslashes or line breaks in it."
         )
     if manager.max_time_per_run and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", manager.max_time_per_run):
         raise ConfigError(

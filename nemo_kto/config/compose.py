@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import hydra.version
+import yaml
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, get_args_parser  # what NeMo's hydra_runner calls too
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kto.config.checks import check_values
 from nemo_kto.config.legacy import take_legacy_keys
+from nemo_kto.config.overrides import quoted, readable
 from nemo_kto.config.reader import build, flatten, leaf_values, unknown_key_message
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, run_guarded
@@ -32,7 +37,6 @@ from nemo_kto.quiet import is_global_rank_zero
 logger = logging.getLogger(__name__)
 
 _CONFIG_NAME = "gpt_kto"
-_PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 _HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=.")
 """What NeMo's hydra_runner sets too: a run writes nothing into the folder that it is called in."""
 
@@ -61,7 +65,7 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
     _register_resolvers()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
-            raw = hydra.compose(_CONFIG_NAME, [_forced(override) for override in written])
+            raw = hydra.compose(_CONFIG_NAME, [readable(override) for override in written])
     except HydraException as error:
         raise ConfigError(f"The overrides {list(written)} cannot be read: {error}") from error
     plain = _resolved(raw)
@@ -107,33 +111,67 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
     _register_resolvers()
     hydra.version.setbase(None)
     parser = get_args_parser()
-    options = parser.parse_args([_forced(argument) for argument in overrides])
+    sweeps = bool({"--multirun", "-m"} & set(overrides))
+    options = parser.parse_args([readable(argument, sweeps=sweeps) for argument in overrides])
     # first, so that what a user says of Hydra counts
-    options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={_quoted(Path(sys.argv[0]).stem)}", *options.overrides]
-    _run_hydra(
-        args=options,
-        args_parser=parser,
-        task_function=act,
-        config_path=str(config_dir()),
-        config_name=_CONFIG_NAME,
-    )
+    options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={quoted(Path(sys.argv[0]).stem)}", *options.overrides]
+    with _files_explained():
+        _run_hydra(
+            args=options,
+            args_parser=parser,
+            task_function=act,
+            config_path=str(config_dir()),
+            config_name=_CONFIG_NAME,
+        )
 
 
-def _quoted(text: str) -> str:
-    """Return text as Hydra reads it in an override, whatever is in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+@contextmanager
+def _files_explained() -> Iterator[None]:
+    """Say in one sentence where a YAML file cannot be read; Hydra prints the traceback of whoever reads it."""
+    Plugins.instance()  # finds and registers what reads files: not the class that can be imported, but another like it
+    source: Any = SourcesRegistry.instance().resolve("file")
+    original = source.load_config
+
+    def load(self: Any, config_path: str) -> Any:
+        try:
+            return original(self, config_path)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            file = Path(os.path.realpath(Path(self.path) / self._normalize_file_name(config_path)))
+            run_guarded(partial(_refuse, file, error))
+
+    source.load_config = load
+    try:
+        yield
+    finally:
+        source.load_config = original
+
+
+def _refuse(file: Path, error: Exception) -> None:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None:
+        line, column = mark.line + 1, mark.column + 1
+    else:  # of bytes or characters that no text consists of, found before there are lines
+        before = _readable_part(file)
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        problem = "this is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else "a control character"
+    raise ConfigError(f"{file}, line {line}, column {column}: this cannot be read as YAML: {problem}.") from error
+
+
+def _readable_part(file: Path) -> str:
+    """Return what a file begins with, up to what YAML takes for no text."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = content[: error.start].decode("utf-8")
+    found = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    return text if found is None else text[: found.start()]
 
 
 def _register_resolvers() -> None:
     """Let configurations use `${multiply:...}` and `${sum:...}`, as with NeMo's hydra_runner."""
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
-
-
-def _forced(argument: str) -> str:
-    """Return an override that Hydra accepts for any key: `parse_config` judges keys, NeMo-Aligner's included."""
-    plain = argument.lstrip("+")
-    return "++" + plain if _PLAIN_OVERRIDE.match(argument) and not plain.startswith("hydra.") else argument
 
 
 def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:

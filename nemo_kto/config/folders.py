@@ -13,11 +13,44 @@ FACTS_FILE = "run.json"
 ANSWERS_FILE = "generations.jsonl"
 """What policy and reference answered to prompts."""
 
+STOP_FILE = "STOP"
+"""Made by a person in the log folder, it ends the run after the step."""
+
+HANG_FOLDER = "hang"
+"""Where the ranks of a run that hangs are, as Python stacks."""
+DIVERGED_FILE = "diverged.jsonl"
+"""The records of steps whose loss or gradient was not finite."""
+
 
 def log_directory(config: KTOConfig) -> Path:
     """Return the folder of the run's logs, checkpoints and export."""
     manager = config.exp_manager
     return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
+
+
+def log_directory_key(config: KTOConfig) -> str:
+    """Return the key that says where that is."""
+    return "exp_manager.exp_dir" if config.exp_manager.explicit_log_dir is None else "exp_manager.explicit_log_dir"
+
+
+def written_folders(config: KTOConfig, command: str) -> dict[str, Path]:
+    """Return key -> folder of all that a command writes to.
+
+    Args:
+        config: The configuration.
+        command: Name of a module of `nemo_kto.commands`.
+    """
+    data, reference = config.model.data, config.model.kto.reference
+    folders = {log_directory_key(config): log_directory(config)}
+    if data.cache_dir is not None:
+        folders["model.data.cache_dir"] = Path(data.cache_dir).absolute()
+    if reference.cache_dir is not None:
+        folders["model.kto.reference.cache_dir"] = Path(reference.cache_dir).absolute()
+    if command == "train" and config.export.enabled and config.export.folder is not None:
+        folders["export.folder"] = Path(config.export.folder).absolute().parent
+    if command == "evaluate" and config.evaluation.output is not None:
+        folders["evaluation.output"] = Path(config.evaluation.output).absolute().parent
+    return folders
 
 
 def export_directory(config: KTOConfig) -> Path:

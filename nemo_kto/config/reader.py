@@ -87,7 +87,7 @@ def build(cls: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
 
 def convert(key: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, or raise a ConfigError that says what the key takes."""
-    converted, fits = _as_one_of(value, _options(kind))
+    converted, fits = _as_one_of(value, options(kind))
     if fits:
         return converted
     raise ConfigError(f"{key}={value!r} is not possible. It takes {_describe(kind)}.")
@@ -106,7 +106,7 @@ def unknown_key_message(key: str, known: Iterable[str]) -> str:
     return f"Unknown configuration key {key}.{hint}"
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
+def options(kind: Any) -> tuple[Any, ...]:
     """The types that a union consists of; of any other type, itself."""
     is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     return typing.get_args(kind) if is_union else (kind,)
@@ -130,7 +130,7 @@ def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
         return value, any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
     if origin is list:
         items = value if isinstance(value, list | tuple) else [value]
-        converted = [_as_one_of(item, _options(typing.get_args(kind)[0])) for item in items]
+        converted = [_as_one_of(item, options(typing.get_args(kind)[0])) for item in items]
         return [item for item, _ in converted], value is not None and all(fits for _, fits in converted)
     if isinstance(value, bool):  # bool is an int to Python, but no number to a user
         return value, kind is bool
@@ -141,8 +141,8 @@ def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
 
 
 def _describe(kind: Any) -> str:
-    if len(_options(kind)) > 1:
-        return " or ".join(map(_describe, _options(kind)))
+    if len(options(kind)) > 1:
+        return " or ".join(map(_describe, options(kind)))
     origin = typing.get_origin(kind)
     if origin is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(kind))

@@ -20,6 +20,8 @@ class TrainerKTOConfig:
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
     gradient_clip_val: float | None = 1.0
+    on_nan: Literal["error", "skip_step"] = "error"
+    max_skipped_steps: int = 10
 
 
 @dataclass(kw_only=True)
@@ -30,7 +32,9 @@ class TrainerConfig:
     devices: int | Literal["auto"] = 1
     num_nodes: int = 1
     precision: int | str = 32
+    deterministic: bool = False
     log_every_n_steps: int = 1
+    timeout_minutes: float = 10.0
     callbacks: list[dict[str, Any]] | None = None
     kto: TrainerKTOConfig = field(default_factory=TrainerKTOConfig)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,9 @@ from nemo_kto.generation.decoding import Sampling, generate
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ExchangedReference, LiveReference
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.disk import reason_of
+
+logger = logging.getLogger(__name__)
 
 
 class AnswerPrompts(Callback):
@@ -52,6 +56,7 @@ class AnswerPrompts(Callback):
         self._file = file
         self._reference_answers: list[str] | None = None
         self._answered_at = -1
+        self._failed = False
 
     def answer_as_reference(self, model: MegatronGPTKTOModel) -> None:
         """Keep the answers of the model as it is for those of a reference that is not there later; collective."""
@@ -105,15 +110,24 @@ class AnswerPrompts(Callback):
 
     def _write(self, trainer: Trainer, rows: list[tuple[str, str, str]]) -> None:
         names = ("prompt", "policy", "reference")
+        try:
+            self._append(trainer, names, rows)
+        except OSError as error:  # what the answers show can be looked at later, the run cannot be done again
+            if not self._failed:
+                reason = reason_of(error, self._file)
+                logger.warning("%s cannot be written: %s. Training goes on without it.", self._file, reason)
+            self._failed = True
+
+    def _append(self, trainer: Trainer, names: tuple[str, str, str], rows: list[tuple[str, str, str]]) -> None:
         with self._file.open("a", encoding="utf-8") as lines:
             for row in rows:
                 values = {"step": trainer.global_step, **dict(zip(names, row, strict=True))}
                 lines.write(json.dumps(values, ensure_ascii=False) + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+        for sink in trainer.loggers:
+            if isinstance(sink, TensorBoardLogger):
                 table = [names, ("---",) * 3, *(tuple(map(_as_cell, row)) for row in rows)]
                 text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-                logger.experiment.add_text("generations", text, trainer.global_step)
+                sink.experiment.add_text("generations", text, trainer.global_step)
 
 
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_[]|~#<>&"} | {ord("\n"): "<br>"}

@@ -25,13 +25,13 @@ import torch
 from lightning.pytorch import LightningModule
 from transformers import PretrainedConfig
 
-from nemo_kto.algorithms.diagnosis import Diagnosis
+from nemo_kto.algorithms.diagnosis import Diagnosis, GradientSpikes
 from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.packed_rows import KTOBatch, PackedRow
-from nemo_kto.errors import DivergenceError
 from nemo_kto.kto.baseline import Baseline, Comparison, form_baseline
+from nemo_kto.kto.divergence import RecordsFile, UnusableSteps, check_parameters, find_cause
 from nemo_kto.kto.fill_cache import count_batches, fill, open_cache
 from nemo_kto.kto.objective import Objective
 from nemo_kto.kto.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
@@ -45,6 +45,7 @@ from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
+from nemo_kto.runtime.steps import unreduced_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class MegatronGPTKTOModel(LightningModule):
         last_metrics: Name with its stage -> value, of the last step and of the last validation.
         visit_reference: Called with this model while it is a reference that is not kept, but whose log-probs are
             cached; None for nothing.
+        records_file: Takes the records of steps that are not finite; None for nothing.
+        unusable: Counts those steps.
     """
 
     def __init__(
@@ -103,9 +106,13 @@ class MegatronGPTKTOModel(LightningModule):
         self.last_metrics: dict[str, float] = {}
         self.visit_reference: Callable[[MegatronGPTKTOModel], None] | None = None
         self.reference: ReferencePolicy | None = None
+        self.records_file: RecordsFile | None = None
+        limits = config.trainer.kto
+        self.unusable = UnusableSteps(skip=limits.on_nan == "skip_step", most=limits.max_skipped_steps)
         self._validation_sums = MetricSums()
         follows = self.objective.interval is not None and reference.sync_every is not None
         self._diagnosis = Diagnosis(has_kl=self.objective.kl_set, near_reference=follows)
+        self._spikes = GradientSpikes()
         folders = config.pretrained_checkpoint.restore_from_path, config.model.peft.lora_tuning.restore_from_path
         model_folder, adapter_folder = (None if folder is None else Path(folder) for folder in folders)
         self._weights = Weights(
@@ -142,12 +149,11 @@ class MegatronGPTKTOModel(LightningModule):
             for chunk in self.chunks:
                 add_adapters(chunk, self.lora)
         self.chunks.to(self.trainer.strategy.root_device)
-        self._weights.load_model(self.models)
-        self._weights.load_adapters(self.models)
+        parallel.run_everywhere(partial(self._weights.load_policy, self.models))
         if self.reference_settings.mode == "cached":
             self.reference = self._make_cached_reference()
         else:
-            self.reference = self._weights.live_reference(self.models)
+            self.reference = parallel.run_everywhere(partial(self._weights.live_reference, self.models))
 
     @property
     def models(self) -> list[KTOGPTModel]:
@@ -160,7 +166,7 @@ class MegatronGPTKTOModel(LightningModule):
         assert settings.cache is not None
         cache, work = open_cache(settings.cache.folder, settings.cache.key, data, val_batches=self.val_batches)
         if count_batches(work) or self.visit_reference is not None:
-            self._weights.load_reference(self.models)
+            parallel.run_everywhere(partial(self._weights.load_reference, self.models))
             stop = graceful_stop(self.trainer)
             assert stop is not None, "nemo_kto.train gives every trainer one"
             with stop.listening():
@@ -233,27 +239,19 @@ class MegatronGPTKTOModel(LightningModule):
         scorer = self._scorer()
         rows = batch.sample_rows()
         baseline = self._baseline(scorer, batch, rows, split="train")
-        observed = scorer.train(
+        train = partial(
+            scorer.train,
             rows,
             # the loss is only asked for on the last stage, which has a baseline
             partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
             dropout=Dropout(step - 1, batch.places) if self.lora is not None and self.lora.dropout else None,
         )
+        observed = train()
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
             # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
             # here would let Megatron believe that those of the step to come are gathered already.
             self._move_reference(step)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
-        updated, grad_norm, _ = optimizer.step()
-        self._check_gradient(grad_norm if updated else math.inf, loss_scale)
-        if updated:
-            scheduler.step(increment=1)
-        if self.objective.interval is None and self._moves_reference(step):
-            self._strategy.complete_parameters()
-            self._move_reference(step)
-
         sums = MetricSums(self.device)
         self._add_metrics(sums, batch, baseline, observed)
         sums.reduce_()
@@ -265,10 +263,26 @@ class MegatronGPTKTOModel(LightningModule):
             metrics["moe_aux_loss"] = router_loss.take_mean(
                 num_layers=len(mixture.sparse_layers), num_micro_batches=len(rows), place=scorer.place
             )
+        learning_rate = optimizer.param_groups[0]["lr"]
+        loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
+        updated, grad_norm = optimizer.step(usable=math.isfinite(metrics["loss"]))
+        left_out = not updated and not (self._scales_loss and loss_scale > 1.0)  # else a smaller scale can still help
+        if left_out:
+            self._leave_out(step, batch, baseline, observed, loss=metrics["loss"], passed=train)
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if updated:
+            self.unusable.finite()
+        if updated or left_out:  # what is left out counts as taken: data and learning rate follow the step's number
+            scheduler.step(increment=1)
+        if self.objective.interval is None and self._moves_reference(step):
+            self._strategy.complete_parameters()
+            self._move_reference(step)
+
         seconds = time.perf_counter() - started
         metrics |= {
-            **({"grad_norm": float(grad_norm)} if updated else {}),
+            **({"grad_norm": grad_norm} if updated and grad_norm is not None else {}),
             **({"loss_scale": loss_scale} if self._scales_loss else {}),
+            **({"skipped_steps": float(self.unusable.total)} if self.unusable.skip else {}),
             "lr": learning_rate,
             "consumed_samples": float(step * self.config.model.global_batch_size),
             "tokens_per_second": metrics.pop("tokens") / seconds,
@@ -278,6 +292,9 @@ class MegatronGPTKTOModel(LightningModule):
         if self.trainer.is_global_zero:
             for warning in self._diagnosis.update(metrics):
                 logger.warning(warning)
+            spike = self._spikes.update(metrics["grad_norm"], step=step) if "grad_norm" in metrics else None
+            if spike is not None:
+                logger.warning(spike)
 
     def _move_reference(self, step: int) -> None:
         """Move the reference towards the policy, whose parameters are complete, when it is due in this step."""
@@ -294,24 +311,53 @@ class MegatronGPTKTOModel(LightningModule):
     def _scales_loss(self) -> bool:
         return self.params_dtype == torch.float16
 
-    def _check_gradient(self, grad_norm: float, loss_scale: float) -> None:
-        """Raise a DivergenceError for a gradient that is not finite, unless a smaller loss scale can still help."""
-        if not math.isfinite(grad_norm) and not (self._scales_loss and loss_scale > 1.0):
-            # the same on all ranks; saving now would replace the last good checkpoint
-            raise DivergenceError(
-                f"The gradient of step {self.trainer.global_step} is not finite. The last checkpoint is kept. Lower "
-                "model.optim.lr, or raise model.optim.sched.warmup_steps, and run the command again."
-            )
+    def _leave_out(
+        self,
+        step: int,
+        batch: KTOBatch,
+        baseline: Baseline | None,
+        observed: torch.Tensor | None,
+        *,
+        loss: float,
+        passed: Callable[[], Any],
+    ) -> None:
+        """Find out why a step is not finite, and note its records; raise unless it may be left out; collective.
+
+        Args:
+            step: Number of the step, from 1.
+            batch: This rank's share of the global batch.
+            baseline: Its baseline.
+            observed: What the gradient pass found.
+            loss: The step's loss.
+            passed: That pass.
+        """
+
+        def again() -> None:
+            with unreduced_gradients(self.chunks):
+                passed()
+            router_loss.forget()
+
+        cause = find_cause(self.models, baseline, observed, loss=loss, compute_again=again)
+        if self.records_file is not None:
+            self.records_file.add(cause, batch, observed, step=step)
+        self.unusable.leave_out(cause, step=step, records=self.records_file and self.records_file.file)
+
+    def check_parameters(self) -> None:
+        """Raise a DivergenceError if what was trained is not finite and must not be kept; collective."""
+        check_parameters(self.models, step=self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the objective has learned so far, and the last metrics."""
+        """Add what the objective has learned so far, the steps left out, and the last metrics."""
+        self.check_parameters()
+        checkpoint["unusable_steps"] = self.unusable.state_dict()
         checkpoint["objective"] = self.objective.state_dict()
         # times differ between the ranks, and what all of them save in common must not
         same = {name: value for name, value in self.last_metrics.items() if name not in _OWN_TIMES}
         checkpoint["metrics"] = same
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take both over."""
+        """Take them over."""
+        self.unusable.load_state_dict(checkpoint.get("unusable_steps", self.unusable.state_dict()))
         self.objective.load_state_dict(checkpoint["objective"])
         self.last_metrics = checkpoint["metrics"]
 

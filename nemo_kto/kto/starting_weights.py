@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_kto.algorithms.finite import first_not_finite
+from nemo_kto.errors import CheckpointError
 from nemo_kto.kto.reference import EXCHANGED, AdapterOffReference, LiveReference, ReferenceSettings
 from nemo_kto.network.gpt import KTOGPTModel, initialize_weights
 from nemo_kto.network.lora import clear_adapters, initialize_adapters
 from nemo_kto.network.moe import router_biases
+from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.weights.import_hf import import_hf
 from nemo_kto.weights.peft_adapter import import_adapter
 
@@ -33,6 +36,18 @@ class Weights:
     init_std: float
     has_adapters: bool
     reference: ReferenceSettings
+
+    def load_policy(self, models: Sequence[KTOGPTModel]) -> None:
+        """Put everything that training starts from into the models."""
+        self.load_model(models)
+        self.load_adapters(models)
+        name = first_not_finite(item for model in models for item in model.named_parameters())
+        if name is not None:  # of a folder whose values are: too large for the dtype, or an adapter's
+            folder = self.model_folder if ADAPTERS not in name else self.adapter_folder
+            raise CheckpointError(
+                f"{folder}: the values of {name} are not finite in {models[0].config.params_dtype}. Use "
+                "trainer.precision=bf16-mixed or 32, or, if they are not finite in the files, another copy."
+            )
 
     def load_model(self, models: Sequence[KTOGPTModel]) -> None:
         """Put the weights that training starts from into the models, adapters apart."""

@@ -149,6 +149,7 @@ def _execution(recompute: Recompute | None) -> dict[str, Any]:
     recompute_fields = {} if recompute is None else recompute.transformer_config()
     return {
         **recompute_fields,
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
         "variable_seq_lengths": True,  # packed rows differ in length
         "moe_token_dispatcher_type": "alltoall",  # Megatron insists on it with variable lengths, experts or not
         "use_cpu_initialization": not on_cuda,

@@ -42,7 +42,8 @@ def write_report(log_dirs: Sequence[Path], output: Path) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         for picture in [*curves, *(picture for group in groups for picture in group.pictures)]:
             (output / picture.file).write_bytes(picture.png)
-        page.write_text(render(runs, curves, groups), encoding="utf-8")
+        # names of files may have bytes in them that are no text
+        page.write_text(render(runs, curves, groups), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise DataError(
             f"{output} cannot be written ({error.strerror}). Name another folder with --output."

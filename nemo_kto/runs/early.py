@@ -7,17 +7,28 @@ run that is resumed stands) is left to then.
 
 from __future__ import annotations
 
-from nemo_kto.config.folders import check_named_folders, export_folder, log_directory, model_folder, tokenizer_folder
+from nemo_kto.config.folders import (
+    check_named_folders,
+    export_folder,
+    log_directory,
+    model_folder,
+    tokenizer_folder,
+    written_folders,
+)
 from nemo_kto.config.plugins import check_callbacks, check_functions
 from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
 from nemo_kto.data.reading.parts import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
 from nemo_kto.errors import DataError
 from nemo_kto.network.families import sizes_of_folder
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate, resumable_checkpoint
 from nemo_kto.runs.layout import check_division, known_layout
 from nemo_kto.runs.records import check_named, sources, without_training
+from nemo_kto.runtime.disk import check_writable
+from nemo_kto.runtime.launch import check_environment
 from nemo_kto.runtime.layout import ModelSizes
+from nemo_kto.runtime.log_lock import check_free
 
 
 def check_early(config: KTOConfig, command: str) -> None:
@@ -34,17 +45,37 @@ def check_early(config: KTOConfig, command: str) -> None:
         CheckpointError: A folder or a checkpoint is not there.
     """
     trains = command != "evaluate"
+    check_environment()
     check_functions(config)
     if command == "train":
         check_callbacks(config)
+        if is_global_rank_zero():  # the others are of that very run
+            check_free(log_directory(config))
+    check_folders(config, command)
     if command == "evaluate":
-        checkpoint_to_evaluate(config)
         config = without_training(config)
-    check_tokenizer_folder(tokenizer_folder(config))
-    check_named_folders(config)
     check_known_layout(config)
     check_named(config.model.data, trains=trains)
     check_sources(config.model.data)
+
+
+def check_folders(config: KTOConfig, command: str) -> None:
+    """Raise what is wrong with the folders that a command reads and writes, data apart; before any data is read.
+
+    Args:
+        config: The configuration.
+        command: Name of a module of `nemo_kto.commands`.
+
+    Raises:
+        ConfigError: A folder that has to be named is not, or is in the way, or nothing can be written to it.
+        CheckpointError: A folder or a checkpoint is not there.
+    """
+    if command == "evaluate":
+        checkpoint_to_evaluate(config)
+    check_tokenizer_folder(tokenizer_folder(config))
+    check_named_folders(config)
+    for key, folder in written_folders(config, command).items():
+        check_writable(folder, key)
     # a run that is resumed may have taken all its steps, and then what it exported is in nobody's way
     if command == "train" and resumable_checkpoint(config, log_directory(config)) is None:
         export_folder(config, resumes=False)

@@ -73,6 +73,11 @@ def run_identity(
     }
 
 
+def contents(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return of a run's identity what says which files it was given: what they are -> digest."""
+    return {f"what {key} holds (a digest)": identity[key] for key in _DIGESTED}
+
+
 def _objective_identity(config: KTOConfig) -> dict[str, Any]:
     return {f"model.kto.{name}": getattr(config.model.kto, name) for name in _OBJECTIVE}
 

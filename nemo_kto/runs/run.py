@@ -21,6 +21,7 @@ from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, r
 from nemo_kto.runs.reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.runs.schedule import Schedule, plan_schedule, plan_validation
 from nemo_kto.runtime import cpu_megatron
+from nemo_kto.runtime.determinism import make_deterministic
 from nemo_kto.runtime.layout import Layout
 
 
@@ -61,6 +62,8 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         trains: Whether there is something to train, for which there has to be data.
     """
     check_functions(config)
+    if config.trainer.deterministic:
+        make_deterministic()
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
 
-from nemo_kto.config.folders import log_directory
+from nemo_kto import stopping
+from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, export_directory, log_directory
 from nemo_kto.config.plugins import load_object
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, StoppedEarly
@@ -20,9 +21,21 @@ from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runs.run import Run
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves
-from nemo_kto.runtime.loggers import new_wandb_run, open_mlflow, read_runs, write_runs
-from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop
+from nemo_kto.runtime.loggers import (
+    new_wandb_run,
+    open_mlflow,
+    outlive_failures,
+    outlive_log_files,
+    read_runs,
+    write_runs,
+)
+from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop, StopReason
+from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
+from nemo_kto.runtime.meeting import RankRules
+from nemo_kto.runtime.saving import RunCheckpoints
+from nemo_kto.runtime.space import Plan, SpaceCheck
 from nemo_kto.runtime.strategy import MegatronStrategy
+from nemo_kto.weights.folder import configured_dtype
 
 
 def trainer_settings(run: Run) -> dict[str, Any]:
@@ -44,29 +57,62 @@ def trainer_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def strategy(run: Run, *, async_save: bool = False, source_folder: Path | None = None) -> MegatronStrategy:
-    """Return the run's strategy; for the arguments see `MegatronStrategy`."""
+def strategy(
+    run: Run, facts: Mapping[str, str], *, async_save: bool = False, source_folder: Path | None = None
+) -> MegatronStrategy:
+    """Return the run's strategy.
+
+    Args:
+        run: The run.
+        facts: See `common_facts`.
+        async_save: See `MegatronStrategy`.
+        source_folder: See `MegatronStrategy`.
+    """
     return MegatronStrategy(
         run.layout,
         run.config.model.optim,
         params_dtype=params_dtype_of(run.config),
         seed=run.config.model.seed,
         gradient_clip=run.config.trainer.kto.gradient_clip_val or 0.0,
+        rules=RankRules(
+            timeout=timedelta(minutes=run.config.trainer.timeout_minutes),
+            hang_folder=log_directory(run.config) / HANG_FOLDER,
+            facts=facts,
+        ),
         async_save=async_save,
         source_folder=source_folder,
         verify_checkpoints=run.config.exp_manager.verify_checkpoints,
     )
 
 
-def finishes(action: Callable[[], Any]) -> bool:
-    """Return whether `action` came to its end; if it was stopped before training began, say so."""
+def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
+    """Return whether what a trainer does came to its end; if it was stopped before training began, say so.
+
+    Raises:
+        RankError: Another rank of the run is gone.
+        KTOError: What `action` raised, marked with whether it is for this rank to report it.
+    """
+    stop = graceful_stop_of(trainer)
     try:
         action()
     except StoppedEarly as done:
         if is_global_rank_zero():
-            print(f"Stopped after {done}; run the same command to continue.", flush=True)
-        return False
-    return True
+            because = stop.because() if stop is not None else ""
+            print(f"Stopped after {done}{because}; run the same command to continue.", flush=True)
+    except (stopping.Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        watchdog = trainer.strategy.watchdog  # type: ignore[attr-defined]
+        settled = error if watchdog is None else watchdog.ranks.settle(error)
+        if settled is error:
+            raise
+        raise settled from error
+    stopped = stop is not None and stop.reason != StopReason.NONE and trainer.global_step < trainer.max_steps
+    if stop is not None and is_global_rank_zero():
+        stop.remove_file()
+    if stopped:
+        trainer.strategy.watchdog.ranks.leave_together()  # type: ignore[attr-defined]
+    return not stopped
 
 
 def named_callbacks(config: KTOConfig) -> list[Callback]:
@@ -91,8 +137,8 @@ def named_callbacks(config: KTOConfig) -> list[Callback]:
 
 
 def graceful_stop(config: KTOConfig) -> GracefulStop:
-    """Return what ends a run early, by a signal or at `exp_manager.max_time_per_run`, counted from now."""
-    return GracefulStop(_time_limit(config.exp_manager.max_time_per_run))
+    """Return what ends a run early: signals, a file, or `exp_manager.max_time_per_run`, counted from now."""
+    return GracefulStop(_time_limit(config.exp_manager.max_time_per_run), file=log_directory(config) / STOP_FILE)
 
 
 def _time_limit(text: str | None) -> timedelta | None:
@@ -103,11 +149,12 @@ def _time_limit(text: str | None) -> timedelta | None:
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 
 
-def training_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer:
+def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path, resumes: bool) -> Trainer:
     """Return the trainer of a training run, with loggers and checkpoints, all else still to be added.
 
     Args:
         run: The run.
+        facts: See `common_facts`.
         source_folder: See `MegatronStrategy`.
         resumes: Whether the run goes on from a checkpoint.
     """
@@ -115,9 +162,14 @@ def training_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer
     params = config.exp_manager.checkpoint_callback_params
     trainer = Trainer(
         **trainer_settings(run),
-        strategy=strategy(run, async_save=params.async_save, source_folder=source_folder),
+        strategy=strategy(run, facts, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
-        callbacks=[ProgressBar(), StartUpTime(), *([FinishBackgroundSaves()] if params.async_save else [])],
+        callbacks=[
+            ProgressBar(),
+            StartUpTime(),
+            SpaceCheck(_space_plan(run)),
+            *([FinishBackgroundSaves()] if params.async_save else []),
+        ],
     )
     trainer.fit_loop.epoch_loop = StepLoop(
         trainer, val_interval=schedule.val_interval, save_interval=config.trainer.kto.save_interval or 0
@@ -125,9 +177,27 @@ def training_trainer(run: Run, *, source_folder: Path, resumes: bool) -> Trainer
     _add_loggers_and_checkpoints(trainer, config, validates=bool(schedule.val_interval), resumes=resumes)
     checkpoints: Any = trainer.checkpoint_callback
     if checkpoints is not None:
+        RunCheckpoints.adopt(checkpoints, trainer)
         checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
         checkpoints._enable_version_counter = False  # the same step has the same name; see ShardedCheckpointIO
     return trainer
+
+
+def _space_plan(run: Run) -> Plan:
+    """Return what the run is going to write."""
+    config, schedule = run.config, run.schedule
+    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(run.config)
+    best = manager.checkpoint_callback_params.save_top_k if schedule.val_interval else 0
+    if best == -1:
+        best = -(-schedule.total // schedule.val_interval)
+    return Plan(
+        checkpoints=log_directory(config) / "checkpoints" if manager.create_checkpoint_callback else None,
+        at_once=best + 2,  # the last one, and the one that is to replace it
+        params_dtype=params_dtype,
+        export=export_directory(config) if export.enabled else None,
+        export_dtype=configured_dtype(run.hf_config) or params_dtype,
+        whole_model=run.lora is None or export.merge_adapters,
+    )
 
 
 def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validates: bool, resumes: bool) -> None:
@@ -144,6 +214,8 @@ def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validat
         runs["mlflow"] = mlflow.run_id
     if runs and leads:
         write_runs(log_dir, runs)
+    outlive_failures(trainer.loggers, log_dir)
+    outlive_log_files()
 
 
 def _exp_manager_settings(config: KTOConfig, *, validates: bool, wandb_run: str | None) -> dict[str, Any]:

@@ -39,8 +39,9 @@ from nemo.utils.callbacks.dist_ckpt_io import (
 )
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_kto.errors import CheckpointError, DamagedCheckpointError, DivergenceError
-from nemo_kto.runtime import parallel
+from nemo_kto.errors import CheckpointError, DamagedCheckpointError, DivergenceError, SaveError
+from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runtime import megatron_fixes, parallel
 from nemo_kto.runtime.checkpoint_folders import is_finished
 from nemo_kto.runtime.checkpoint_manifest import (
     MANIFEST_FILE,
@@ -50,6 +51,7 @@ from nemo_kto.runtime.checkpoint_manifest import (
     read_manifest,
     write_manifest,
 )
+from nemo_kto.runtime.disk import reason_of
 from nemo_kto.runtime.no_code import index_fault, nothing_executed
 from nemo_kto.runtime.write_results import WriteResults, become_helper
 
@@ -79,8 +81,13 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
     def __init__(self, *, background: bool = False, source_folder: Path | None = None, verify: bool = True) -> None:
         super().__init__()
         self.background = background
-        self.source_folder = source_folder
         self.verify = verify
+        self._source: dict[
+            Path, bytes
+        ] = {}  # the folder may be gone when a checkpoint is written, with the log folder
+        if source_folder is not None and is_global_rank_zero():
+            files = (path for path in source_folder.rglob("*") if path.is_file())
+            self._source = {path.relative_to(source_folder): path.read_bytes() for path in files}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -93,19 +100,14 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
             None, or with `background` what is left to do.
 
         Raises:
-            CheckpointError: The folder cannot be made.
+            SaveError: It could not be written; nothing is left of it.
         """
-
         folder = Path(path)
-
-        def make_room() -> None:
-            self.remove_checkpoint(folder)
-            folder.mkdir(parents=True)
-            if self.source_folder is not None:
-                shutil.copytree(self.source_folder, folder / SOURCE_FOLDER)
-
-        parallel.run_on_rank_zero(make_room, f"{folder} cannot be written")
-        request = dist_checkpointing.save(checkpoint, str(folder), async_sharded_save=True)
+        megatron_fixes.take_failed_write()  # of a save that was cut off
+        with _writing(folder):
+            _raise_together(folder, self._make_room(folder) if dist.get_rank() == 0 else None)
+            request = dist_checkpointing.save(checkpoint, str(folder), async_sharded_save=True)
+            _raise_together(folder, megatron_fixes.take_failed_write())
         written = WriteResults()
         # a rank without anything to write takes part in the rest
         if request.async_fn is not None:
@@ -114,7 +116,21 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
         request.add_finalize_fn(partial(_finish, folder, written))
         if self.background:
             return request
-        request.execute_sync()
+        with _writing(folder):
+            request.execute_sync()
+        return None
+
+    def _make_room(self, folder: Path) -> Exception | None:
+        """Make the folder, and put into it what every checkpoint gets; return what went wrong."""
+        try:
+            self.remove_checkpoint(folder)
+            folder.mkdir(parents=True)
+            for name, content in self._source.items():
+                file = folder / SOURCE_FOLDER / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        except OSError as error:
+            return error
         return None
 
     def load_checkpoint(
@@ -230,19 +246,55 @@ def _write(
     if os.getpid() != pid:
         become_helper(pid)
     write(*arguments, **keywords)
-    written.put({file.name: entry_of(file) for file in folder.glob(f"__{rank}_*.distcp")})
+    try:
+        written.put({file.name: entry_of(file) for file in folder.glob(f"__{rank}_*.distcp")})
+    except OSError:
+        written.put({})  # whoever writes the manifest meets the same error, and tells everyone
 
 
 def _finish(folder: Path, written: WriteResults) -> None:
-    """Write the manifest; collective: one gathering of names and checksums."""
+    """Write the manifest; collective: a gathering of names and checksums, and one of texts."""
     try:
         mine = written.get_nowait()
     except queue.Empty:
         mine = {}
     everyone: list[dict[str, Entry]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
-    known = {name: entry for entries in everyone or () for name, entry in entries.items()}
-    parallel.run_on_rank_zero(partial(write_manifest, folder, known), f"{folder} cannot be written")
+    error = megatron_fixes.take_failed_write()
+    if error is None and everyone is not None:
+        try:
+            write_manifest(folder, {name: entry for entries in everyone for name, entry in entries.items()})
+        except OSError as failed:
+            error = failed
+    _raise_together(folder, error)
+
+
+def _raise_together(folder: Path, error: BaseException | None) -> None:
+    """Raise a SaveError on all ranks where one has an error; one gathering of texts."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, None if error is None else reason_of(error, folder))
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None:
+        raise SaveError(folder, reason)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell all ranks alike why a checkpoint cannot be written, and leave nothing of it.
+
+    Raises:
+        SaveError: It cannot.
+    """
+    try:
+        try:
+            yield
+        except CheckpointException as error:  # on all ranks; the first one knows why
+            cause = next((failure for failure, _ in error.failures.values()), None)
+            _raise_together(folder, cause if cause is not None or dist.get_rank() else error)
+    except SaveError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(error.folder, ignore_errors=True)
+        raise
 
 
 class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc]
@@ -257,6 +309,8 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
         inner = ShardedCheckpointIO(background=True, source_folder=source_folder, verify=verify)
         _WrappingCheckpointIO.__init__(self, inner)
         self.async_calls_queue = AsyncCallsQueue(persistent=False)
+        self.on_failure: Callable[[SaveError], None] | None = None
+        self._under_way: Path | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -267,9 +321,10 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
         of one could be taken for the other's.
 
         Raises:
-            CheckpointError: The folder cannot be made, or the checkpoint before could not be written.
+            SaveError: Writing cannot be begun.
         """
         self.maybe_finalize_save_checkpoint(blocking=True)
+        self._under_way = Path(path)
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
@@ -278,12 +333,18 @@ class BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):  # type: ignore[misc
         One all-reduce of one integer over the world, as long as a checkpoint is under way.
 
         Raises:
-            CheckpointError: A rank could not write its part; on all ranks.
+            SaveError: A rank could not write its part; on all ranks, and unless there is an `on_failure` to judge it.
         """
+        if self._under_way is None:
+            return False
         try:
-            return bool(super().maybe_finalize_save_checkpoint(blocking))
-        except CheckpointException as error:
-            raise CheckpointError(f"A checkpoint could not be written: {error}") from error
+            with _writing(self._under_way):
+                return bool(super().maybe_finalize_save_checkpoint(blocking))
+        except SaveError as error:
+            if self.on_failure is None:
+                raise
+            self.on_failure(error)
+            return False
 
 
 class FinishBackgroundSaves(AsyncFinalizerCallback):  # type: ignore[misc]
@@ -291,8 +352,13 @@ class FinishBackgroundSaves(AsyncFinalizerCallback):  # type: ignore[misc]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for it when the run diverges, which all ranks find in the same step: it is the one to go on from."""
-        if isinstance(exception, DivergenceError):
+        if not isinstance(exception, DivergenceError):
+            return
+        try:
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)  # type: ignore[attr-defined]
+        except CheckpointError as error:  # what ends the run is the other
+            if is_global_rank_zero():
+                logger.warning("%s", error)
 
 
 def sharding_metadata() -> dict[str, Any]:

@@ -6,18 +6,108 @@ NeMo's exp_manager makes the loggers of TensorBoard and Weights & Biases. Its on
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from tensorboard.summary.writer import event_file_writer
 
 from nemo_kto.errors import ConfigError
+from nemo_kto.runtime.disk import free_bytes, reason_of
+
+logger = logging.getLogger(__name__)
+
+_WRITING = ("log_metrics", "log_hyperparams", "save", "after_save_checkpoint", "finalize")
+"""What writes, of Lightning's loggers."""
+
+_ENOUGH = 1 << 20
+"""Bytes that have to be free before a logger that could not write is asked again."""
+
+_FILED = ("nemo_logger", "megatron", "lightning")
+"""First parts of the names of the loggers whose lines exp_manager has written to files."""
 
 _FILE = "logger_runs.json"
+
+
+def outlive_failures(loggers: Iterable[Logger], place: Path) -> None:
+    """Let loggers that cannot write, as on a full disk, lose what they would have written, and not the run.
+
+    Args:
+        loggers: Lightning's.
+        place: The run's log folder.
+    """
+    _end_writer_threads_quietly()
+    for each in loggers:
+        guard = _Guard(each, place)
+        for name in _WRITING:
+            setattr(each, name, partial(guard.call, getattr(each, name)))
+
+
+class _Guard:
+    """Calls what a logger writes with; says once, and when it is over, that it cannot."""
+
+    def __init__(self, guarded: Logger, place: Path) -> None:
+        self._guarded = guarded
+        self._place = place
+        self._failed = 0
+
+    def call(self, method: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Return what the method returns; None if it cannot write."""
+        name = type(self._guarded).__name__
+        if self._failed and free_bytes(self._place) < _ENOUGH:
+            return None
+        try:
+            result = method(*arguments, **keywords)
+            self._check_there()
+        except Exception as error:  # of whatever is behind a logger: no log is worth a run
+            if not self._failed:
+                reason = reason_of(error, self._place)
+                logger.warning("%s cannot write: %s. Training goes on without its log until it can.", name, reason)
+            self._failed += 1
+            if isinstance(self._guarded, TensorBoardLogger):
+                self._guarded._experiment = None  # its writer has ended: the next one begins a file of its own
+            return None
+        if self._failed and method.__name__ == "log_metrics":
+            logger.warning("%s can write again; what it was given in between is lost.", name)
+            self._failed = 0
+        return result
+
+    def _check_there(self) -> None:
+        """Raise an OSError if TensorBoard writes to a file that has been removed, which it would not notice."""
+        writer = getattr(getattr(self._guarded, "_experiment", None), "file_writer", None)
+        if writer is not None and not os.path.exists(writer.event_writer._file_name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _end_writer_threads_quietly() -> None:
+    """Let TensorBoard's writer tell its owner why it has ended, without a traceback of its own; idempotent."""
+    thread = event_file_writer._AsyncWriterThread
+    if hasattr(thread.run, "ends_quietly"):
+        return
+    run = thread.run
+
+    def run_quietly(self: Any) -> None:
+        with suppress(OSError):  # which is kept, and raised where something is written next
+            run(self)
+
+    run_quietly.ends_quietly = True  # type: ignore[attr-defined]
+    thread.run = run_quietly
+
+
+def outlive_log_files() -> None:
+    """Let the files that NeMo's exp_manager has other packages' lines written to be cut off by a full disk, unsaid."""
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in _FILED]
+    for handler in (handler for name in names for handler in logging.getLogger(name).handlers):
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
 
 
 def read_runs(log_dir: Path) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +16,11 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+
+from nemo_kto import stopping
+from nemo_kto.errors import StoppedEarly
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -86,6 +90,9 @@ class StepLoop(_TrainingEpochLoop):
         stop = self._stop_requested()
         if due or last_step or stop:
             save_last(self.trainer)
+            # what led to a checkpoint is never logged again: a run that is killed after it must not have lost it
+            for logger in self.trainer.loggers:
+                logger.save()
         if stop:
             self.trainer.should_stop = True
 
@@ -104,50 +111,97 @@ def save_last(trainer: Trainer) -> None:
         callback._save_last_checkpoint(trainer, candidates)
 
 
+class StopReason(IntEnum):
+    """Why a run stops early; where ranks have several reasons, the greatest counts."""
+
+    NONE = 0
+    TIME = 1
+    FILE = 2
+    SIGNAL = 3
+
+
 class GracefulStop(Callback):
-    """Ends the run after the current step, with a checkpoint, on SIGTERM (as Slurm sends) or when its time is over.
+    """Ends the run after the current step, with a checkpoint: on SIGTERM, Ctrl-C, by a file, or when its time is over.
 
     Args:
         max_time: Time from now on; None for no limit.
+        file: What ends the run when it is there; None for nothing. Rank 0 looks for it.
+
+    Attributes:
+        reason: Why all ranks have agreed to stop.
     """
 
-    def __init__(self, max_time: timedelta | None = None) -> None:
+    def __init__(self, max_time: timedelta | None = None, *, file: Path | None = None) -> None:
+        self.reason = StopReason.NONE
         self._deadline = time.monotonic() + (float("inf") if max_time is None else max_time.total_seconds())
-        self._received = False
-        self._previous: Any = None
+        self._file = file
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over SIGTERM for what is done before training begins."""
-        previous = signal.signal(signal.SIGTERM, self._handle)
+        """Do not let the process be ended by a signal in what is done before training begins and asks `agreed`."""
+        stopping.finish_first("when what has been computed is written")
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            stopping.finished()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over SIGTERM from Lightning, whose own handler ends the run without a checkpoint."""
-        self._previous = signal.signal(signal.SIGTERM, self._handle)
+        """From now on end in order; at once if that is already wanted.
+
+        Raises:
+            StoppedEarly: It is.
+        """
+        has_checkpoints = trainer.checkpoint_callback is not None
+        stopping.finish_first("after this step, with a checkpoint" if has_checkpoints else "after this step")
+        if self.agreed():
+            raise StoppedEarly(f"{trainer.global_step} of {trainer.max_steps} steps")
+        strategy: Any = trainer.strategy
+        strategy.watchdog.ranks.stop_together = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when there is more to do."""
         if trainer.is_global_zero and trainer.global_step < trainer.max_steps:
-            print(f"Stopped at step {trainer.global_step} of {trainer.max_steps}; run the same command to continue.")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give SIGTERM back: only now, as the export of a finished run must not be cut off either."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._received = True
+            steps = f"step {trainer.global_step} of {trainer.max_steps}"
+            print(f"Stopped at {steps}{self.because()}; run the same command to continue.", flush=True)
 
     def agreed(self) -> bool:
-        """Return whether any rank was signalled or is late: one all-reduce of one integer over the world."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        flag = torch.tensor(int(self._received or time.monotonic() > self._deadline), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        """Return whether a rank was told to stop or is late: one all-reduce of one integer over the world."""
+        mine = StopReason.NONE
+        if stopping.requested():
+            mine = StopReason.SIGNAL
+        elif dist.get_rank() == 0 and self._file is not None and self._file.exists():
+            mine = StopReason.FILE
+        elif time.monotonic() > self._deadline:
+            mine = StopReason.TIME
+        reason = torch.tensor(int(mine), device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+        self.reason = StopReason(int(reason))
+        return self.reason != StopReason.NONE
+
+    def because(self) -> str:
+        """Return why the run stops, in brackets."""
+        return {
+            StopReason.TIME: " (exp_manager.max_time_per_run)",
+            StopReason.FILE: f" ({self._file})",
+            StopReason.SIGNAL: f" ({stopping.requested() or 'another rank was told to'})",
+        }.get(self.reason, "")
+
+    def remove_file(self) -> None:
+        """Remove the file that has ended the run, so that it does not end the next one; for rank 0."""
+        if self.reason == StopReason.FILE and self._file is not None:
+            self._file.unlink(missing_ok=True)
+            print(f"{self._file} has been obeyed and is removed.", flush=True)
+
+
+class OwnSignals(_SignalConnector):
+    """In the place of Lightning's: `stopping.py` looks after the signals, Lightning would end without a checkpoint."""
+
+    def register_signal_handlers(self) -> None:
+        """Leave them as they are."""
+        self.received_sigterm = False
+
+    def teardown(self) -> None:
+        """Leave them as they are."""
 
 
 def graceful_stop(trainer: Trainer) -> GracefulStop | None:

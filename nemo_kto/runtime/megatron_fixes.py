@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
@@ -66,6 +68,47 @@ def write_without_manager() -> None:
     if getattr(filesystem_async, "_get_write_results_queue", None) is not _write_results:
         filesystem_async._get_write_results_queue = _write_results
         filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write_as_helper)
+
+
+def outlive_failed_writes() -> None:
+    """Let rank 0 go on when it cannot write what it alone writes between exchanges with the others; idempotent.
+
+    Megatron-Core 0.16 writes common.pt (strategies/common.py), .metadata (strategies/state_dict_saver.py) and
+    metadata.json (serialization.py) there. On a full disk that raises on rank 0 only, and the others wait for it until
+    their exchange times out. Here the error is kept for `take_failed_write`, and nothing more is written.
+    """
+    for owner, name in (
+        (common.TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ):
+        original = getattr(owner, name)
+        if not hasattr(original, "outlives"):
+            setattr(owner, name, _outliving(original))
+
+
+_failed_writes: list[Exception] = []
+
+
+def take_failed_write() -> Exception | None:
+    """Return why this rank could not write since the last call; None if it could."""
+    failed = _failed_writes[0] if _failed_writes else None
+    _failed_writes.clear()
+    return failed
+
+
+def _outliving(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def write(*arguments: Any, **keywords: Any) -> None:
+        if _failed_writes:
+            return
+        try:
+            original(*arguments, **keywords)
+        except (OSError, RuntimeError) as error:  # RuntimeError: of torch's zip writer
+            _failed_writes.append(error)
+
+    write.outlives = True  # type: ignore[attr-defined]
+    return write
 
 
 @cache

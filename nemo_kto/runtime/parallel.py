@@ -6,10 +6,11 @@ Everything outside `runtime/` receives groups, ranks and sizes from here and nev
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kto.errors import CheckpointError, KTOError
 from nemo_kto.runtime import cpu_megatron, megatron_fixes
-from nemo_kto.runtime.launch import known_device_count
+from nemo_kto.runtime.launch import check_environment, known_device_count
 from nemo_kto.runtime.layout import Layout
+
+_T = TypeVar("_T")
 
 
 def device_count(devices: int | str, accelerator: str) -> int:
@@ -31,26 +34,6 @@ def device_count(devices: int | str, accelerator: str) -> int:
     if known is not None:
         return known
     return torch.cuda.device_count() if accelerator == "gpu" else 1
-
-
-_joined = 0
-"""Default groups that Lightning's trainers have made in this process."""
-
-
-def join_again(backend: str, *, address: str, port: int, rank: int, world_size: int) -> None:
-    """Make torch's default group where this process has been in one before; the first one is Lightning's to make.
-
-    A script may train and then evaluate. torch keeps the store of the first group, and with gloo the second would look
-    for its processes at the addresses that they had in the first: it gets a part of the store of its own.
-    """
-    global _joined
-    _joined += 1
-    if _joined == 1 or dist.is_initialized():
-        return
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    store, rank, world_size = next(dist.rendezvous("env://", rank=rank, world_size=world_size))
-    store = dist.PrefixStore(f"nemo_kto {_joined}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 @contextmanager
@@ -65,22 +48,29 @@ def default_group() -> Iterator[None]:
     else:
         cpu_megatron.enable_cpu()
     backend = "nccl" if on_cuda else "gloo"
-    with tempfile.TemporaryDirectory() as rendezvous:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            destroy()
+    check_environment()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        destroy()
 
 
-def initialize(layout: Layout, *, seed: int) -> None:
-    """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group."""
+def initialize(layout: Layout, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Create Megatron's process groups for `layout` and seed every generator; needs an initialised default group.
+
+    Args:
+        layout: The layout.
+        seed: The seed.
+        timeout: How long a rank waits for the others in an exchange.
+    """
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
     megatron_fixes.write_without_manager()
+    megatron_fixes.outlive_failed_writes()
     if layout.virtual > 1:
         megatron_fixes.exchange_shapes_in_order()
     if not parallel_state.model_parallel_is_initialized():
@@ -91,6 +81,7 @@ def initialize(layout: Layout, *, seed: int) -> None:
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=layout.expert_tensor_size,
+            distributed_timeout_minutes=timeout / timedelta(minutes=1),  # which makes a timedelta of it again
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -158,6 +149,28 @@ def position() -> RankPosition:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def run_everywhere(action: Callable[[], _T]) -> _T:
+    """Return what `action` returns, which every rank runs, or fail together: one gathering of objects.
+
+    Args:
+        action: What may go wrong on some ranks; without exchanges between them.
+
+    Raises:
+        KTOError: `action` raised it on this rank, or another.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except KTOError as error:
+        failure = error
+    failures: list[KTOError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    first = next((error for error in failures if error is not None), None)
+    if first is not None:
+        raise first
+    return cast(_T, result)
 
 
 def run_on_rank_zero(action: Callable[[], None], failure: str) -> None:

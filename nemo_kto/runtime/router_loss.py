@@ -27,3 +27,8 @@ def take_mean(*, num_layers: int, num_micro_batches: int, place: RankPosition) -
     dist.all_reduce(total)
     clear_aux_losses_tracker()
     return total.item() / (num_layers * num_micro_batches * place.dp_size)
+
+
+def forget() -> None:
+    """Start anew without a look at what was added up."""
+    clear_aux_losses_tracker()

@@ -27,12 +27,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from nemo.utils import AppState
 
+from nemo_kto import stopping
 from nemo_kto.config.schema import OptimConfig
 from nemo_kto.errors import CheckpointError, DamagedCheckpointError
 from nemo_kto.runtime import checkpoint as ckpt
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import meeting, parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
+from nemo_kto.runtime.disk import reason_of
+from nemo_kto.runtime.launcher import HelperContext, RankLauncher
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.loop import OwnSignals
+from nemo_kto.runtime.steps import step_if_finite
+from nemo_kto.runtime.watchdog import Watchdog, watch_over
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,10 @@ class MegatronStrategy(DDPStrategy):
         async_save: Whether checkpoints are written while training goes on.
         source_folder: What `write_source_folder` wrote, on global rank 0; copied into each checkpoint.
         verify_checkpoints: See `ShardedCheckpointIO`.
+        rules: What the ranks hold each other to.
+
+    Attributes:
+        watchdog: What watches over this rank and the others, once they have met.
     """
 
     restore_checkpoint_after_setup = True  # a sharded load needs the optimizer to exist
@@ -69,10 +79,12 @@ class MegatronStrategy(DDPStrategy):
         params_dtype: torch.dtype,
         seed: int,
         gradient_clip: float,
+        rules: meeting.RankRules,
         async_save: bool = False,
         source_folder: Path | None = None,
         verify_checkpoints: bool = True,
     ) -> None:
+        stopping.end_with_parent()  # the ranks of a program that is no command of this package
         super().__init__(
             checkpoint_io=(ckpt.BackgroundCheckpointIO if async_save else ckpt.ShardedCheckpointIO)(
                 source_folder=source_folder, verify=verify_checkpoints
@@ -84,23 +96,36 @@ class MegatronStrategy(DDPStrategy):
         self.params_dtype = params_dtype
         self.seed = seed
         self.gradient_clip = gradient_clip
+        self.rules = rules
+        self.watchdog: Watchdog | None = None
 
     # processes and groups
 
+    def _configure_launcher(self) -> None:
+        self._launcher = RankLauncher(self.rules.start, self.cluster_environment, self.num_processes, self.num_nodes)
+
     def setup_distributed(self) -> None:
-        """Create torch's default group and Megatron's groups, and tell NeMo's callbacks about them."""
+        """Meet the other ranks, create torch's default group and Megatron's, and tell NeMo's callbacks about them."""
         environment = self.cluster_environment
         assert environment is not None
         self.set_world_ranks()
-        parallel.join_again(
+        store = meeting.join(
             self._get_process_group_backend(),
             address=environment.main_address,
             port=environment.main_port,
             rank=environment.global_rank(),
             world_size=environment.world_size(),
+            rules=self.rules,
         )
+        self.watchdog = watch_over(
+            store,
+            step=lambda: self._module.trainer.global_step,
+            exit_codes=self._launcher.exit_codes,  # type: ignore[union-attr]
+            rules=self.rules,
+        )
+        meeting.check_alike(self.rules.facts)
         super().setup_distributed()
-        parallel.initialize(self.layout, seed=self.seed)
+        parallel.initialize(self.layout, seed=self.seed, timeout=self.rules.patience)
         place = parallel.position()
         state = AppState()  # NeMo's checkpoint callback looks here; resuming with TP or PP fails without it
         state.model_parallel_size = self.layout.model_parallel
@@ -108,10 +133,25 @@ class MegatronStrategy(DDPStrategy):
         state.pipeline_model_parallel_size, state.pipeline_model_parallel_rank = self.layout.pipeline, place.pp_rank
         state.data_parallel_rank = place.dp_rank
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks, before this one's end breaks their exchanges."""
+        if self.watchdog is not None:
+            self.watchdog.ranks.note(exception)
+
     def teardown(self) -> None:
         """Release Lightning's resources and all process groups."""
+        if self.watchdog is not None:
+            self.watchdog.run_is_over = True
         super().teardown()
         parallel.destroy()
+        if self.watchdog is not None:
+            self.watchdog.end()
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Have the processes that load batches be helpers of this rank."""
+        if getattr(dataloader, "num_workers", 0):
+            dataloader.multiprocessing_context = HelperContext()
+        return super().process_dataloader(dataloader)
 
     # model and optimizer
 
@@ -125,6 +165,7 @@ class MegatronStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Wrap chunks that are trained for data parallelism, and make their optimizer; after `configure_model`."""
         assert self.accelerator is not None
+        trainer._signal_connector = OwnSignals(trainer)
         self.accelerator.setup(trainer)
         self.model_to_device()
         if trainer.state.fn != TrainerFn.FITTING:
@@ -200,9 +241,11 @@ class MegatronStrategy(DDPStrategy):
             "eps": optim.eps,
         }
 
-    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Step Megatron's optimizer, which takes no closure; returns (updated, gradient norm, zeros in gradient)."""
-        return optimizer.step()
+    def optimizer_step(
+        self, optimizer: Any, closure: Any, model: Any = None, *, usable: bool = True, **kwargs: Any
+    ) -> Any:
+        """Step Megatron's optimizer, which takes no closure; see `step_if_finite`."""
+        return step_if_finite(optimizer, usable=usable)
 
     @property
     def _module(self) -> Any:
@@ -251,7 +294,8 @@ class MegatronStrategy(DDPStrategy):
         folder = _folder(filepath)
         for key in ("hparams_name", "hparams_type", "hyper_parameters"):
             checkpoint.pop(key, None)  # Megatron reads the common part with weights_only: plain types only
-        self.checkpoint_io.save_checkpoint(checkpoint, folder, storage_options)
+        with stopping.held_back():  # from the processes that write
+            self.checkpoint_io.save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
         """Read a checkpoint written under any layout into this one's shards.
@@ -308,9 +352,14 @@ class MegatronStrategy(DDPStrategy):
             ckpt.fuse_torch_adam(getattr(optimizer, "_optimizer", optimizer))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint folder."""
+        """Remove a checkpoint folder; one that cannot be removed is no reason to end a run."""
+        folder = _folder(filepath)
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(_folder(filepath))
+            try:
+                self.checkpoint_io.remove_checkpoint(folder)
+            except OSError as error:
+                reason = reason_of(error, folder)
+                logger.warning("%s is not needed any more, but cannot be removed: %s.", folder, reason)
 
 
 def _folder(filepath: str | Path) -> Path:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
-from nemo_kto.network.weight_rules import all_pieces, match, spellings
+from nemo_kto.network.weight_rules import Piece, Region, all_pieces, match, spellings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.weights.folder import listed
 
@@ -35,7 +36,8 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     Needs no communication and holds one block of one tensor in memory at a time.
 
     Raises:
-        CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes.
+        CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes, or a value
+            that this rank reads is not finite.
     """
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
@@ -45,9 +47,20 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
-            block = rule.layout.read(pieces, leaf.region, source.read)
+            block = rule.layout.read(pieces, leaf.region, functools.partial(_read_finite, source))
             leaf.data[: len(block)].copy_(block)
             leaf.data[len(block) :].zero_()
+
+
+def _read_finite(source: SafetensorsFolder, piece: Piece, region: Region) -> torch.Tensor:
+    """Return what `source.read` does; training from NaN would look like a learning rate that is too high."""
+    block = source.read(piece, region)
+    if not is_finite(block):
+        raise CheckpointError(
+            f"{source.folder}: {piece.name} holds values that are not finite (NaN or infinity). The files are "
+            "damaged, or the model had diverged: use another copy of it."
+        )
+    return block
 
 
 def check_weights(folder: Path, hf_config: Any) -> None:

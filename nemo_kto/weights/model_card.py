@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nemo_kto.config.folders import FACTS_FILE
 
@@ -32,6 +36,9 @@ _SETTINGS = (
 )
 """Keys whose values say what was optimised and how."""
 
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Categories of characters that break a line, hide, turn others around, or are none."""
+
 _METRICS = (
     "val/loss",
     "val/kl",
@@ -53,7 +60,7 @@ _METHODS = {
 
 
 def _method(loss: str) -> str:
-    return _METHODS.get(loss, f"KTO with the loss `{loss}`")
+    return _METHODS.get(loss, f"KTO with the loss {_code(loss)}")
 
 
 _USE = """```python
@@ -109,9 +116,9 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
     kind = "LoRA adapter" if adapter else "model"
     sections = [
         _front_matter(config, adapter=adapter),
-        f"# {facts['name']}\n",
+        f"# {_plain(facts['name'])}\n",
         f"A {kind} aligned from thumbs up and thumbs down by {_method(config['model']['kto']['loss'])}.\n",
-        f"* Base model: {f'`{Path(base).name}`' if base else 'none; training began with random weights'}",
+        f"* Base model: {_code(Path(base).name) if base else 'none; training began with random weights'}",
         f"* Steps: {step}, of {config['model']['global_batch_size']} samples each\n",
         "## Data\n",
         _table(
@@ -119,11 +126,11 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
             [_split(*item) for item in facts["data"].items()],
         ),
         "## Last metrics\n",
-        _table(("metric", "value"), [(f"`{name}`", f"{metrics[name]:.4g}") for name in _METRICS if name in metrics]),
+        _table(("metric", "value"), [(_code(name), f"{metrics[name]:.4g}") for name in _METRICS if name in metrics]),
         "Rewards are beta times the log-ratio of the model to its reference; `val` is held-out data.\n",
         "## Settings\n",
-        _table(("key", "value"), [(f"`{key}`", f"`{value}`") for key, value in _settings(config)]),
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + "\n",
+        _table(("key", "value"), [(_code(key), _code(value)) for key, value in _settings(config)]),
+        "Versions: " + _plain(", ".join(f"{name} {version}" for name, version in facts["versions"].items())) + "\n",
         "## How to use it\n",
         (_USE_ADAPTER if adapter else _USE) + (_CHAT if facts["chat_template"] else _TEXT) + _GENERATE,
         "The license and the limits of the base model hold for this one too.\n",
@@ -140,14 +147,16 @@ def _front_matter(config: Mapping[str, Any], *, adapter: bool) -> str:
         *(f"- {tag}" for tag in tags),
     ]
     if adapter:  # PEFT's own cards have it; for a whole model a folder's path is no name of a model
-        lines.append(f"base_model: {json.dumps(Path(config['pretrained_checkpoint']['restore_from_path']).name)}")
+        name = _one_line(Path(config["pretrained_checkpoint"]["restore_from_path"]).name)
+        quoted = yaml.safe_dump(name, default_style='"', allow_unicode=True, width=10**6).strip()
+        lines.append(f"base_model: {quoted}")
     return "\n".join(["---", *lines, "---", ""])
 
 
 def _split(name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
-    files = [f"`{Path(source['path']).name}`" for source in data["sources"]]
+    files = [_code(Path(source["path"]).name) for source in data["sources"]]
     shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
-    return (name, str(data["samples"]), str(data["desirable"]), str(data["undesirable"]), shown)
+    return (_plain(name), str(data["samples"]), str(data["desirable"]), str(data["undesirable"]), shown)
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -164,5 +173,27 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+    # in a table a pipe ends a cell, inside of code too
+    cells = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    lines = [head, tuple("---" for _ in head), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _one_line(value: Any) -> str:
+    """Return a value as one line of text, control characters and what is no text as Python writes them."""
+    hidden = {letter for letter in str(value) if unicodedata.category(letter) in _HIDDEN}
+    return str(value).translate({ord(letter): letter.encode("unicode_escape").decode() for letter in hidden})
+
+
+def _code(value: Any) -> str:
+    """Return a value as code in Markdown, where nothing has a meaning but backticks, and HTML is text."""
+    text = _one_line(value) or " "
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+    room = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def _plain(value: Any) -> str:
+    """Return a value as text in Markdown: signs that mean something there are written as entities."""
+    # an underscore inside of a word means nothing
+    return re.sub(r"[\\`*\[\]<>&#|~$]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found[0])};", _one_line(value))

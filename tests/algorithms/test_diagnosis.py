@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kto.algorithms.diagnosis import WARNINGS, Diagnosis
+from nemo_kto.algorithms.diagnosis import WARNINGS, Diagnosis, GradientSpikes
 from nemo_kto.config.reader import leaf_values
 from nemo_kto.config.schema import KTOConfig
 
@@ -259,6 +259,34 @@ def test_texts_say_what_was_measured() -> None:
     )
 
 
+def spikes_of(norms: list[float]) -> dict[int, str]:
+    """Return step -> what was said."""
+    spikes = GradientSpikes(factor=10, window=6, most=3)
+    said = ((step, spikes.update(norm, step=step)) for step, norm in enumerate(norms, start=1))
+    return {step: text for step, text in said if text is not None}
+
+
+def test_a_spike_is_ten_times_the_median_and_said_once() -> None:
+    quiet = [1.0, 1.2, 0.8]
+    assert spikes_of([100.0, 50.0, 1e6]) == {}  # nothing to compare with
+    said = spikes_of([*quiet, 10.1, 30.0, 1.0, 9.9, 1.0, 99.0])
+    assert list(said) == [4, 9]
+    assert "step 4 is a spike: its norm is 10.1, and the median of the 3 steps before 1." in said[4]
+    assert "model.optim.lr" in said[4]
+
+
+def test_gradients_that_stay_larger_are_no_spike() -> None:
+    """The median follows; and zeros have no multiples."""
+    assert list(spikes_of([1.0] * 6 + [20.0] * 20)) == [7]
+    assert spikes_of([0.0] * 6 + [1.0]) == {}
+
+
+def test_spikes_are_not_said_for_ever() -> None:
+    said = spikes_of([1.0, 1.0, 1.0] + [100.0, 1.0, 1.0] * 9)
+    assert len(said) == 3
+    assert [step for step, text in said.items() if "Further ones are not said" in text] == [max(said)]
+
+
 def test_every_key_that_a_text_names_exists() -> None:
     keys = leaf_values(KTOConfig())
     for text in WARNINGS.values():
@@ -295,6 +323,6 @@ def messages():
 def test_every_message_that_the_page_quotes_exists() -> None:
     quotes = [" ".join(quote.replace("\n> ", " ").split()) for quote in re.findall(r"(?<=\n\n> )(?:.|\n> )*", PAGE)]
     known = list(messages())
-    assert len(quotes) == 7
+    assert len(quotes) == 10
     for quote in quotes:
         assert any(quote in text for text in known), quote

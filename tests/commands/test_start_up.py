@@ -205,4 +205,4 @@ def test_training_leaves_out_what_no_run_uses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert {"torch", "megatron.core", "lightning.pytorch", "nemo.utils.exp_manager"} <= loaded
-    assert not loaded & {"datasets", "mlflow", "nemo_kto.reporting.report"}
+    assert not loaded & {"datasets", "mlflow", "wandb", "nemo_kto.reporting.report"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from nemo_kto.config.compose import _forced, load_config, run_configured
+from nemo_kto.config.compose import load_config, run_configured
+from nemo_kto.config.overrides import readable
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 
@@ -27,7 +30,7 @@ from nemo_kto.errors import ConfigError
     ],
 )
 def test_overrides_are_forced_past_hydra(argument: str, forced: str) -> None:
-    assert _forced(argument) == forced
+    assert readable(argument) == forced
 
 
 @pytest.fixture
@@ -86,10 +89,38 @@ def test_values_from_python_need_no_quotes() -> None:
         ("model.optim.lr=1", "Write ['model.optim.lr=1']"),
         ({3: 4}, "Unknown configuration key 3"),
         ({"model.seed": object()}, "It takes an integer"),
-        (["model.data.format=a=b(c"], "cannot be read"),
+        (["model.optim.lr=a=b(c"], "cannot be read"),
+        ({"exp_manager.name": "a/{b}"}, "braces, slashes"),
     ],
 )
 def test_what_python_is_told_is_checked(overrides: object, said: str) -> None:
-    with pytest.raises(ConfigError, match="") as caught:
+    with pytest.raises(ConfigError, match=re.escape(said)):
         load_config(overrides)  # type: ignore[arg-type]
-    assert said in str(caught.value)
+
+
+BROKEN = {
+    "indent.yaml": (b"model:\n  seed: 1\n bad: 2\n", 3, 2),
+    "tab.yaml": (b"model:\n\tseed: 1\n", 2, 1),
+    "twice.yaml": (b"model:\n  seed: 1\n  seed: 2\n", 3, 3),
+    "open.yaml": (b"model:\n  seed: [1, 2\n", 3, 1),
+    "alias.yaml": (b"model:\n  seed: *x\n", 2, 9),
+    "code.yaml": (b"model:\n  seed: !!python/object/apply:os.getpid []\n", 2, 9),
+    "latin.yaml": ("model:\n  # grün\n".encode("latin-1"), 2, 7),
+    "binary.yaml": ("model:\n  # ü \0\n".encode(), 2, 7),
+}
+"""File -> what is in it, and the line and column where it breaks."""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_yaml(tmp_path: Path, name: str) -> None:
+    """It is named by another one, every second time."""
+    content, line, column = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "mine.yaml").write_text(f"defaults:\n  - {Path(name).stem}\n")
+    program = "import sys; from nemo_kto.config.compose import run_configured; run_configured(print, sys.argv[1:])"
+    config = "mine" if len(name) % 2 else Path(name).stem
+    arguments = [f"--config-path={tmp_path}", f"--config-name={config}"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"error: {tmp_path / name}, line {line}, column {column}: this cannot be read as YAML: ")

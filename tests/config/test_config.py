@@ -456,3 +456,25 @@ def test_old_and_new_key_must_not_contradict():
 
 def test_config_dir_holds_the_yaml():
     assert (config_dir() / "gpt_kto.yaml").is_file()
+
+
+def test_secrets_of_the_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be written to run.json, checkpoints and logs."""
+    monkeypatch.setenv("MY_API_KEY", "planted-value")
+    monkeypatch.setenv("OTHER_TOKEN", "short")
+    monkeypatch.setenv("HARMLESS", "planted-harmless")
+    parse("exp_manager.name=short")
+    parse("exp_manager.name=${oc.env:HARMLESS}")
+    for override in (
+        "exp_manager.name=${oc.env:MY_API_KEY}",
+        "exp_manager.wandb_logger_kwargs={project: p, notes: 'x-${oc.env:MY_API_KEY}'}",
+        "trainer.callbacks=[{_target_: a.B, key: '${oc.env:MY_API_KEY}'}]",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(override)
+        assert "the environment variable MY_API_KEY" in str(caught.value) and "planted" not in str(caught.value)
+
+
+def test_names_that_are_no_text_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data_prefix.train='a\\udcff.jsonl' has bytes in it that are no text"):
+        parse_config(nested({"model.data.data_prefix.train": [{"path": "a\udcff.jsonl"}]}))

@@ -112,7 +112,7 @@ def test_what_is_there_passes() -> None:
         ("trainer.callbacks=[{target: plugged.X}]", "Write {_target_: my_package.MyCallback}"),
         ("trainer.callbacks=[plugged.X]", "a mapping or a list of mappings"),
         ("model.kto.loss=dpo", "kto, apo_zero_unpaired, bco, or the dotted path"),
-        ("model.data.reader=3", "It takes text"),
+        ("model.data.reader=[a]", "It takes text"),
     ],
 )
 def test_values_that_name_nothing(override: str, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -38,7 +39,7 @@ WITH_CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("command")
+    folder = tmp_path_factory.mktemp("command") / "it's a=b, [c] {d} ünï"  # for every run: no path has to be quoted
     make_model_folder(folder / "hf")
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=9, seed=2)
@@ -50,7 +51,7 @@ def command(root: Path, log_dir: Path, *, script: Path = SCRIPT, **changes: Any)
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
@@ -73,11 +74,28 @@ def run(arguments: list[str], **environment: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
+SECRETS = {
+    name: f"planted_{hashlib.sha256(name.encode()).hexdigest()}"
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "X_PASSWORD",
+        "MY_API_KEY",
+    )
+}
+"""Variables of the run below; none of their values is to be found anywhere afterwards."""
+
+
 def complete_command(root: Path, log_dir: Path) -> list[str]:
     changes = {
         **TP2,
         **WITH_CHECKPOINTS,
         "export__enabled": True,
+        "report__enabled": True,
+        "generation__num_prompts": 1,
         "model__data__data_prefix__validation": str(root / "validation.jsonl"),
         "trainer__kto__val_check_interval": 5,
         "exp_manager__checkpoint_callback_params__save_top_k": 1,
@@ -88,10 +106,10 @@ def complete_command(root: Path, log_dir: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the log folder of a run under tensor parallelism, with checkpoints and export."""
-    log_dir = tmp_path_factory.mktemp("uninterrupted")
-    code, output, errors = run(complete_command(root, log_dir))
+    log_dir = tmp_path_factory.mktemp("uninterrupted") / 'log=dir, (1) "q"'
+    code, output, errors = run(complete_command(root, log_dir), **SECRETS)
     assert code == 0, output + errors
-    (log_dir / "output.txt").write_text(output)
+    (log_dir / "output.txt").write_text(output + errors)
     return log_dir
 
 
@@ -123,6 +141,14 @@ def test_logs_checkpoints_and_export(uninterrupted: Path, root: Path) -> None:
     assert tokenizer("red sea").input_ids == AutoTokenizer.from_pretrained(root / "hf")("red sea").input_ids
     before = AutoModelForCausalLM.from_pretrained(root / "hf").state_dict()
     assert all(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_secret_of_the_environment_reaches_a_file(uninterrupted: Path, root: Path) -> None:
+    files = [path for folder in (uninterrupted, root) for path in folder.rglob("*") if path.is_file()]
+    assert {"report.html", "run.json", "README.md", "generations.jsonl", "output.txt"} <= {path.name for path in files}
+    for file in files:
+        content = file.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], file
 
 
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(uninterrupted: Path, tmp_path: Path) -> None:
@@ -182,8 +208,8 @@ def test_sigterm_saves_and_another_layout_goes_on(
     root: Path, uninterrupted: Path, tmp_path: Path, second: dict[str, int]
 ) -> None:
     code, output, errors = run(command(root, tmp_path, script=ENDED, **WITH_CHECKPOINTS), TERMINATE_AT_STEP="4")
-    assert code == 0, output + errors
-    assert "Stopped at step 5 of 10; run the same command to continue" in output
+    assert code == 75, output + errors
+    assert "Stopped at step 5 of 10 (SIGTERM); run the same command to continue" in output
     code, output, errors = run(command(root, tmp_path, **second, **WITH_CHECKPOINTS))
     assert code == 0, output + errors
     assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=False)

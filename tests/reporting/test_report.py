@@ -226,6 +226,19 @@ def test_what_comes_from_data_is_escaped(full: Path) -> None:
     assert page.row("model.data.format") == ["<b>", "auto"]
 
 
+def test_names_of_files_are_escaped(tmp_path: Path) -> None:
+    """Also those with bytes that are no text, and of folders."""
+    name = '<img src=y> & $x$ "two\nlines" \udcff.jsonl'
+    folder = log(tmp_path / "<i>run</i>", {"train/loss": {0: 0.5, 1: 0.4}})
+    sources = [{"path": f"/data/{name}", "samples": 3, "desirable": 1}]
+    describe(folder, name="run", data={"train": {**DATA, "sources": sources}, "validation": None})
+    page = Page(write_report([folder], tmp_path / "report"))
+    assert not any(tag == "i" or attributes.get("src") == "y" for tag, attributes in page.tags)
+    shown = f"/data/{name}".replace("\udcff", "\\udcff")
+    assert any(shown in row for row in page.rows)
+    assert page.row("Log folder") == [str(folder)]
+
+
 def test_page_loads_nothing(full: Path) -> None:
     source = full.read_text(encoding="utf-8")
     loaded = [attributes["src"] for _, attributes in Page(full).tags if "src" in attributes]

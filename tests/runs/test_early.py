@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_kto.commands.train import train
 from nemo_kto.config.compose import parse_config
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import CheckpointError, ConfigError, DataError, KTOError
@@ -132,3 +136,62 @@ def test_evaluation(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no held-out data"):
         without = config(tmp_path / "log", evaluation__checkpoint=values.evaluation.checkpoint)
         check_early(without, "evaluate")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder that nothing can be written into, for root neither."""
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    if os.geteuid():
+        folder.chmod(0o555)
+        yield folder
+        folder.chmod(0o755)
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("root may write everywhere, and no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "below"),
+    [
+        ("train", "exp_manager.explicit_log_dir", "log"),
+        ("cache_reference", "exp_manager.explicit_log_dir", "log"),
+        ("train", "model.data.cache_dir", "tokens"),
+        ("train", "export.folder", "hf"),
+        ("evaluate", "evaluation.output", "found.json"),
+    ],
+)
+def test_folders_are_tried_before_data_is_looked_for(
+    read_only: Path, tmp_path: Path, command: str, key: str, below: str
+) -> None:
+    """There is no data either; and nothing is left behind of the others, which are tried as well."""
+    missing = {
+        "model__data__data_prefix__train": "none.jsonl",
+        "model__data__data_prefix__validation": "none.jsonl",
+        "model__kto__reference__checkpoint": str(QUICKSTART / "model"),
+    }
+    changes = {**missing, key.replace(".", "__"): str(read_only / below)}
+    with pytest.raises(ConfigError) as caught:
+        check_early(config(tmp_path / "log", **changes), command)
+    text = str(caught.value)
+    assert "cannot be written: " in text and text.endswith(f"Mend that, or name another place in {key}.")
+    assert ("this user may not write there" if os.geteuid() else "its file system is read-only") in text
+    assert [path.name for path in tmp_path.iterdir()] == ["read only"]
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="a part of its path is a file. Mend that, or name another place in exp_man"):
+        check_early(config(tmp_path / "file" / "log"), "train")
+
+
+def test_training_tries_them_too(tmp_path: Path) -> None:
+    """It may be called from Python, without any command."""
+    (tmp_path / "file").touch()
+    missing = config(tmp_path / "file" / "log", model__data__data_prefix__train="none.jsonl")
+    with pytest.raises(ConfigError, match="cannot be written: a part of its path is a file"):
+        train(missing)

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kto.config.folders import FACTS_FILE
@@ -213,3 +215,73 @@ def test_transformers_neither_reads_nor_writes_it(exported: dict[str, Path], tmp
     (tmp_path / "README.md").write_text("mine")
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+class Rendered(HTMLParser):
+    """What a card looks like: the cells of its tables, its headings, and which tags it consists of."""
+
+    def __init__(self, card: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.texts: dict[str, list[str]] = {"h1": [], "li": [], "p": []}
+        self.tags: set[str] = set()
+        self._into: list[str] = []
+        # GitHub's and the hub's Markdown: tables, and HTML that is not escaped passes
+        self.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2]))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self._into = self.rows[-1]
+            self._into.append("")
+        elif tag in self.texts:
+            self._into = self.texts[tag]
+            self._into.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th", *self.texts):
+            self._into = []
+
+    def handle_data(self, data: str) -> None:
+        if self._into:
+            self._into[-1] += data
+
+
+NAMES = [
+    "a|b.jsonl",
+    "<img src=x onerror=alert(1)>.jsonl",
+    "`code` and ``more``.jsonl",
+    "`",
+    "$a$ *b* _c_ [d](e) ~f~ #g &lt; \\|.jsonl",
+    "日本語\u3000😀.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "two\nlines\r\x1b[31m.jsonl", "no text \udcff.jsonl"])
+def test_names_are_shown_as_they_are(whole: Path, name: str) -> None:
+    """Wherever they stand; signs that cannot be shown are written as Python writes them."""
+    facts = json.loads((whole / FACTS_FILE).read_text(encoding="utf-8"))
+    facts["name"] = name
+    facts["data"]["train"]["sources"] = [{"path": f"/data/{name}"}, {"path": "/data/other.jsonl"}]
+    facts["config"]["pretrained_checkpoint"]["restore_from_path"] = f"/models/{name}"
+    facts["config"]["model"]["kto"]["loss"] = name
+    facts["versions"] = {"torch": name}
+    shown = name.replace("\n", "\\n").replace("\r", "\\r").replace("\x1b", "\\x1b").replace("\udcff", "\\udcff")
+    for adapter in (False, True):
+        card = model_card(facts, {"train/loss": 0.5}, step=3, adapter=adapter)
+        assert card is not None
+        card.encode("utf-8")
+        page = Rendered(card)
+        assert page.texts["h1"] == [shown]
+        assert page.texts["li"][0] == f"Base model: {shown}"
+        assert next(row for row in page.rows if row[0] == "train")[-1] == f"{shown}, other.jsonl"
+        assert ["model.kto.loss", shown] in page.rows
+        assert any(text.endswith(f"by KTO with the loss {shown}.") for text in page.texts["p"])
+        assert f"Versions: torch {shown}" in page.texts["p"]
+        tags = {"h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
+        assert page.tags == tags
+        assert {len(row) for row in page.rows} == {2, 5}
+        header = yaml.safe_load(card.split("---\n")[1])
+        assert header.get("base_model") == (shown if adapter else None)

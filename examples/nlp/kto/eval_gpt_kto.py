@@ -13,6 +13,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[3]))  # a clone works without being installed
 
+    from nemo_kto.stopping import take_signals
+
+    take_signals()  # before anything else: what comes next takes seconds
+
     from nemo_kto.cli import run_script
 
     run_script("evaluate", sys.argv[1:])

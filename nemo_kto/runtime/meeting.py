@@ -1,0 +1,237 @@
+"""How the processes of a run find each other, and see that all of them were given the same.
+
+Rank 0 opens a store (torch's TCPStore) at MASTER_ADDR and MASTER_PORT, the others come to it. torch does that too, but
+whoever meets a wrong port, or waits for one that never comes, waits for long and is not told for whom.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_kto.errors import ConfigError, RankError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRules:
+    """What the ranks of a run hold each other to.
+
+    Attributes:
+        timeout: How long one may be at one place.
+        hang_folder: Where they write their stacks if it takes longer.
+        facts: What must be the same for all, see `check_alike`.
+    """
+
+    timeout: timedelta
+    hang_folder: Path
+    facts: Mapping[str, str]
+
+    @property
+    def start(self) -> timedelta:
+        """How long the others wait for one to come: imports and data can take long, and are another thing."""
+        return max(self.timeout, timedelta(minutes=10))
+
+    @property
+    def patience(self) -> timedelta:
+        """How long torch waits for an exchange: a little longer, as it would not say where the others are."""
+        return self.timeout + timedelta(minutes=1)
+
+
+_ANSWER = 60.0
+"""Seconds in which a store that has accepted a connection answers."""
+
+_LOOK = 0.2
+
+_EXCHANGES = 2000
+"""How many of the last exchanges torch's flight recorder keeps, for a run that hangs."""
+
+_store: dist.Store | None = None
+"""The store of this process, which the groups of several trainers in one program share."""
+
+_groups = 0
+"""Default groups that trainers have made in this process."""
+
+
+def open_store(port: int, *, timeout: timedelta) -> int:
+    """Open the store, as rank 0; return its port.
+
+    Args:
+        port: Where; 0 for any port that is free.
+        timeout: For what is asked of it.
+
+    Raises:
+        ConfigError: The port is taken.
+    """
+    global _store
+    try:
+        server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(_taken(port)) from error
+        try:
+            server = socket.create_server(("", port))  # without IPv6
+        except OSError as second:
+            raise ConfigError(f"MASTER_PORT={port} cannot be opened: {second.strerror}.") from second
+    port = server.getsockname()[1]
+    _store = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
+    return port
+
+
+def _taken(port: int) -> str:
+    return (
+        f"MASTER_PORT={port} is taken by another process on {socket.gethostname()}, perhaps of another run. Set "
+        "MASTER_PORT to a free port, the same for all processes; if the run is on one machine, `unset MASTER_PORT`."
+    )
+
+
+def _reach_store(address: str, port: int, *, rank: int, timeout: timedelta) -> None:
+    """Connect to the store that rank 0 opens.
+
+    Raises:
+        RankError: It does not.
+    """
+    global _store
+    place = f"{address}:{port} (MASTER_ADDR and MASTER_PORT)"
+    end = time.monotonic() + timeout.total_seconds()
+    while True:  # torch would print where in its code it failed, each time it tries
+        try:
+            socket.create_connection((address, port), timeout=_ANSWER).close()
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RankError(
+                    f"Rank {rank} has not reached rank 0 at {place} within {_minutes(timeout)}: {error}. Is it "
+                    "running, and is this its address?"
+                ) from error
+        time.sleep(_LOOK)
+    found: list[dist.Store] = []
+    # in a thread, as torch would wait for the answer of something else for ever
+    connecting = threading.Thread(target=_connect, args=(address, port, timeout, found), daemon=True)
+    connecting.start()
+    connecting.join(min(_ANSWER, timeout.total_seconds()))
+    if not found:
+        raise RankError(f"What answers rank {rank} at {place} is not rank 0 of this run. {_taken(port)}")
+    _store = found[0]
+
+
+def _connect(address: str, port: int, timeout: timedelta, found: list[dist.Store]) -> None:
+    try:
+        found.append(dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False))
+    except dist.DistError:  # said by the one who waits
+        return
+
+
+def join(backend: str, *, address: str, port: int, rank: int, world_size: int, rules: RankRules) -> dist.Store:
+    """Make torch's default group, once all ranks are there; return a store for whatever else they tell each other.
+
+    A group that is there already is kept.
+
+    Raises:
+        RankError: Not all of them come; names those that are missing.
+        ConfigError: The port is taken.
+    """
+    global _store, _groups
+    _groups += 1
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_EXCHANGES))
+    if dist.is_initialized():
+        return dist.PrefixStore(f"nemo_kto {_groups}", dist.distributed_c10d._get_default_store())
+    if _store is None and world_size == 1:
+        _store = dist.HashStore()
+    elif _store is None and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        open_store(port, timeout=rules.start)
+    elif _store is None:
+        _reach_store(address, port, rank=rank, timeout=rules.start)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"nemo_kto {restarts}.{_groups}", _store)
+    _await_everyone(store, rank=rank, world_size=world_size, timeout=rules.start)
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=rules.patience)
+    return store
+
+
+def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Wait until all ranks have come this far."""
+    store.set(f"here {rank}", socket.gethostname())
+    store.add("here", 1)
+    end = time.monotonic() + timeout.total_seconds()
+    while store.add("here", 0) < world_size:
+        if time.monotonic() > end:
+            missing = [str(other) for other in range(world_size) if not store.check([f"here {other}"])]
+            raise RankError(
+                f"Of {world_size} ranks, {_listed(missing)} did not come within {_minutes(timeout)}. Do "
+                "trainer.devices and trainer.num_nodes say what was started? Look at what the missing ones have "
+                "printed; if they only need longer, raise trainer.timeout_minutes."
+            )
+        time.sleep(_LOOK)
+
+
+def _minutes(timeout: timedelta) -> str:
+    return f"{timeout.total_seconds() / 60:.3g} minutes"
+
+
+def check_alike(facts: Mapping[str, str]) -> None:
+    """Raise a ConfigError, on all ranks, when one was given something else; one gathering of a digest over the world.
+
+    Args:
+        facts: What must be the same everywhere: name -> value, both in words.
+    """
+    world_size = dist.get_world_size()
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    digests = [""] * world_size
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    everyone: list[tuple[str, Mapping[str, str]]] = [("", {})] * world_size
+    dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+    differences = [
+        sentence
+        for name in dict.fromkeys(name for _, facts in everyone for name in facts)
+        if (sentence := _difference(name, [(host, facts.get(name, "not there")) for host, facts in everyone]))
+    ]
+    more = f" ({len(differences) - 3} more differ.)" if len(differences) > 3 else ""
+    raise ConfigError(
+        f"The ranks of this run were not given the same. {' '.join(differences[:3])}{more} Start all of them with the "
+        "same command, files and installed packages."
+    )
+
+
+def _difference(name: str, values: Sequence[tuple[str, str]]) -> str | None:
+    """Return who has which value of something, in words; None if all have the same."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, (_, value) in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    if len(ranks_of) == 1:
+        return None
+    parts = []
+    for value, ranks in sorted(ranks_of.items(), key=lambda item: item[1][0]):
+        hosts = list(dict.fromkeys(values[rank][0] for rank in ranks))
+        parts.append(f"{value} on {_listed([str(rank) for rank in ranks])} ({_short(hosts)})")
+    return f"{name} is {', and '.join(parts)}."
+
+
+def _listed(ranks: Sequence[str]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_short(ranks)}"
+
+
+def _short(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
