@@ -14,6 +14,7 @@ from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import Refusals
+from nemo_kto.network.quantised import Quantisation
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -42,15 +43,18 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """Return what the `config.json` of a folder says, of a supported architecture.
 
+    Weights in eight bits are read as plain numbers, see `quantised.py`: it says nothing of them.
+
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: The model is of an unsupported architecture.
+        ConfigError: The model is of an unsupported architecture, or its weights are quantised in another way.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Name the folder of a Hugging Face model.")
     try:
-        named = SimpleNamespace(model_type=json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+        keys = json.loads(file.read_text(encoding="utf-8"))
+        named = SimpleNamespace(model_type=keys.get("model_type"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
     family_of(named, file)  # before transformers: it may not know the architecture either
@@ -59,6 +63,8 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
     except Exception as error:  # its checks of single fields raise classes with no common base
         text = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
+    if Quantisation.of(keys, file) is not None:
+        del config.quantization_config
     return config
 
 

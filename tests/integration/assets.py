@@ -22,6 +22,7 @@ from transformers import (
     GraniteMoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -97,6 +98,10 @@ _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_toke
 GEMMA: dict[str, Any] = {**_TOKENS, "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 4}
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
+    "ministral3": (
+        Ministral3Config,
+        {"head_dim": 16, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}, **_TOKENS},
+    ),
     "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": 4}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
