@@ -57,8 +57,8 @@ def test_values_need_no_quotes_but_the_shells(stub: Submit, tmp_path: Path) -> N
     config = load_config(keys_of(tmp_path))
     assert config.exp_manager.explicit_log_dir == str(odd / "log, dir")
     assert config.pretrained_checkpoint.restore_from_path == str(odd / "hf, too")
-    assert config.model.data.data_prefix.train == str(odd / "{train}.jsonl")
-    assert config.model.data.data_prefix.validation == str(VALIDATION)
+    assert config.model.data.data_prefix.train == [str(odd / "{train}.jsonl")]
+    assert config.model.data.data_prefix.validation == [str(VALIDATION)]
     assert (config.trainer.devices, config.trainer.num_nodes, config.exp_manager.name) == ("auto", "auto", "a b")
 
 
@@ -171,7 +171,7 @@ def test_a_task_of_an_array_is_queued_again_without_its_siblings(stub: Submit, t
 
 def test_the_same_script_twice_waits(stub: Submit) -> None:
     first, second = stub("wait", "exit 0"), stub("wait", "exit 0")
-    first.wait_for("RUNNING")
+    wait_until(lambda: "attempt 0" in first.log())  # a signal to a job without ranks is lost
     wait_until(lambda: second.facts()["Reason"] == "Dependency")
     first.signal(signal.SIGTERM)
     first.wait_for("COMPLETED")

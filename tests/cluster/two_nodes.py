@@ -24,7 +24,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.sock,cred_expire=60
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -43,7 +43,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2,requeue_s
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
-KillWait=60
+KillWait=10
 OverTimeLimit=60
 MinJobAge=3600
 JobRequeue=1
