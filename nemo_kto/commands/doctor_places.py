@@ -25,7 +25,7 @@ from nemo_kto.runs.trainer import space_plan
 from nemo_kto.runtime import meeting
 from nemo_kto.runtime.checkpoint_folders import checkpoints_in, fault_of, is_unfinished
 from nemo_kto.runtime.disk import as_size, existing, free_bytes
-from nemo_kto.runtime.launch import is_launched
+from nemo_kto.runtime.launch import launch
 from nemo_kto.runtime.log_lock import state_of
 from nemo_kto.runtime.strategy import cluster_environment
 from nemo_kto.weights.adapter_tensors import expected_shapes
@@ -117,7 +117,7 @@ def port() -> Iterator[Finding]:
     """Look whether the port is free where this process would have to open it."""
     named = os.environ.get("MASTER_PORT")
     local = os.environ.get("MASTER_ADDR") in (None, "localhost", "127.0.0.1", socket.gethostname())
-    if named is None or not local or is_launched():  # whoever has launched this process holds it
+    if named is None or not local or launch().starter is not None:  # whoever has launched this process holds it
         return
     with socket.socket() as tried:
         try:
@@ -132,7 +132,7 @@ def port() -> Iterator[Finding]:
 
 def ranks() -> Iterator[Finding]:
     """Meet the other ranks, if a launcher has started some; compare clocks and versions of packages with theirs."""
-    if not is_launched():
+    if launch().starter is None:
         return
     environment = cluster_environment()
     world_size = environment.world_size()

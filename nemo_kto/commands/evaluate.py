@@ -34,7 +34,7 @@ from nemo_kto.runs.resume import check_scored_like_trained
 from nemo_kto.runs.run import prepare
 from nemo_kto.runs.trainer import finishes, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint_folders import step_of
-from nemo_kto.runtime.loop import ProgressBar
+from nemo_kto.runtime.progress import progress
 from nemo_kto.weights.checkpoint_model import source_of
 
 OUTPUT_FILE = "evaluation.json"
@@ -83,7 +83,7 @@ def evaluate(config: KTOConfig) -> dict[str, Any] | None:
     trainer = Trainer(
         **trainer_settings(run),
         strategy=strategy(run, common_facts(run, {"the checkpoint": checkpoint})),
-        callbacks=[ProgressBar(), collector],
+        callbacks=[progress(), collector],
     )
     if is_global_rank_zero():
         what = checkpoint or f"{model_folder(config)} (no checkpoint)"

@@ -23,6 +23,7 @@ from nemo_kto.runs.reference import cache_settings, lora_settings, reference_set
 from nemo_kto.runs.schedule import Schedule, plan_schedule, plan_validation
 from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.determinism import make_deterministic
+from nemo_kto.runtime.launch import check_reaches, node_count
 from nemo_kto.runtime.layout import Layout
 
 
@@ -62,6 +63,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         config: The configuration.
         trains: Whether there is something to train, for which there has to be data.
     """
+    check_reaches(node_count(config.trainer.num_nodes))
     check_functions(config)
     if config.trainer.deterministic:
         make_deterministic()

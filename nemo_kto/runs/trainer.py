@@ -11,7 +11,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils import exp_manager as nemo_manager
 from transformers import PretrainedConfig
 
 from nemo_kto import stopping
@@ -23,6 +23,7 @@ from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runs.run import Run
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves
+from nemo_kto.runtime.launch import node_count
 from nemo_kto.runtime.loggers import (
     new_wandb_run,
     open_mlflow,
@@ -31,9 +32,10 @@ from nemo_kto.runtime.loggers import (
     read_runs,
     write_runs,
 )
-from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop, StopReason
+from nemo_kto.runtime.loop import GracefulStop, StartUpTime, StepLoop, StopReason
 from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
 from nemo_kto.runtime.meeting import RankRules
+from nemo_kto.runtime.progress import progress
 from nemo_kto.runtime.saving import RunCheckpoints
 from nemo_kto.runtime.space import Plan, SpaceCheck
 from nemo_kto.runtime.strategy import MegatronStrategy
@@ -42,10 +44,11 @@ from nemo_kto.weights.folder import configured_dtype
 
 def trainer_settings(run: Run) -> dict[str, Any]:
     """Return the Trainer's settings that do not depend on what it is to do."""
+    nodes = node_count(run.config.trainer.num_nodes)
     return {
         "accelerator": run.accelerator,
-        "devices": run.layout.world_size // run.config.trainer.num_nodes,
-        "num_nodes": run.config.trainer.num_nodes,
+        "devices": run.layout.world_size // nodes,
+        "num_nodes": nodes,
         "precision": "32-true",  # Lightning's part only: Megatron's is in the model and the strategy
         "max_steps": run.schedule.total,
         "max_epochs": -1,
@@ -182,7 +185,7 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
         strategy=strategy(run, facts, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
         callbacks=[
-            ProgressBar(),
+            progress(),
             StartUpTime(),
             SpaceCheck(_space_plan(run)),
             *([FinishBackgroundSaves()] if params.async_save else []),
@@ -236,7 +239,8 @@ def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validat
     runs = read_runs(log_dir) if resumes and leads else {}
     if manager.create_wandb_logger:
         runs.setdefault("wandb", new_wandb_run())
-    exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
+    nemo_manager.check_slurm = lambda _: True  # it finds no Slurm, and no torchrun, in this version of Lightning
+    nemo_manager.exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
     if manager.create_mlflow_logger and leads:
         mlflow = open_mlflow(mlflow_settings, name=manager.name, log_dir=log_dir, run_id=runs.get("mlflow"))
         trainer.loggers = [*trainer.loggers, mlflow]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -34,7 +34,8 @@ from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import meeting, parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
 from nemo_kto.runtime.disk import reason_of
-from nemo_kto.runtime.launcher import HelperContext, RankLauncher
+from nemo_kto.runtime.launch import launch
+from nemo_kto.runtime.launcher import HelperContext, RankLauncher, SlurmTasks
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import OwnSignals
 from nemo_kto.runtime.steps import step_if_finite
@@ -368,15 +369,12 @@ def _folder(filepath: str | Path) -> Path:
 
 
 def cluster_environment() -> Any:
-    """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher.
-
-    Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and
-    the batch script requeues.
-    """
-    if TorchElasticEnvironment.detect():
+    """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher."""
+    found = launch()
+    if found.starter == "torchrun":
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        return SLURMEnvironment(auto_requeue=False)
-    # of an interactive Slurm shell: NeMo would take every process started from here for rank 0
+    if found.starter == "Slurm":
+        return SlurmTasks(found)
+    # of the one task that Slurm has started: NeMo would take every process started from here for rank 0
     os.environ.pop("SLURM_PROCID", None)
     return LightningEnvironment()
