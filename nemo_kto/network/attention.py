@@ -225,13 +225,24 @@ class DocumentAttention(MegatronModule):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        if query.is_cuda and query.shape[1] != key.shape[1]:
-            # with grouped heads torch has no memory-efficient kernel for float32 and would keep all scores
+        if query.shape[1] != key.shape[1] and not _takes_grouped_heads(query, mask):
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
+
+
+def _takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether torch has a kernel for fewer key than query heads that does not keep all scores.
+
+    On CUDA that is flash attention alone (torch 2.13, sdp_utils.cpp): in half precision, without a mask, with up to
+    256 channels, from Ampere on.
+    """
+    if not query.is_cuda:
+        return True
+    suits = query.dtype != torch.float32 and mask is None and query.shape[-1] <= 256
+    return suits and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def _whole_rows(

@@ -11,6 +11,7 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import experts, moe_utils
@@ -56,6 +57,18 @@ def keep_less_for_backward() -> None:
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate
+
+
+def load_without_torch_adams_step() -> None:
+    """Leave Adam's step out of what the distributed optimizer copies from a checkpoint's buckets; idempotent.
+
+    `_set_main_param_and_optimizer_states` (optimizer/distrib_optimizer.py, Megatron-Core 0.16) copies every entry of
+    the optimizer's state. torch's Adam, which stands in for Apex's and Transformer Engine's where neither is there,
+    keeps its step among them, where the checkpoint has none: a KeyError. `load_state_dict` has restored it before.
+    """
+    optimizer = distrib_optimizer.DistributedOptimizer
+    if not hasattr(optimizer._set_main_param_and_optimizer_states, "leaves_step"):
+        optimizer._set_main_param_and_optimizer_states = _leaving_step(optimizer._set_main_param_and_optimizer_states)
 
 
 def write_without_manager() -> None:
@@ -107,6 +120,19 @@ def _outliving(original: Callable[..., None]) -> Callable[..., None]:
 
     write.outlives = True  # type: ignore[attr-defined]
     return write
+
+
+def _leaving_step(original: Callable[..., None]) -> Callable[..., None]:
+    @torch.no_grad()
+    @wraps(original)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        own = {"step": state["step"]} if "step" in state else {}  # which is then copied to where it is
+        original(self, model_param, {**own, **tensors})
+
+    set_states.leaves_step = True  # type: ignore[attr-defined]
+    return set_states
 
 
 @cache

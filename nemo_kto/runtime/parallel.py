@@ -69,6 +69,7 @@ def initialize(layout: Layout, *, seed: int, timeout: timedelta = timedelta(minu
     """
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
+    megatron_fixes.load_without_torch_adams_step()
     megatron_fixes.write_without_manager()
     megatron_fixes.outlive_failed_writes()
     if layout.virtual > 1:
