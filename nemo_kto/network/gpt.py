@@ -24,7 +24,7 @@ from nemo_kto.network.megatron_config import Recompute, megatron_config
 from nemo_kto.network.rotary import RotaryEmbedding, rope_parameters
 from nemo_kto.network.sharded import mark_divided, sharded_leaves
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import megatron_fixes, parallel
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
 
 
@@ -179,9 +179,9 @@ def build_gpt(
     )
     rotary = RotaryEmbedding(hf_config, sizes.head_channels)
     by_document = attends_by_document(config, use_transformer_engine) or rotary.depends_on_length
-    # like `bias_activation_fusion` one of the functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; it
-    # is for what `DocumentAttention` takes, not for Transformer Engine's rows
-    config.apply_rope_fusion = by_document
+    # for what `DocumentAttention` takes a function of `algorithms/pointwise.py`, see `keep_less_for_backward`; for
+    # Transformer Engine's rows its own kernel, as Megatron would ask the device for the documents' lengths
+    config.apply_rope_fusion = by_document or megatron_fixes.has_rotary_kernel_for_rows()
     place = parallel.position()
     chunk_number = chunk if layout.virtual > 1 else None
     model = KTOGPTModel(

@@ -83,8 +83,11 @@ class RotaryEmbedding:
             lengths: `[T]` int64, tokens of their documents.
         """
         where = positions.float()[:, None]
-        angles = where * self.inverse_frequencies.to(where.device)
+        # once: each copy from ordinary memory would wait for the device
+        self.inverse_frequencies = self.inverse_frequencies.to(where.device)
+        angles = where * self.inverse_frequencies
         if self.long_inverse_frequencies is not None:
+            self.long_inverse_frequencies = self.long_inverse_frequencies.to(where.device)
             is_long = (lengths > self.switch)[:, None]
-            angles = torch.where(is_long, where * self.long_inverse_frequencies.to(where.device), angles)
+            angles = torch.where(is_long, where * self.long_inverse_frequencies, angles)
         return (torch.cat([angles.cos(), angles.sin()], dim=-1) * self.factor)[:, None, None]

@@ -25,7 +25,6 @@ _DONE_MARK = "_nemo_kto_cpu"
 _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.pipeline_parallel.schedules",  # token counters of every schedule
     "megatron.core.optimizer.clip_grads",  # norm and zero counts
-    "megatron.core.utils",  # the gradient norm without Apex and Transformer Engine
     "megatron.core.optimizer.optimizer",  # loss scale and overflow flag
     "megatron.core.optimizer.grad_scaler",  # the loss scale of float16
 )

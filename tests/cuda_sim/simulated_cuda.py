@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DEVICES = 8
 MEMORY = 80 * 2**30
 
+WAITED: list[Callable[[str], None]] = []
+"""Called with the name of each function by which the host waits for a stream, an event or the device."""
+
 _device: ModuleType
 
 
@@ -47,6 +50,14 @@ def install() -> None:
 
 def _nothing(*arguments: Any, **keywords: Any) -> None:
     return None
+
+
+def _waiting(name: str) -> Callable[..., None]:
+    def wait(*arguments: Any, **keywords: Any) -> None:
+        for called in WAITED:
+            called(name)
+
+    return wait
 
 
 # devices
@@ -87,7 +98,8 @@ class Stream:
         self.cuda_stream = 0
         self.device = torch.device("cuda", _current())
 
-    wait_stream = wait_event = synchronize = _nothing
+    wait_stream = wait_event = _nothing
+    synchronize = _waiting("Stream.synchronize")
 
     def record_event(self, event: Event | None = None) -> Event:
         """Return an event that has happened."""
@@ -107,7 +119,8 @@ class Event:
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
 
-    record = wait = synchronize = _nothing
+    record = wait = _nothing
+    synchronize = _waiting("Event.synchronize")
 
     def query(self) -> bool:
         """Whether it has happened."""
@@ -142,7 +155,7 @@ def _devices() -> dict[str, Any]:
         "get_device_capability": lambda *_: (properties.major, properties.minor),
         "get_device_name": lambda *_: properties.name,
         "is_bf16_supported": lambda *_, **__: True,
-        "synchronize": _nothing,
+        "synchronize": _waiting("torch.cuda.synchronize"),
         "Stream": Stream,
         "Event": Event,
         "current_stream": lambda *_: Stream(),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 
+from nemo_kto.network.attention import DocumentParams
 from tests.network.test_attention import GROUPS, HEADS, attention, row
 
 
@@ -25,8 +25,7 @@ def key_heads(dtype: torch.dtype, window: tuple[int, int] | None) -> tuple[set[i
         return kernel(query, key, *arguments, **keywords)
 
     def output(device: str) -> torch.Tensor:
-        lengths = torch.tensor([0, 5, 305], dtype=torch.int32, device=device)
-        documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths)
+        documents = DocumentParams(lengths=(5, 300))
         parts = (part.to(device) for part in (query, key, value))
         found: torch.Tensor = layer(*parts, None, packed_seq_params=documents)
         return found.cpu()
