@@ -5,7 +5,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `r` channels of a head t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,19 @@ class _Frequencies:
         long, _ = compute(config, _CPU, seq_len=switch + 1, layer_type=kind)
         return cls(usual=usual, long=long, switch=switch, factor=factor)
 
+    def on(self, device: torch.device) -> _Frequencies:
+        """Return them on a device; themselves if they are there."""
+        if self.usual.device == device:
+            return self
+        return replace(self, usual=self.usual.to(device), long=None if self.long is None else self.long.to(device))
+
     def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return cosines, then sines, `[T, r]` float32; see `RotaryEmbedding.table`."""
         where = positions.float()[:, None]
-        angles = where * self.usual.to(where.device)
+        angles = where * self.usual
         if self.long is not None:
             is_long = (lengths > self.switch)[:, None]
-            angles = torch.where(is_long, where * self.long.to(where.device), angles)
+            angles = torch.where(is_long, where * self.long, angles)
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * self.factor
 
 
@@ -157,6 +163,8 @@ class RotaryEmbedding:
             `[T, 1, 1, r]`; where layers have different tables `[tables, T, 1, 1, r]`; where queries have a factor
             `[2, T, 1, 1, r]`, for keys and for queries.
         """
+        # once: each copy from ordinary memory would wait for the device
+        self._kinds = [kind.on(positions.device) for kind in self._kinds]
         tables = torch.stack([kind.table(positions, lengths) for kind in self._kinds])[:, :, None, None]
         if self._query_scale is not None:
             return torch.cat([tables, tables * self._query_scale.factors(positions)[:, None, None, None]])

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kto.errors import CheckpointError, ConfigError, KTOError
-from nemo_kto.runtime import cpu_megatron, megatron_fixes
+from nemo_kto.runtime import cpu_megatron, megatron_fixes, row_shapes
 from nemo_kto.runtime.launch import check_environment, known_device_count, launch, meeting_place
 from nemo_kto.runtime.layout import Layout
 
@@ -84,10 +84,11 @@ def initialize(layout: Layout, *, seed: int, timeout: timedelta = timedelta(minu
     """
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
+    megatron_fixes.measure_norms_on_the_device()
+    megatron_fixes.load_without_torch_adams_step()
     megatron_fixes.write_without_manager()
     megatron_fixes.outlive_failed_writes()
-    if layout.virtual > 1:
-        megatron_fixes.exchange_shapes_in_order()
+    row_shapes.exchange_no_shapes()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,

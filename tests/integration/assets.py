@@ -133,13 +133,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False) -> Path:
+def make_model_folder(
+    folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False, layers: int = 4
+) -> Path:
     """Save a tiny model of a kind in `KINDS` with its tokenizer; with `tied` its output layer is the embedding."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
         **TINY_SIZES,
         "vocab_size": len(tokenizer),
+        "num_hidden_layers": layers,
         # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,

@@ -258,14 +258,14 @@ def test_recomputed_routers_count_their_loss_once(series: Any, recompute: str) -
 
 def train_in_small_buckets(port: int, overrides: dict[str, Any]) -> None:
     """Train with buckets of a few matrices, as large models have them; Megatron's least is 40 million numbers."""
-    from nemo_kto.runtime import strategy
+    from nemo_kto.runtime import optimizer
 
-    original = strategy.DistributedDataParallelConfig
-    strategy.DistributedDataParallelConfig = partial(original, bucket_size=2000)
+    original = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(original, bucket_size=2000)
     try:
         train_on_rank(port, overrides)
     finally:
-        strategy.DistributedDataParallelConfig = original
+        optimizer.DistributedDataParallelConfig = original
 
 
 @pytest.mark.parametrize("model", ["dense", "experts", "adapters"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
@@ -38,8 +38,9 @@ from transformers import (
     Starcoder2Config,
 )
 
+from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import parallel, row_shapes
 from tests.integration.assets import TINY_SIZES
 
 VOCAB_SIZE = 131
@@ -306,15 +307,16 @@ def transformers_logits(folder: Path, *, dtype: torch.dtype = torch.float32) -> 
 def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     """Return our logits `[T, vocab]` of `documents()` as one packed row through all stages; None but on the last."""
     place = parallel.position()
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iter([documents()]),
-        model=[model],
-        num_microbatches=1,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    with rows_known([documents()], model):
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter([documents()]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+        )
     if not place.is_last_stage:
         return None
     hidden = outputs[0]
@@ -331,11 +333,28 @@ def _gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tenso
     return shards
 
 
-def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
+def rows_known(rows: Sequence[Sequence[torch.Tensor]], model: KTOGPTModel) -> AbstractContextManager[None]:
+    """Return a context in which Megatron's schedule may run rows of documents through stages of one chunk each."""
+    place, parts = (
+        parallel.position(),
+        model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1,
+    )
+    return row_shapes.known(
+        [sum(map(len, row)) // parts for row in rows],
+        hidden_size=model.config.hidden_size,
+        stages=place.pp_group.size(),
+        chunks=1,
+        is_first=place.is_first_stage,
+        is_last=place.is_last_stage,
+    )
+
+
+def packed_params(lengths: Sequence[int]) -> DocumentParams:
     """Return Megatron's description of a row of documents."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     longest = max(lengths)
-    return PackedSeqParams(
+    return DocumentParams(
+        lengths=tuple(lengths),
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
