@@ -37,6 +37,7 @@ from nemo_kto.runtime.disk import reason_of
 from nemo_kto.runtime.launcher import HelperContext, RankLauncher
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import OwnSignals
+from nemo_kto.runtime.mishaps import understood
 from nemo_kto.runtime.steps import step_if_finite
 from nemo_kto.runtime.watchdog import Watchdog, watch_over
 
@@ -136,7 +137,7 @@ class MegatronStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, before this one's end breaks their exchanges."""
         if self.watchdog is not None:
-            self.watchdog.ranks.note(exception)
+            self.watchdog.ranks.note(understood(exception))
 
     def teardown(self) -> None:
         """Release Lightning's resources and all process groups."""
