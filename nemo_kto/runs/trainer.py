@@ -35,6 +35,7 @@ from nemo_kto.runtime.loggers import (
 from nemo_kto.runtime.loop import GracefulStop, StartUpTime, StepLoop, StopReason
 from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
 from nemo_kto.runtime.meeting import RankRules
+from nemo_kto.runtime.mishaps import understood
 from nemo_kto.runtime.progress import progress
 from nemo_kto.runtime.saving import RunCheckpoints
 from nemo_kto.runtime.space import Plan, SpaceCheck
@@ -108,7 +109,7 @@ def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
         raise
     except BaseException as error:
         watchdog = trainer.strategy.watchdog  # type: ignore[attr-defined]
-        own = _out_of_memory(error) or error
+        own = understood(error)
         settled = own if watchdog is None else watchdog.ranks.settle(own)
         if settled is error:
             raise
@@ -119,20 +120,6 @@ def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
     if stopped:
         trainer.strategy.watchdog.ranks.leave_together()  # type: ignore[attr-defined]
     return not stopped
-
-
-def _out_of_memory(error: BaseException) -> ConfigError | None:
-    """Return what to say of an error that is a want of memory; None for any other."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return None
-    (first, *_) = str(error).splitlines() or [type(error).__name__]
-    reason = first.rpartition("DefaultCPUAllocator: ")[2]  # behind the place in PyTorch's source
-    return ConfigError(
-        f"There is not enough memory: {reason.rstrip('.')}. Lower model.micro_batch_size, "
-        "model.micro_batch_tokens or model.data.seq_length, set model.activations_checkpoint_granularity, train fewer "
-        "weights (model.peft), or divide the model among more processes, as with model.tensor_model_parallel_size."
-    )
 
 
 def named_callbacks(config: KTOConfig) -> list[Callback]:

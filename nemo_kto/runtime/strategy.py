@@ -33,6 +33,7 @@ from nemo_kto.runtime.launch import launch
 from nemo_kto.runtime.launcher import HelperContext, RankLauncher, SlurmTasks
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import OwnSignals
+from nemo_kto.runtime.mishaps import understood
 from nemo_kto.runtime.optimizer import make_optimizer, wrap_for_training
 from nemo_kto.runtime.steps import step_if_finite
 from nemo_kto.runtime.watchdog import Watchdog, watch_over
@@ -130,7 +131,7 @@ class MegatronStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, before this one's end breaks their exchanges."""
         if self.watchdog is not None:
-            self.watchdog.ranks.note(exception)
+            self.watchdog.ranks.note(understood(exception))
 
     def teardown(self) -> None:
         """Release Lightning's resources and all process groups."""

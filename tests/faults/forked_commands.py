@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from nemo_kto.runtime.processes import _look_at
 from tests.distributed_harness import free_port
 from tests.faults.forked_ranks import QUIET, _context
-from tests.waiting import HANG
+from tests.waiting import HANG, wait_until
 
 LEFT_OVER = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
@@ -58,11 +59,13 @@ class ForkedCommand:
         leaders = {rank.pid for rank in self.ranks}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
+            pid = int(folder.name)
             try:
-                if os.getsid(int(folder.name)) in leaders:
-                    found.append(int(folder.name))
+                state = _look_at(pid) if os.getsid(pid) in leaders else None
             except ProcessLookupError:
                 continue
+            if state is not None and state[0] not in ("Z", "X"):
+                found.append(pid)
         return sorted(found)
 
     def computed(self) -> int:
@@ -89,11 +92,12 @@ class ForkedCommand:
                 continue
 
     def end(self) -> list[tuple[int, str, str]]:
-        """Return exit code, output and errors of each rank, once all have ended."""
+        """Return exit code, output and errors of each rank, once all have ended, and with them all that they began."""
         try:
             for rank in self.ranks:
                 rank.join(HANG)
                 assert rank.exitcode is not None, f"rank {rank} hangs"
+            wait_until(lambda: not self.processes())
         finally:
             self.kill()
         return [
