@@ -84,8 +84,12 @@ def write_without_manager() -> None:
     See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time. And who
     starts them looks whether they are there: Megatron-Core 0.16 waits for the report of one that was killed for ever.
     """
-    if getattr(filesystem_async, "_get_write_results_queue", None) is not _write_results:
-        filesystem_async._get_write_results_queue = _write_results
+    forks = hasattr(filesystem_async, "_get_write_results_queue")  # 0.16; from 0.17 on a file is a thread's
+    name = "_get_write_results_queue" if forks else "get_write_results_queue"
+    if getattr(filesystem_async, name) is _write_results:
+        return
+    setattr(filesystem_async, name, _write_results)
+    if forks:
         filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_parts)
 
 
