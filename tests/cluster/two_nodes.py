@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -9,7 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.distributed_harness import free_port
@@ -159,9 +161,35 @@ class TwoNodes:
         number = self.call("sbatch", *place, script, *arguments, **variables).strip()
         return Job(self, number)
 
-    def nodes_of(self, state: str) -> set[str]:
-        """Return the nodes in a state."""
-        return set(self.call("sinfo", "-h", "-N", "-t", state, "-o", "%N").split())
+    @contextmanager
+    def without(self, job: Job) -> Iterator[str]:
+        """Switch the node of a job off: all of its processes are killed, and Slurm is told; yields its name."""
+        node = job.facts()["NodeList"]
+        os.kill(int((self.folder / "run" / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        for pid in self._processes_of(job):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        try:
+            yield node
+        finally:
+            self.call("slurmd", "-N", node)
+            wait_until(lambda: node in self.call("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split())
+
+    def _processes_of(self, job: Job) -> list[int]:
+        """Return the processes of a job of this cluster: ranks, batch script and Slurm's own beside them."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in variables
+            step = command.startswith(f"slurmstepd: [{job.number}.".encode())
+            if ours and (step or f"SLURM_JOB_ID={job.number}".encode() in variables):
+                found.append(int(folder.name))
+        return found
 
 
 class Job:
