@@ -47,7 +47,12 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.0,<6",
     ],
-    extras_require={"mlflow": MLFLOW, "test": TEST, "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"]},
+    extras_require={
+        "mlflow": MLFLOW,
+        "submitit": ["hydra-submitit-launcher>=1.2"],
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
+    },
     entry_points={"console_scripts": ["nemo-kto = nemo_kto.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

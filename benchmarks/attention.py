@@ -158,17 +158,16 @@ def alone(row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 def per_document(row: Row) -> Attend:
     """Return the product's attention."""
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
 
-    from nemo_kto.network.attention import DocumentAttention
+    from nemo_kto.network.attention import DocumentAttention, DocumentParams
     from nemo_kto.network.model_config import ModelConfig
 
     config = ModelConfig(
         num_layers=1, hidden_size=HEADS * CHANNELS, num_attention_heads=HEADS, num_query_groups=GROUPS
     )
     attention = DocumentAttention(config, 1, AttnMaskType.causal, "self")
-    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=row.boundaries)
+    documents = DocumentParams(lengths=tuple(row.boundaries.diff().tolist()))
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = attention(query[:, None], key[:, None], value[:, None], None, packed_seq_params=documents)

@@ -11,8 +11,6 @@ them. Every layout takes the same steps on the same records; with one core per p
   data, and waiting for the other process. For pipeline stages it stands beside the bubble that the schedule cannot
   avoid, (p-1)/(m+p-1) for p stages and m micro-batches; the rest is the exchange itself and stages of unequal work
   (the last has the output layer).
-* "shapes" is the share in which pipeline stages tell each other how long the next row is. "PP2, fixed length" is the
-  same run with that exchange patched out, which only rows of equal length allow.
 * tokens per rank: batches of 64 records of widely different (log-normal) lengths for 8 data-parallel ranks with
   micro-batches of 2; most tokens of a rank over the mean, as the product deals them, and if the same records were
   dealt in their order. It is counted, not timed.
@@ -35,12 +33,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -68,13 +64,11 @@ SIZES = {
 GLOBAL_BATCH_SIZE = 8
 PROMPT, RESPONSE = 130, 100
 WARM_UP_STEPS = 2
-FIXED = "PP2, fixed length"
 LAYOUTS: dict[str, dict[str, int]] = {
     "one process": {},
     "DP2": {"devices": 2},
     "TP2": {"devices": 2, "tensor_model_parallel_size": 2},
     "PP2": {"devices": 2, "pipeline_model_parallel_size": 2},
-    FIXED: {"devices": 2, "pipeline_model_parallel_size": 2},
 }
 EXCHANGES = (
     "allreduce",
@@ -106,16 +100,12 @@ class Times:
         train: The training pass in it.
         waiting: Inside of process groups' calls, in the step.
         train_waiting: The same in the training pass.
-        shapes: Exchanging shapes, in the step.
-        train_shapes: The same in the training pass.
     """
 
     step: float = 0.0
     train: float = 0.0
     waiting: float = 0.0
     train_waiting: float = 0.0
-    shapes: float = 0.0
-    train_shapes: float = 0.0
 
 
 def main() -> None:
@@ -168,8 +158,6 @@ def report(times: dict[str, list[list[Times]]], rounds: int) -> None:
                     "waiting, pass": share(of_rank, "train_waiting", "train"),
                     "bubble, formula": f"{bubble:.1%}" if name.startswith("PP") else "",
                     "waiting, step": share(of_rank, "waiting", "step"),
-                    "shapes, pass": share(of_rank, "train_shapes", "train"),
-                    "shapes, step": share(of_rank, "shapes", "step"),
                 }
             )
     print_table("shares of the time of each process", shares)
@@ -246,7 +234,6 @@ def train_in_turn(pipe: Connection, folder: Path, name: str, rank: int, world_si
 
     silence_startup_noise()
     torch.set_num_threads(1)
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     from nemo_kto.commands.train import train
     from nemo_kto.kto.scoring import RowScorer
@@ -265,12 +252,9 @@ def train_in_turn(pipe: Connection, folder: Path, name: str, rank: int, world_si
     dist.init_process_group(backend, init_method=f"file://{folder / name}.store", rank=rank, world_size=world_size)
     clock = Clock()
     time_exchanges(clock)
-    P2PCommunicator._communicate_shapes = clock.timed("shapes", P2PCommunicator._communicate_shapes)
     RowScorer.train = clock.timed_pass(RowScorer.train)  # type: ignore[method-assign]
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if name == FIXED:
-            fix_length(stack)
         train(config, callbacks=[Turns(pipe, clock)])
 
 
@@ -308,7 +292,6 @@ class Clock:
             synchronize()
             self.times.train = time.perf_counter() - started
             self.times.train_waiting = self.seconds.get("waiting", 0.0) - before.get("waiting", 0.0)
-            self.times.train_shapes = self.seconds.get("shapes", 0.0) - before.get("shapes", 0.0)
             return result
 
         return noting
@@ -324,27 +307,6 @@ def time_exchanges(clock: Clock) -> None:
     for name in EXCHANGES:
         setattr(dist.ProcessGroup, name, clock.timed("waiting", getattr(dist.ProcessGroup, name)))
     Work.wait = clock.timed("waiting", Work.wait)  # type: ignore[method-assign]
-
-
-def fix_length(stack: contextlib.ExitStack) -> None:
-    """Let Megatron's schedule know the length of rows beforehand, so that stages do not exchange it."""
-    from nemo_kto.kto import scoring
-    from nemo_kto.network import megatron_config
-
-    execution, schedule_of = megatron_config._execution, scoring.get_forward_backward_func
-
-    def fixed_execution(*args: Any) -> dict[str, Any]:
-        return execution(*args) | {"variable_seq_lengths": False}
-
-    def fixed_schedule(schedule: Callable[..., Any], *, data_iterator: Any, seq_length: int, **kwargs: Any) -> Any:
-        rows = list(data_iterator[0])
-        (length,) = {row.tokens.numel() for *_, row in rows}
-        return schedule(data_iterator=[iter(rows)], seq_length=length, **kwargs)
-
-    stack.enter_context(mock.patch.object(megatron_config, "_execution", fixed_execution))
-    stack.enter_context(
-        mock.patch.object(scoring, "get_forward_backward_func", lambda: partial(fixed_schedule, schedule_of()))
-    )
 
 
 class Turns(Callback):
@@ -370,7 +332,7 @@ class Turns(Callback):
         synchronize()
         times, seconds = self._clock.times, self._clock.seconds
         times.step = time.perf_counter() - self._started
-        times.waiting, times.shapes = seconds.get("waiting", 0.0), seconds.get("shapes", 0.0)
+        times.waiting = seconds.get("waiting", 0.0)
         self._pipe.send(times)
 
 

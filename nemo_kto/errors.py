@@ -20,6 +20,9 @@ _PEER_DELAY = 3.0
 
 _PARENT = os.getppid()
 
+_GIT_LFS = b"version https://git-lfs"
+"""What a file begins with that stands for one that Git LFS keeps."""
+
 
 class KTOError(Exception):
     """Base of every error raised on purpose; the command line prints its message without a traceback.
@@ -89,6 +92,19 @@ class SaveError(CheckpointError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels between ranks."""
         return SaveError, (self.folder, self.reason)
+
+
+def git_lfs_hint(file: Path) -> str:
+    """Return what to do about a file that only says where Git LFS has it, as a sentence behind others; "" for others.
+
+    A clone without Git LFS has such files in place of weights, tokenizers and data.
+    """
+    try:
+        with file.open("rb") as handle:
+            is_pointer = handle.read(len(_GIT_LFS)) == _GIT_LFS
+    except OSError:
+        return ""
+    return " It only says where Git LFS has the file: run `git lfs pull` in its folder." if is_pointer else ""
 
 
 def run_guarded(action: Callable[[], None]) -> None:

@@ -36,12 +36,17 @@ class RankFailure(AssertionError):
 
 
 class RankServer:
-    """The process the ranks are forked from; it starts none until asked."""
+    """The process the ranks are forked from; it starts none until asked.
 
-    def __init__(self) -> None:
+    Args:
+        prepare: Called there before torch is imported; a top-level function of a file that does not import it.
+        backend: Of the ranks' default group.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None = None, *, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,))
+        self._process = context.Process(target=_serve, args=(theirs, prepare, backend))
         self._process.start()
         theirs.close()
 
@@ -73,8 +78,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, prepare: Callable[[], None] | None, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if prepare is not None:
+        prepare()
     import torch
 
     import nemo_kto.commands.train  # noqa: F401  everything a rank needs
@@ -85,11 +92,11 @@ def _serve(pipe: Connection) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(_run_ranks(*job))
+        pipe.send(_run_ranks(backend, *job))
 
 
 def _run_ranks(
-    function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]
+    backend: str, function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]
 ) -> tuple[list[Any], list[str]]:
     """Return (results by rank, failures)."""
     context = multiprocessing.get_context("fork")
@@ -100,7 +107,7 @@ def _run_ranks(
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_run_rank, args=(theirs, rank, world_size, function, arguments, store)
+                    target=_run_rank, args=(theirs, rank, world_size, function, arguments, backend, store)
                 )
                 process.start()
                 theirs.close()
@@ -152,6 +159,7 @@ def _run_rank(
     world_size: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
+    backend: str,
     store: str,
 ) -> None:
     os.setsid()  # the leader of what it starts, which is ended with it
@@ -159,7 +167,7 @@ def _run_rank(
 
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANG)
+            backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANG)
         )
         pipe.send((True, function(*arguments)))
     except BaseException:

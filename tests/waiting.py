@@ -11,11 +11,17 @@ HANG = 900.0
 """Seconds; only catches hangs. So many that nothing else takes them, however busy the machine is."""
 
 
-def wait_until(holds: Callable[[], Any], *, process: subprocess.Popen[str] | None = None) -> None:
-    """Return once `holds()` is true; fail if it is not when `process`, which makes it true, has ended or hangs."""
+def wait_until(holds: Callable[[], Any], *, process: subprocess.Popen[str] | None = None, every: float = 0.02) -> None:
+    """Return once `holds()` is true; fail if it is not when `process`, which makes it true, has ended or hangs.
+
+    Args:
+        holds: The condition.
+        process: What makes it true; None for anything.
+        every: Seconds between two looks at it, for what lasts for less than the default.
+    """
     end = time.monotonic() + HANG
     while not holds():
         ended = process is not None and process.poll() is not None
         assert not ended or holds(), f"the process ended with exit code {process and process.returncode}"
         assert time.monotonic() < end, f"the process hangs: {HANG:.0f} s have passed"
-        time.sleep(0.02)
+        time.sleep(every)

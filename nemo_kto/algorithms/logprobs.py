@@ -6,6 +6,7 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,20 +89,18 @@ def response_token_logps(
     return logps
 
 
-def sum_per_document(token_logps: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+def sum_per_document(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return the sum of each document's token log-probs.
 
     Args:
-        token_logps: `[R]` float32.
-        document_ids: `[R]` int64, the document of each token, ascending.
-        num_documents: Number of documents.
+        token_logps: `[R]` float32, document by document.
+        lengths: `[d]` how many of them each document has; numbers, so that nobody waits for a device to tell them.
 
     Returns:
-        `[num_documents]` float32.
+        `[d]` float32.
     """
-    lengths = torch.bincount(document_ids, minlength=num_documents)
     # a sum per document, not an index_add: on CUDA that one adds in an order that changes from run to run
-    return torch.stack([part.sum() for part in torch.split(token_logps, lengths.tolist())])
+    return torch.stack([part.sum() for part in torch.split(token_logps, list(lengths))])
 
 
 class _ResponseLogps(torch.autograd.Function):

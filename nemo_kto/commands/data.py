@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemo_kto.config.checks import check_data, check_least
+from nemo_kto.config.checks import check_bounds, check_data
 from nemo_kto.config.folders import check_links
 from nemo_kto.config.reader import build
 from nemo_kto.config.schema import DataConfig, ModelConfig
@@ -56,10 +57,13 @@ def _settings(options: argparse.Namespace) -> DataConfig:
     given = {prefix + name: value for name, value in vars(options).items() if name in names and value is not None}
     given[f"{prefix}fields"] = dict(map(_field, options.field))
     given[f"{prefix}labels"] = _labels(options.labels)
-    data: DataConfig = build(DataConfig, given, prefix)
+    try:
+        data: DataConfig = build(DataConfig, given, prefix)
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), str(error))) from error
     data.append_eod = not getattr(options, "no_append_eod", False)
     of_model = {f"model.{name}": getattr(options, name, None) for name in _MODEL_OPTIONS}
-    check_least({"model.data.seq_length": data.seq_length, **of_model})
+    check_bounds({"model.data.seq_length": data.seq_length, **of_model})
     check_data(data)
     return data
 

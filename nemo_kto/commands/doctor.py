@@ -7,34 +7,31 @@ import importlib.util
 import itertools
 import json
 import os
-import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Literal
 
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
+from nemo_kto.commands import doctor_places as places
+from nemo_kto.commands.doctor_places import Finding, Level
 from nemo_kto.config.compose import load_config
-from nemo_kto.config.folders import log_directory, tokenizer_folder
+from nemo_kto.config.folders import tokenizer_folder
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.reading.chunks import parse_chunk, read_chunks
 from nemo_kto.data.reading.records import BadRecord
 from nemo_kto.data.tokens.tokenization import EncodedRecord, Encoder
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.errors import KTOError
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.early import check_early
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of
 from nemo_kto.runs.records import sources, tokenization_settings
-from nemo_kto.runtime.checkpoint_folders import checkpoints_in, fault_of, is_unfinished
-
-Level = Literal["ok", "warning", "error"]
 
 _SAMPLE = 256
 """Records of each entry of the data that are looked at."""
@@ -42,17 +39,11 @@ _SAMPLE = 256
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: how bad it is, what it is about, and what was found, with what to do."""
-
-    level: Level
-    topic: str
-    text: str
-
-
 def run(options: argparse.Namespace) -> None:
-    """Print what was found; exit code 1 if something is wrong."""
+    """Print what was found; exit code 1 if something is wrong. Of several ranks one looks, the others meet it."""
+    if not is_global_rank_zero():
+        list(_looked_at("ranks", places.ranks))
+        return
     found = list(_findings(options.overrides))
     if options.json:
         print(json.dumps([asdict(one) for one in found]))
@@ -67,18 +58,19 @@ def run(options: argparse.Namespace) -> None:
 def _findings(overrides: list[str]) -> Iterator[Finding]:
     yield from _looked_at("versions", _versions)
     yield from _looked_at("devices", _devices)
-    yield from _looked_at("port", _port)
+    yield from _looked_at("port", places.port)
+    yield from _looked_at("ranks", places.ranks)
     if not overrides:
         yield Finding("ok", "configuration", "none was given; add the KEY=VALUE of a run to have it looked at")
         return
     try:
         config = load_config(overrides)
-        check_early(config, "train")
+        check_early(config, "train", locks=False)
     except KTOError as error:
         yield Finding("error", "configuration", str(error))
         return
     yield Finding("ok", "configuration", "keys, values and named files are in order")
-    for topic, look in (("model", _model), ("data", _data), ("log folder", _log_folder)):
+    for topic, look in (("model", _model), ("data", _data), ("log folder", places.log_folder), ("disk", _disk)):
         yield from _looked_at(topic, partial(look, config))
 
 
@@ -131,21 +123,6 @@ def _devices() -> Iterator[Finding]:
         yield Finding(level, f"device {number}", text if level == "ok" else f"{text}: another process is using it")
 
 
-def _port() -> Iterator[Finding]:
-    named = os.environ.get("MASTER_PORT")
-    if named is None or os.environ.get("MASTER_ADDR") not in (None, "localhost", "127.0.0.1", socket.gethostname()):
-        return
-    with socket.socket() as tried:
-        try:
-            tried.bind(("", int(named)))
-        except (OSError, ValueError, OverflowError) as error:
-            yield Finding(
-                "error", "port", f"MASTER_PORT={named} cannot be used ({error}). Unset it, or name another one."
-            )
-            return
-    yield Finding("ok", "port", f"MASTER_PORT={named} is free")
-
-
 def _model(config: KTOConfig) -> Iterator[Finding]:
     """Read configuration and names, shapes and places of the weights; check the layout."""
     accelerator = accelerator_of(config)
@@ -161,6 +138,11 @@ def _model(config: KTOConfig) -> Iterator[Finding]:
         yield Finding(
             "error", "layout", f"{started} processes were started, the configuration means {layout.world_size}"
         )
+
+
+def _disk(config: KTOConfig) -> Iterator[Finding]:
+    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
+    yield from places.disk(config, hf_config_of(config, tokenizer))
 
 
 def _data(config: KTOConfig) -> Iterator[Finding]:
@@ -197,27 +179,3 @@ def _of_records(
     examples = {note.kind: note.example for one in reversed(good) for note in one.notes}
     for kind, count in notes.items():
         yield Finding("warning", topic, f"in {count} of them, {kind}. For example {examples[kind]}")
-
-
-def _log_folder(config: KTOConfig) -> Iterator[Finding]:
-    log_dir = log_directory(config)
-    existing = next(folder for folder in (log_dir, *log_dir.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        yield Finding(
-            "error",
-            "log folder",
-            f"{existing} cannot be written to. Name another one in exp_manager.explicit_log_dir.",
-        )
-        return
-    free = shutil.disk_usage(existing).free
-    yield Finding("ok", "log folder", f"{log_dir}, {free / 1e9:,.1f} GB are free")
-    for checkpoint in checkpoints_in(log_dir / "checkpoints"):
-        if is_unfinished(checkpoint):
-            yield Finding("warning", "checkpoint", f"{checkpoint.name}: a run was stopped while it was written")
-            continue
-        fault = fault_of(checkpoint, checksums=False)
-        if fault is not None:
-            yield Finding("warning", "checkpoint", f"{checkpoint.name} is damaged: {fault}")
-            continue
-        yield Finding("ok", "checkpoint", f"the run goes on from {checkpoint.name}")
-        return

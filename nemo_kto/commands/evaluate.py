@@ -34,7 +34,8 @@ from nemo_kto.runs.resume import check_scored_like_trained
 from nemo_kto.runs.run import prepare
 from nemo_kto.runs.trainer import finishes, strategy, trainer_settings
 from nemo_kto.runtime.checkpoint_folders import step_of
-from nemo_kto.runtime.loop import ProgressBar
+from nemo_kto.runtime.progress import progress
+from nemo_kto.weights.checkpoint_model import source_of
 
 OUTPUT_FILE = "evaluation.json"
 
@@ -75,13 +76,14 @@ def evaluate(config: KTOConfig) -> dict[str, Any] | None:
     output = Path(config.evaluation.output or log_directory(config) / OUTPUT_FILE).absolute()
     run = prepare(without_training(config), trains=False)
     if checkpoint is not None:
+        source_of(checkpoint)  # what is compared next has to be what was written
         check_scored_like_trained(checkpoint, run.config, run.hf_config, lora=run.lora, reference=run.reference)
     names, file_of = run.data.files_of("validation")
     collector = Collector(names, file_of)
     trainer = Trainer(
         **trainer_settings(run),
         strategy=strategy(run, common_facts(run, {"the checkpoint": checkpoint})),
-        callbacks=[ProgressBar(), collector],
+        callbacks=[progress(), collector],
     )
     if is_global_rank_zero():
         what = checkpoint or f"{model_folder(config)} (no checkpoint)"

@@ -40,6 +40,7 @@ from nemo_kto.runs.schedule import Schedule, warn_about_rates
 from nemo_kto.runs.trainer import finishes, graceful_stop, named_callbacks, training_trainer
 from nemo_kto.runtime.checkpoint_folders import step_of
 from nemo_kto.runtime.disk import explained
+from nemo_kto.runtime.launch import launch
 from nemo_kto.runtime.log_lock import FOLDER as LOCK_FOLDER
 from nemo_kto.runtime.log_lock import log_folder_held
 from nemo_kto.runtime.loop import GracefulStop
@@ -104,7 +105,9 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
         with explained(log_dir, log_directory_key(config)):
             _write_source(source_folder, run, identity, facts)
         steps = f"{run.schedule.total} steps, {run.schedule.per_epoch} per epoch"
-        print(f"{steps}, on {run.accelerator}, {run.layout}", flush=True)
+        print(f"{steps}, on {run.accelerator}, {run.layout}, {launch()}", flush=True)
+        if last is not None:
+            print(f"Resuming from step {step_of(last)} of {run.schedule.total}: {last}", flush=True)
     common = common_facts(run, {**contents(identity), "the checkpoint to go on from": last})
     with explained(log_dir, log_directory_key(config)):
         trainer = training_trainer(run, common, source_folder=source_folder, resumes=last is not None)
@@ -119,6 +122,11 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
         added.append(ExportAtEnd(export_to, source_folder, replace=replace))
     model = run.model()
     model.records_file = RecordsFile(log_dir / DIVERGED_FILE, run.tokenizer, run.data)
+    if config.generation.num_prompts and not run.schedule.val_interval and is_global_rank_zero():
+        logger.warning(
+            "generation.num_prompts=%d: prompts are answered after validations, and there is no validation data.",
+            config.generation.num_prompts,
+        )
     if config.generation.num_prompts:
         answers = _answers(run, log_dir)
         added.append(answers)

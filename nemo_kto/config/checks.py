@@ -68,6 +68,12 @@ _LEAST = {
 }
 """Key -> the least value it may have."""
 
+_MOST = {
+    "model.seed": 2**32 - 1,  # of numpy's generators
+    "trainer.timeout_minutes": 366 * 24 * 60,
+}
+"""Key -> the greatest value it may have."""
+
 _SECRET = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSW(OR)?D|CREDENTIAL|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE)
 """Names of environment variables whose values are nobody's business."""
 
@@ -81,18 +87,22 @@ _NEEDED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_
 """Sizes without which no model can be made."""
 
 
-def check_least(values: Mapping[str, Any]) -> None:
-    """Raise a ConfigError for a value that is less than its key can have; only some keys need be there."""
+def check_bounds(values: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a value that its key cannot have; only some keys need be there."""
     for key, least in _LEAST.items():
         value = values.get(key)
         if value is not None and not isinstance(value, str) and value < least:
             raise ConfigError(f"{key}={value} is too small. It must be at least {least}.")
+    for key, most in _MOST.items():
+        value = values.get(key)
+        if value is not None and value > most:
+            raise ConfigError(f"{key}={value} is too large. It must be at most {most}.")
 
 
 def check_values(config: KTOConfig) -> None:
     """Raise a ConfigError for a value that is of the right type and still impossible."""
     values = leaf_values(config)
-    check_least(values)
+    check_bounds(values)
     for key, value in values.items():
         _check_text(key, value)
     if config.model.kto.ref_policy_kl_penalty <= 0:
@@ -172,7 +182,7 @@ def _check_exp_manager(manager: ExpManagerConfig) -> None:
             f"exp_manager.name={manager.name!r}: checkpoints' names begin with it, so it cannot have braces, slashes, "
             "backslashes or line breaks in it."
         )
-    if manager.max_time_per_run and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", manager.max_time_per_run):
+    if manager.max_time_per_run and not re.fullmatch(r"\d{1,5}:\d\d:\d\d:\d\d", manager.max_time_per_run):
         raise ConfigError(
             f"exp_manager.max_time_per_run={manager.max_time_per_run} must be written DD:HH:MM:SS, like 00:03:50:00."
         )

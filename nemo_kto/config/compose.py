@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 import hydra
 import hydra.version
 import yaml
+from hydra._internal import utils as hydra_utils
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, get_args_parser  # what NeMo's hydra_runner calls too
 from hydra.core.plugins import Plugins
@@ -28,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kto.config.checks import check_values
 from nemo_kto.config.legacy import take_legacy_keys
-from nemo_kto.config.overrides import quoted, readable
+from nemo_kto.config.overrides import check_readable, quoted, readable
 from nemo_kto.config.reader import build, flatten, leaf_values, unknown_key_message
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, run_guarded
@@ -61,13 +63,14 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
     """
     if isinstance(overrides, str):
         raise ConfigError(f"The overrides {overrides!r} are no list. Write [{overrides!r}].")
-    written = () if isinstance(overrides, Mapping) else overrides
+    written = [] if isinstance(overrides, Mapping) else [readable(override) for override in overrides]
+    check_readable(written)
     _register_resolvers()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
-            raw = hydra.compose(_CONFIG_NAME, [readable(override) for override in written])
+            raw = hydra.compose(_CONFIG_NAME, written)
     except HydraException as error:
-        raise ConfigError(f"The overrides {list(written)} cannot be read: {error}") from error
+        _refuse_to_compose(error)
     plain = _resolved(raw)
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
@@ -112,10 +115,12 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
     hydra.version.setbase(None)
     parser = get_args_parser()
     sweeps = bool({"--multirun", "-m"} & set(overrides))
-    options = parser.parse_args([readable(argument, sweeps=sweeps) for argument in overrides])
+    # overrides may stand on both sides of an option
+    options = parser.parse_intermixed_args([readable(argument, sweeps=sweeps) for argument in overrides])
+    run_guarded(partial(check_readable, options.overrides))
     # first, so that what a user says of Hydra counts
     options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={quoted(Path(sys.argv[0]).stem)}", *options.overrides]
-    with _files_explained():
+    with _files_explained(), _errors_explained():
         _run_hydra(
             args=options,
             args_parser=parser,
@@ -157,6 +162,40 @@ def _refuse(file: Path, error: Exception) -> None:
     raise ConfigError(f"{file}, line {line}, column {column}: this cannot be read as YAML: {problem}.") from error
 
 
+@contextmanager
+def _errors_explained() -> Iterator[None]:
+    """Say in one sentence what Hydra does not find or cannot compose; it prints several lines and no name of a key."""
+    utils: Any = hydra_utils
+    original = utils.run_and_report
+
+    def report(function: Callable[[], Any]) -> Any:
+        def explained() -> Any:
+            try:
+                return function()
+            except HydraException as error:
+                run_guarded(partial(_refuse_to_compose, error))
+
+        return original(explained)
+
+    utils.run_and_report = report
+    try:
+        yield
+    finally:
+        utils.run_and_report = original
+
+
+def _refuse_to_compose(error: HydraException) -> None:
+    text, _, rest = str(error).partition("\n\n")
+    place = re.search(r"provider=main, path=file://(.*)", rest)
+    looked = f" It was looked for in {place[1]}." if place else ""
+    cause = f" ({_first_line(error.__cause__)})" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    raise ConfigError(f"The configuration cannot be put together: {' '.join(text.split())}{cause}{looked}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
 def _readable_part(file: Path) -> str:
     """Return what a file begins with, up to what YAML takes for no text."""
     content = file.read_bytes()
@@ -193,7 +232,7 @@ def _resolved(raw: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         plain = OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"{error.full_key or 'The configuration'} cannot be resolved: {str(error).splitlines()[0]}"
+            f"{error.full_key or 'The configuration'} cannot be resolved: {_first_line(error)}"
         ) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

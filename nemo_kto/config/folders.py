@@ -18,6 +18,7 @@ STOP_FILE = "STOP"
 
 HANG_FOLDER = "hang"
 """Where the ranks of a run that hangs are, as Python stacks."""
+
 DIVERGED_FILE = "diverged.jsonl"
 """The records of steps whose loss or gradient was not finite."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import typing
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,22 @@ def readable(argument: str, *, sweeps: bool = False) -> str:
     if is_text and kind is not None and is_another and found is not None and not _is_structure(value):
         return f"++{key}={_literally(value)}"
     return "++" + plain
+
+
+def check_readable(overrides: Sequence[str]) -> None:
+    """Raise a ConfigError for what is neither an option nor KEY=VALUE, such as a key alone.
+
+    Args:
+        overrides: What `readable` has returned, without options.
+    """
+    for override in overrides:
+        try:
+            _parser().parse_override(override)
+        except HydraException as error:
+            raise ConfigError(
+                f"{override!r} is no override. Write KEY=VALUE, without spaces around the sign, such as "
+                "model.optim.lr=1e-6; docs/configuration.md lists the keys."
+            ) from error
 
 
 @cache

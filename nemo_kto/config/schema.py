@@ -30,7 +30,7 @@ class TrainerConfig:
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = 1
-    num_nodes: int = 1
+    num_nodes: int | Literal["auto"] = 1
     precision: int | str = 32
     deterministic: bool = False
     log_every_n_steps: int = 1

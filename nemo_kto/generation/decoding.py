@@ -30,7 +30,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from nemo_kto.data.batches.packed_rows import PackedRow
 from nemo_kto.errors import ConfigError, DataError
-from nemo_kto.kto.scoring import boundaries, part_of, unwrapped
+from nemo_kto.kto.scoring import boundaries, part_of, rows_known, unwrapped
 from nemo_kto.network.attention import CachedRowParams, KeyValueCache
 from nemo_kto.network.gpt import tensor_generator
 from nemo_kto.runtime.layout import Layout
@@ -239,10 +239,12 @@ class _Row:
             tokens=torch.cat(parts or [dummy]),
             position_ids=torch.cat(positions or [dummy]),
             cu_seqlens=starts_and_end.to(torch.int32),
+            lengths=tuple(map(len, parts or [dummy])),
             max_seqlen=longest,
             response_positions=starts_and_end[1 : len(parts) + 1] - 1,
             response_tokens=torch.zeros(len(parts), dtype=torch.int64),
             document_ids=torch.arange(len(parts)),
+            response_lengths=(1,) * len(parts) or (0,),
         )
 
     def go_on(self, unfinished: set[int]) -> None:
@@ -282,15 +284,16 @@ class _NextTokenScorer:
     def logits(self, rows: Sequence[_Row]) -> torch.Tensor | None:
         """Return `[b, v]` float32, for the rows' documents in their order; None except on the last stage."""
         packed = [(row.pack(self.device), row.cache) for row in rows]
-        outputs: list[torch.Tensor] = self._backend(
-            forward_step_func=self._forward_step,
-            data_iterator=[iter(packed) for _ in self.chunks],
-            model=list(self.chunks),
-            num_microbatches=len(rows),
-            seq_length=1,  # rows differ in length: Megatron exchanges shapes (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=True,
-        )
+        with rows_known([row for row, _ in packed], self.chunks, self.place, self.layout):
+            outputs: list[torch.Tensor] = self._backend(
+                forward_step_func=self._forward_step,
+                data_iterator=[iter(packed) for _ in self.chunks],
+                model=list(self.chunks),
+                num_microbatches=len(rows),
+                seq_length=1,  # of no meaning: rows differ in length (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=True,
+            )
         if not self.place.is_last_stage:
             return None
         network: Any = unwrapped(self.chunks[-1])

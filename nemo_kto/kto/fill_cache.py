@@ -126,7 +126,8 @@ def fill(
     per_part = max(BATCHES_PER_PART, -(-total // _MOST_PARTS))
     batches = _batches(work, data)
     everything: dict[str, list[_Found]] = {split: [] for split in work}
-    with tqdm(total=total, desc="Reference", unit="batch", disable=dist.get_rank() != 0) as bar:
+    # None: where the output is no terminal, which a bar would fill with every state of it
+    with tqdm(total=total, desc="Reference", unit="batch", disable=None if dist.get_rank() == 0 else True) as bar:
         for start in range(0, total, per_part):
             if stop():
                 raise StoppedEarly(f"{start} of {total} batches of the reference's log-probs")
@@ -147,6 +148,8 @@ def fill(
             found = _gathered(mine, work)
             _check_finite(found)
             parallel.run_on_rank_zero(partial(cache.write_part, found), failure)
+            if bar.disable and dist.get_rank() == 0:
+                print(f"Reference: {min(start + per_part, total)} of {total} batches", flush=True)
             for split, pieces in found.items():
                 everything[split] += pieces
     for split, pieces in everything.items():  # once: each time sorts the whole table

@@ -30,6 +30,7 @@ from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.packed_rows import KTOBatch, PackedRow
+from nemo_kto.data.batches.upload import upload
 from nemo_kto.kto.baseline import Baseline, Comparison, form_baseline
 from nemo_kto.kto.divergence import RecordsFile, UnusableSteps, check_parameters, find_cause
 from nemo_kto.kto.fill_cache import count_batches, fill, open_cache
@@ -244,7 +245,7 @@ class MegatronGPTKTOModel(LightningModule):
             rows,
             # the loss is only asked for on the last stage, which has a baseline
             partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
-            dropout=Dropout(step - 1, batch.places) if self.lora is not None and self.lora.dropout else None,
+            dropout=Dropout(step - 1, upload([batch.places], self.device)[0]) if self._drops_out else None,
         )
         observed = train()
         if self.objective.interval is not None:
@@ -306,6 +307,10 @@ class MegatronGPTKTOModel(LightningModule):
         """Whether the reference moves in this step, counted from 1."""
         every = self.reference_settings.sync_every
         return every is not None and step % every == 0
+
+    @property
+    def _drops_out(self) -> bool:
+        return self.lora is not None and bool(self.lora.dropout)
 
     @property
     def _scales_loss(self) -> bool:

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from nemo_kto.data.batches.packed_rows import KTOBatch
 from nemo_kto.data.batches.reference_cache import Key, LogprobTable
+from nemo_kto.data.batches.upload import upload
 from nemo_kto.kto.scoring import RowScores
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.lora import adapters_off
@@ -129,12 +130,14 @@ class ExchangedReference(LiveReference):
 
         The sum is made in float32 and rounded to the parameters' dtype.
         """
+        self._settle()
         for parameter, stored in zip(self._parameters, self._stored, strict=True):
             policy = parameter.to(stored.device, torch.float32)
             stored.copy_(alpha * policy + (1 - alpha) * stored.float())
 
     def sharded_state_dict(self, model: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the sharded state dict of `model` with the reference's values, under names that say so."""
+        self._settle()
         stored = {id(parameter): copy for parameter, copy in zip(self._parameters, self._stored, strict=True)}
         state = {
             name: value
@@ -150,6 +153,7 @@ class ExchangedReference(LiveReference):
 
     def load_state_dict(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         """Take over what was loaded by way of `sharded_state_dict`."""
+        self._settle()
         place = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         parameters = model.state_dict(keep_vars=True)
         for name, value in state.items():
@@ -164,13 +168,22 @@ class ExchangedReference(LiveReference):
     def _exchange(self) -> None:
         """Exchange the parameters' contents with the kept copies; twice restores both exactly."""
 
+    def _settle(self) -> None:
+        """Wait until the kept copies have the contents that they were given."""
+
 
 class CpuSwapReference(ExchangedReference):
     """Keeps the reference in CPU memory (pinned for CUDA) and exchanges the contents with the live parameters.
 
     Memory: one copy of the parameters in CPU memory, plus two parameters on the device while they are exchanged. The
-    parameters keep their storage, so views into them stay valid. On CUDA one parameter leaves while the next comes in.
+    parameters keep their storage, so views into them stay valid. On CUDA one parameter leaves while the next comes in,
+    and nobody waits for either: `_settle` does, before the CPU touches the kept copies.
     """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters)
+        on_cuda = any(parameter.is_cuda for parameter in self._parameters)
+        self._outward = torch.cuda.Stream() if on_cuda else None
 
     @staticmethod
     def _copy(parameter: torch.Tensor) -> torch.Tensor:
@@ -179,23 +192,39 @@ class CpuSwapReference(ExchangedReference):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        outward = torch.cuda.Stream() if any(parameter.is_cuda for parameter in self._parameters) else None
-        left: list[torch.cuda.Event] = []
+        if self._outward is not None:
+            self._exchange_on_streams(self._outward)
+            return
         for parameter, stored in zip(self._parameters, self._stored, strict=True):
             live = parameter.detach().clone()
+            parameter.copy_(stored)
+            stored.copy_(live)
+
+    def _exchange_on_streams(self, outward: torch.cuda.Stream) -> None:
+        """Exchange all, each by way of one of two pieces of memory that take turns, so that few are on the device."""
+        inward = torch.cuda.current_stream()
+        largest = max(parameter.numel() * parameter.element_size() for parameter in self._parameters)
+        memory = [torch.empty(largest, dtype=torch.uint8, device=self._parameters[0].device) for _ in range(2)]
+        left: list[torch.cuda.Event | None] = [None, None]
+        for number, (parameter, stored) in enumerate(zip(self._parameters, self._stored, strict=True)):
+            turn = number % 2
+            live = memory[turn][: parameter.numel() * parameter.element_size()].view(parameter.dtype)
+            live = live.view(parameter.shape)
+            if (event := left[turn]) is not None:
+                inward.wait_event(event)
+            live.copy_(parameter)
             parameter.copy_(stored, non_blocking=True)
-            if outward is None:
-                stored.copy_(live)
-                continue
-            outward.wait_stream(torch.cuda.current_stream())  # until `stored` has been read
+            outward.wait_stream(inward)  # until `stored` has been read
             with torch.cuda.stream(outward):
                 stored.copy_(live, non_blocking=True)
-            live.record_stream(outward)
-            left.append(outward.record_event())
-            if len(left) > 1:
-                left.pop(0).synchronize()  # else copies of all parameters would wait on the device
-        if outward is not None:
-            outward.synchronize()  # what reads the kept copies next is the CPU
+            left[turn] = outward.record_event()
+        inward.wait_stream(
+            outward
+        )  # before the two pieces are used for anything else, and the copies for the way back
+
+    def _settle(self) -> None:
+        if self._outward is not None:
+            self._outward.synchronize()
 
 
 class ResidentReference(ExchangedReference):
@@ -230,5 +259,5 @@ class CachedReference:
     def log_probs(self, batch: KTOBatch, split: str, *, score: Callable[[], Scores]) -> Scores:
         """Look the batch up."""
         table, device = self._tables[split], batch.weights.device
-        kl = table.look_up(*batch.kl_pairs.T).to(device) if batch.kl_samples else None
-        return kl, table.look_up(*batch.pairs.T).to(device)
+        samples, kl = upload([table.look_up(*batch.pairs.T), table.look_up(*batch.kl_pairs.T)], device)
+        return (kl if batch.kl_samples else None), samples

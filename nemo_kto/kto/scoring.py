@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -24,8 +25,10 @@ from megatron.core.tensor_parallel import (
 from nemo_kto.algorithms.dropout import token_keys
 from nemo_kto.algorithms.logprobs import response_token_logps, sum_per_document
 from nemo_kto.data.batches.packed_rows import PackedRow
+from nemo_kto.data.batches.upload import upload
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.lora import RowParams
+from nemo_kto.runtime import row_shapes
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.parallel import RankPosition
 
@@ -36,7 +39,7 @@ class RowScores:
 
     Attributes:
         token_logps: `[R]` float32, natural log, of the response tokens that this rank has the hidden states for.
-        document_ids: `[R]` int64, the document each belongs to.
+        counts: `[b]` how many of them each document has, one document after the other.
         lengths: `[b]` float32, response tokens of each document, over all context-parallel ranks.
         average: Mean instead of sum over a response's tokens.
         cp_group: The context-parallel ranks; None for one.
@@ -44,7 +47,7 @@ class RowScores:
     """
 
     token_logps: torch.Tensor
-    document_ids: torch.Tensor
+    counts: tuple[int, ...]
     lengths: torch.Tensor
     average: bool
     cp_group: dist.ProcessGroup | None
@@ -53,7 +56,7 @@ class RowScores:
     @property
     def documents(self) -> slice:
         """The places of the documents among those of all rows."""
-        return slice(self.first, self.first + len(self.lengths))
+        return slice(self.first, self.first + len(self.counts))
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return each document's sum `[b]` of values `[R]` of its tokens.
@@ -61,7 +64,7 @@ class RowScores:
         Under context parallelism one all-reduce of `[b]`. All ranks then form the same loss, whose gradient goes back
         through each one's own tokens.
         """
-        sums = sum_per_document(values, self.document_ids, len(self.lengths))
+        sums = sum_per_document(values, self.counts)
         if self.cp_group is not None:
             sums = reduce_from_tensor_model_parallel_region(sums, group=self.cp_group)
         return sums
@@ -90,19 +93,39 @@ def unwrapped(chunk: torch.nn.Module) -> KTOGPTModel:
 
 def part_of(row: PackedRow, place: RankPosition, layout: Layout) -> PackedRow:
     """Return what a process works on of a row: its tokens, once the row is filled up so that it can be divided."""
-    padded = row.padded(layout.context * (layout.tensor if layout.sequence else 1))
-    return padded.shard(place.cp_rank, layout.context)
+    return row.padded(_parts(layout)).shard(place.cp_rank, layout.context)
+
+
+def _parts(layout: Layout) -> int:
+    """Return how many ranks of a stage share the tokens of a row between layers."""
+    return layout.context * (layout.tensor if layout.sequence else 1)
 
 
 def boundaries(row: PackedRow) -> dict[str, Any]:
-    """Return the fields of Megatron's PackedSeqParams that say where a row's documents are."""
+    """Return the fields of `DocumentParams` that say where a row's documents are."""
     return {
         "qkv_format": "thd",
         "cu_seqlens_q": row.cu_seqlens,
         "cu_seqlens_kv": row.cu_seqlens,
         "max_seqlen_q": row.max_seqlen,
         "max_seqlen_kv": row.max_seqlen,
+        "lengths": row.lengths,
     }
+
+
+def rows_known(
+    rows: Sequence[PackedRow], chunks: Sequence[torch.nn.Module], place: RankPosition, layout: Layout
+) -> AbstractContextManager[None]:
+    """Return a context in which Megatron's schedule may run a pass of the rows, see `row_shapes.py`."""
+    parts = _parts(layout)
+    return row_shapes.known(
+        [-(-row.tokens.numel() // parts) for row in rows],
+        hidden_size=unwrapped(chunks[0]).config.hidden_size,
+        stages=layout.pipeline,
+        chunks=layout.virtual,
+        is_first=place.is_first_stage,
+        is_last=place.is_last_stage,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +134,7 @@ class Dropout:
 
     Attributes:
         step: Number of the step.
-        places: `[n]` int64, places of the rows' documents in the global batch.
+        places: `[n]` int64, places of the rows' documents in the global batch, on the device.
     """
 
     step: int
@@ -127,7 +150,7 @@ class Dropout:
         """
         documents = first + torch.bucketize(in_row, row.cu_seqlens[1:], right=True)
         # tokens that only fill up the row are of a document more
-        places = self.places.to(in_row.device)[documents.clamp(max=len(self.places) - 1)]
+        places = self.places[documents.clamp(max=len(self.places) - 1)]
         return token_keys(row.position_ids, places, step=self.step)
 
 
@@ -201,15 +224,16 @@ class RowScorer:
         """Return what `loss` returned besides for each row; None except on the last stage."""
         firsts = list(itertools.accumulate((row.num_documents for row in rows), initial=0))[:-1]
         numbered = list(zip(range(len(rows)), firsts, rows, strict=True))
-        outputs: list[Any] = self._backend(
-            forward_step_func=partial(self._forward_step, loss, dropout),
-            data_iterator=[iter(numbered) for _ in self.chunks],
-            model=list(self.chunks),
-            num_microbatches=len(rows),
-            seq_length=1,  # rows differ in length: Megatron exchanges shapes (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with rows_known(rows, self.chunks, self.place, self.layout):
+            outputs: list[Any] = self._backend(
+                forward_step_func=partial(self._forward_step, loss, dropout),
+                data_iterator=[iter(numbered) for _ in self.chunks],
+                model=list(self.chunks),
+                num_microbatches=len(rows),
+                seq_length=1,  # of no meaning: rows differ in length (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
         return outputs if self.place.is_last_stage else None
 
     def _forward_step(
@@ -242,7 +266,7 @@ class RowScorer:
         index: int,
         first: int,
         row: PackedRow,
-        lengths: torch.Tensor,
+        lengths: tuple[int, ...],
         hidden: torch.Tensor,
     ) -> tuple[torch.Tensor, Any]:
         """Return what `loss` returns for the last stage's hidden states `[T/c, 1, h]`.
@@ -255,7 +279,7 @@ class RowScorer:
             index: Number of the micro-batch.
             first: See `RowScores`.
             row: This rank's part of the row.
-            lengths: `[b]` int64, response tokens of each document.
+            lengths: `[b]` response tokens of each document.
             hidden: `[T/c, 1, h]`, or this tensor-parallel rank's part of it.
         """
         network: Any = unwrapped(self.chunks[-1])
@@ -273,8 +297,8 @@ class RowScorer:
         )
         scores = RowScores(
             token_logps=token_logps,
-            document_ids=row.document_ids,
-            lengths=lengths.to(self._device, torch.float32),
+            counts=row.response_lengths[: len(lengths)],  # what fills up the row has none
+            lengths=upload([torch.tensor(lengths, dtype=torch.float32)], self._device)[0],
             average=self.average,
             cp_group=self.place.cp_group if self.layout.context > 1 else None,
             first=first,

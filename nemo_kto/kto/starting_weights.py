@@ -41,13 +41,7 @@ class Weights:
         """Put everything that training starts from into the models."""
         self.load_model(models)
         self.load_adapters(models)
-        name = first_not_finite(item for model in models for item in model.named_parameters())
-        if name is not None:  # of a folder whose values are: too large for the dtype, or an adapter's
-            folder = self.model_folder if ADAPTERS not in name else self.adapter_folder
-            raise CheckpointError(
-                f"{folder}: the values of {name} are not finite in {models[0].config.params_dtype}. Use "
-                "trainer.precision=bf16-mixed or 32, or, if they are not finite in the files, another copy."
-            )
+        _check_finite(models, model_folder=self.model_folder, adapter_folder=self.adapter_folder)
 
     def load_model(self, models: Sequence[KTOGPTModel]) -> None:
         """Put the weights that training starts from into the models, adapters apart."""
@@ -74,6 +68,9 @@ class Weights:
                 import_adapter(model, self.reference.adapter_folder)
             elif self.has_adapters:
                 clear_adapters(model)
+        reference = self.reference
+        folder = reference.model_folder or self.model_folder
+        _check_finite(models, model_folder=folder, adapter_folder=reference.adapter_folder)
 
     def restore_policy(self, models: Sequence[KTOGPTModel]) -> None:
         """Undo `load_reference`."""
@@ -95,3 +92,13 @@ class Weights:
         with reference.activated():
             self.load_reference(models)
         return reference
+
+
+def _check_finite(models: Sequence[KTOGPTModel], *, model_folder: Path | None, adapter_folder: Path | None) -> None:
+    """Raise a CheckpointError for a weight that its file holds as a finite number, and its dtype does not."""
+    name = first_not_finite(item for model in models for item in model.named_parameters())
+    if name is not None:
+        raise CheckpointError(
+            f"{adapter_folder if ADAPTERS in name else model_folder}: the values of {name} are not finite in "
+            f"{models[0].config.params_dtype}. Use trainer.precision=bf16-mixed or 32."
+        )

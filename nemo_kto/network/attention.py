@@ -97,8 +97,20 @@ class KeyValueCache:
 
 
 @dataclass(kw_only=True)
-class CachedRowParams(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's description of a packed row whose documents are to go on.
+class DocumentParams(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's description of a packed row.
+
+    Attributes:
+        lengths: Tokens of each document of the whole row, as numbers: a layer that asked the device for them would
+            wait until it has computed all layers before.
+    """
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class CachedRowParams(DocumentParams):
+    """The description of a packed row whose documents are to go on.
 
     Attributes:
         cache: Where their keys and values are kept; None to keep none.
@@ -111,7 +123,7 @@ class DocumentAttention(MegatronModule):
     """Causal attention within each document of a packed row, by torch's scaled-dot-product kernels.
 
     Takes the place of `DotProductAttention` in Megatron's layer specification and has its constructor. Documents are
-    cut at `cu_seqlens`, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the
+    cut by their lengths, so no mask over the row and no padding exist. The kernels are chosen by shapes alone: the
     result has the same bits with and without gradients. What they cannot do is done by `algorithms/attention.py`.
 
     Context parallelism is Ulysses' (arXiv 2309.14509): one all-to-all gives each rank whole rows of `a/c` heads, a
@@ -161,7 +173,7 @@ class DocumentAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         /,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: DocumentParams,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the attention output `[T/c, 1, a * d]` in the dtype of `query`.
@@ -171,8 +183,8 @@ class DocumentAttention(MegatronModule):
             key: `[T/c, 1, g, d]`; `g` divides `a`.
             value: `[T/c, 1, g, d]`.
             attention_mask: Unused; the documents' boundaries say everything.
-            packed_seq_params: `cu_seqlens_q` `[documents + 1]` int32 holds the boundaries, from 0 to T. With the
-                `cache` of `CachedRowParams`, passes after its first one are of one new token per document.
+            packed_seq_params: The documents' `lengths`, T together. With the `cache` of `CachedRowParams`, passes
+                after its first one are of one new token per document.
             kwargs: What Megatron passes to every core attention besides.
         """
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
@@ -182,7 +194,7 @@ class DocumentAttention(MegatronModule):
         if cache is not None and cache.holds(self.layer_number):
             output = self._newest_tokens(query, key, value, cache)
         else:
-            output = self._documents(query, key, value, packed_seq_params.cu_seqlens_q)
+            output = self._documents(query, key, value, packed_seq_params.lengths)
             if cache is not None:
                 cache.start(self.layer_number, key, value)
         if self.cp_group is not None:
@@ -190,10 +202,9 @@ class DocumentAttention(MegatronModule):
         return output.reshape(output.shape[0], 1, -1)
 
     def _documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
         """Return `[T, a, d]` from query `[T, a, d]` and key and value `[T, g, d]` of documents that attend apart."""
-        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
         documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         return torch.cat([self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents])
 
@@ -237,13 +248,24 @@ class DocumentAttention(MegatronModule):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        if query.is_cuda and query.shape[1] != key.shape[1]:
-            # with grouped heads torch has no memory-efficient kernel for float32 and would keep all scores
+        if query.shape[1] != key.shape[1] and not _takes_grouped_heads(query, mask):
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
+
+
+def _takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether torch has a kernel for fewer key than query heads that does not keep all scores.
+
+    On CUDA that is flash attention alone (torch 2.13, sdp_utils.cpp): in half precision, without a mask, with up to
+    256 channels, from Ampere on.
+    """
+    if not query.is_cuda:
+        return True
+    suits = query.dtype != torch.float32 and mask is None and query.shape[-1] <= 256
+    return suits and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def _whole_rows(

@@ -216,6 +216,7 @@ class Family:
             PEFT takes their names for those that transformers 4 had for the experts' matrices, in dense layers too.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
         rotary_by_layer_type: Whether `rope_parameters` has an entry for each of `layer_types`.
+        rotary_scales_queries: Whether queries have the factors that `llama_4_scaling_beta` asks for.
         further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
             tokens at once; transformers computes nothing with them, and here they are left out.
     """
@@ -232,6 +233,7 @@ class Family:
     feed_forward_adapters: bool = True
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
+    rotary_scales_queries: bool = False
     further_layers: tuple[str, ...] = ()
 
     def dimensions(self, hf: Any) -> Dimensions:

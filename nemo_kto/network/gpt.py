@@ -14,12 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.logprobs import LogitShape
@@ -29,9 +24,9 @@ from nemo_kto.network.hf_config import check_hf_config
 from nemo_kto.network.layer_specs import attends_by_document, block_spec, check_transformer_impl
 from nemo_kto.network.megatron_config import Recompute, megatron_config
 from nemo_kto.network.rotary import RotaryEmbedding
-from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.sharded import mark_divided, sharded_leaves
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import megatron_fixes, parallel
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
 
 _NORM = re.compile(r"norm(_weight|\.weight)$")
@@ -203,9 +198,9 @@ def build_gpt(
     )
     rotary = RotaryEmbedding(hf_config, sizes.head_channels)
     by_document = attends_by_document(config, use_transformer_engine) or rotary.is_beyond_megatron
-    # like `bias_activation_fusion` one of the functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; it
-    # is for what `DocumentAttention` takes, not for Transformer Engine's rows
-    config.apply_rope_fusion = by_document
+    # for what `DocumentAttention` takes a function of `algorithms/pointwise.py`, see `keep_less_for_backward`; for
+    # Transformer Engine's rows its own kernel, as Megatron would ask the device for the documents' lengths
+    config.apply_rope_fusion = by_document or megatron_fixes.has_rotary_kernel_for_rows()
     place = parallel.position()
     chunk_number = chunk if layout.virtual > 1 else None
     model = KTOGPTModel(
@@ -230,7 +225,7 @@ def build_gpt(
         share_embeddings_and_output_weights=sizes.tied,
         vp_stage=chunk_number,
     )
-    _mark_tensor_parallel_weights(model)
+    mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
     moe.freeze_router_biases(model, config)
     _clear_vocabulary(model)
@@ -268,20 +263,24 @@ def tensor_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
-def _mark_tensor_parallel_weights(model: KTOGPTModel) -> None:
-    """Mark which dimension of each weight the tensor-parallel ranks share.
+def mark_tensor_parallel_weights(model: torch.nn.Module) -> None:
+    """Mark which dimension of each parameter the tensor-parallel ranks share.
 
-    Megatron's own layers do so only while they initialise the weights, which is left out here. Without the marks the
-    gradient norm would count the shards of the first tensor-parallel rank only. Transformer Engine marks its layers.
+    Without the marks the gradient norm would count the shards of the first tensor-parallel rank only. Megatron's own
+    layers mark their weights only while they initialise them, which is left out here; Transformer Engine's do so by
+    versions: nothing is left to them.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or hasattr(weight, "tensor_model_parallel"):
+        mode = getattr(module, "parallel_mode", None)  # of Transformer Engine's linear layers
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear) or mode == "column":
+            shared = {"weight": 0, "bias": 0}
+        elif isinstance(module, RowParallelLinear) or mode == "row":
+            shared = {"weight": 1}
+        else:
             continue
-        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in shared:
+                mark_divided(parameter, dim=shared[name])
 
 
 @torch.no_grad()

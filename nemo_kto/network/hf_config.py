@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import Refusals
+from nemo_kto.network.quantised import Quantisation
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -42,22 +43,28 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """Return what the `config.json` of a folder says, of a supported architecture.
 
+    Weights in eight bits are read as plain numbers, see `quantised.py`: it says nothing of them.
+
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: The model is of an unsupported architecture.
+        ConfigError: The model is of an unsupported architecture, or its weights are quantised in another way.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Name the folder of a Hugging Face model.")
     try:
-        named = SimpleNamespace(model_type=json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a JSON object: {error}.") from error
+        keys = json.loads(file.read_text(encoding="utf-8"))
+        named = SimpleNamespace(model_type=keys.get("model_type"))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
     family_of(named, file)  # before transformers: it may not know the architecture either
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base
-        raise CheckpointError(f"{file} cannot be read by transformers: {error}") from error
+        text = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
+    if Quantisation.of(keys, file) is not None:
+        del config.quantization_config
     return config
 
 
@@ -136,12 +143,17 @@ def hf_config_from_sizes(
         eos_token_id: The tokenizer's last token of a text, where generation stops.
 
     Raises:
-        ConfigError: The heads do not divide the hidden size.
+        ConfigError: The heads do not divide the hidden size, or the key/value heads the heads.
     """
     if kv_channels is None and hidden_size % num_attention_heads:
         raise ConfigError(
             f"model.hidden_size={hidden_size} cannot be divided by model.num_attention_heads={num_attention_heads}. "
             "Choose a multiple, or give the channels of a head in model.kv_channels."
+        )
+    if num_attention_heads % (num_query_groups or num_attention_heads):
+        raise ConfigError(
+            f"model.num_attention_heads={num_attention_heads} cannot be divided by model.num_query_groups="
+            f"{num_query_groups}. Choose a divisor."
         )
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],

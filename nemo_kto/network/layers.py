@@ -51,12 +51,17 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]
 
         Args:
             args: See SelfAttention.
-            rotary_pos_emb: `[T, 1, 1, r]`; `[tables, T, 1, 1, r]` where layers have different ones.
+            rotary_pos_emb: `[T, 1, 1, r]`; `[tables, T, 1, 1, r]` where layers have different ones, `[2, T, 1, 1, r]`
+                where keys and queries have.
             kwargs: See SelfAttention.
         """
+        tables: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = rotary_pos_emb
         if rotary_pos_emb is not None and self._table is not None:
-            rotary_pos_emb = rotary_pos_emb[self._table]
-        found: Biased = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+            tables = rotary_pos_emb[self._table]
+        elif rotary_pos_emb is not None and self.config.rotary_scales_queries:
+            keys, queries = rotary_pos_emb
+            tables = (queries, keys)
+        found: Biased = super().forward(*args, rotary_pos_emb=tables, **kwargs)
         return found
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -39,6 +38,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.dropout import drop_out
+from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, linear_layers, parts_of, place_in_layer
@@ -46,8 +46,8 @@ from nemo_kto.network.sharded import sharded_leaves
 
 
 @dataclass(kw_only=True)
-class RowParams(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's description of a packed row, and what the adapters' dropout depends on.
+class RowParams(DocumentParams):
+    """The description of a packed row, and what the adapters' dropout depends on.
 
     Attributes:
         dropout_keys: `[T]` int32, a number for each token of this context-parallel rank, the same under every layout;

@@ -90,6 +90,7 @@ def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> di
         "gated_linear_unit": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "rotary_scales_queries": family.rotary_scales_queries,
         "rotary_tables": RotaryEmbedding(hf, sizes.head_channels).tables_of_layers,
         **family.fields(hf),
     }

@@ -24,6 +24,7 @@ class ModelConfig(TransformerConfig):
         logits_multiplier: What the products of hidden states and output layer are multiplied with.
         logits_cap: Largest logit after that, see `algorithms.logprobs.LogitShape`; None for no cap.
         attention_cap: Largest score of attention, see `algorithms.attention.Scoring`; None for no cap.
+        rotary_scales_queries: Whether the rotary embedding has a table for keys and one for queries, with a factor.
         rotary_tables: Which of the tables of its rotary embedding each layer takes, see `RotaryEmbedding`; None where
             there is one.
     """
@@ -38,4 +39,5 @@ class ModelConfig(TransformerConfig):
     logits_multiplier: float = 1.0
     logits_cap: float | None = None
     attention_cap: float | None = None
+    rotary_scales_queries: bool = False
     rotary_tables: tuple[int, ...] | None = None

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_kto.network.family import ACTIVATIONS, Mixture, Refusals, activation_field
+from nemo_kto.network.sharded import mark_divided
 
 
 def unsupported_fields(mixture: Mixture, hf: Any) -> Refusals:
@@ -98,7 +99,12 @@ def mark_expert_weights(model: torch.nn.Module) -> None:
     Their gradients are summed over those ranks, and they get an optimizer of their own. Megatron's layers say so with
     expert parallelism only. It is also so when experts have a tensor-parallel size of their own; and where the
     ranks are the same after all, the optimizers' checkpoints have one form under every layout.
+
+    Among the tensor-parallel ranks none holds a copy that another one answers for: that optimizer deals the weights
+    to all of them. From Transformer Engine 2.13 on its grouped experts do not say so any more, and the gradient norm
+    would be that of the first rank's part.
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
+            mark_divided(parameter, dim=1 if ".linear_fc2." in name else 0)

@@ -5,7 +5,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `r` channels of a head t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,14 +84,37 @@ class _Frequencies:
         long, _ = compute(config, _CPU, seq_len=switch + 1, layer_type=kind)
         return cls(usual=usual, long=long, switch=switch, factor=factor)
 
+    def on(self, device: torch.device) -> _Frequencies:
+        """Return them on a device; themselves if they are there."""
+        if self.usual.device == device:
+            return self
+        return replace(self, usual=self.usual.to(device), long=None if self.long is None else self.long.to(device))
+
     def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return cosines, then sines, `[T, r]` float32; see `RotaryEmbedding.table`."""
         where = positions.float()[:, None]
-        angles = where * self.usual.to(where.device)
+        angles = where * self.usual
         if self.long is not None:
             is_long = (lengths > self.switch)[:, None]
-            angles = torch.where(is_long, where * self.long.to(where.device), angles)
+            angles = torch.where(is_long, where * self.long, angles)
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * self.factor
+
+
+@dataclass(frozen=True)
+class _QueryScale:
+    """The factors of Llama 4's queries: 1 + beta log(1 + floor(position / length)).
+
+    Attributes:
+        beta: How fast they grow.
+        length: They are 1 before this position.
+    """
+
+    beta: float
+    length: int
+
+    def factors(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the factors `[T]` float32 of queries at these positions."""
+        return 1 + self.beta * torch.log1p(positions.div(self.length, rounding_mode="floor").float())
 
 
 class RotaryEmbedding:
@@ -112,6 +135,10 @@ class RotaryEmbedding:
         self.tables_of_layers: tuple[int, ...] | None = None
         if len(entries) > 1:
             self.tables_of_layers = tuple(list(entries).index(kind) for kind in config.layer_types)
+        self._query_scale: _QueryScale | None = None
+        if family_of(config).rotary_scales_queries:
+            rope = rope_parameters(config)
+            self._query_scale = _QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
         self.switches = frozenset(kind.switch for kind in self._kinds if kind.switch is not None)
 
     @property
@@ -121,8 +148,9 @@ class RotaryEmbedding:
 
     @property
     def is_beyond_megatron(self) -> bool:
-        """Whether tables depend on a document's length, differ between layers, or have a factor."""
-        return len(self._kinds) > 1 or bool(self.switches) or self._kinds[0].factor != 1.0
+        """Whether tables depend on a document's length, differ between layers or for queries, or have a factor."""
+        kinds = self._kinds
+        return len(kinds) > 1 or bool(self.switches) or kinds[0].factor != 1.0 or self._query_scale is not None
 
     def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return cosines, then sines, of the angles of each token, float32; see `pointwise.rotate`.
@@ -132,7 +160,12 @@ class RotaryEmbedding:
             lengths: `[T]` int64, tokens of their documents.
 
         Returns:
-            `[T, 1, 1, r]`; where layers have different tables `[tables, T, 1, 1, r]`.
+            `[T, 1, 1, r]`; where layers have different tables `[tables, T, 1, 1, r]`; where queries have a factor
+            `[2, T, 1, 1, r]`, for keys and for queries.
         """
+        # once: each copy from ordinary memory would wait for the device
+        self._kinds = [kind.on(positions.device) for kind in self._kinds]
         tables = torch.stack([kind.table(positions, lengths) for kind in self._kinds])[:, :, None, None]
+        if self._query_scale is not None:
+            return torch.cat([tables, tables * self._query_scale.factors(positions)[:, None, None, None]])
         return tables[0] if self.tables_of_layers is None else tables

@@ -56,3 +56,9 @@ def sharded_leaves(model: Any, *, adapters: bool = False) -> Iterator[Leaf]:
                 )
                 assert tensor.prepend_axis_num == 0, tensor
                 yield Leaf(tensor.key, tuple(tensor.global_shape), region, tensor.data)
+
+
+def mark_divided(parameter: torch.Tensor, *, dim: int) -> None:
+    """Say, in Megatron's way, that each rank holds a part of its own of a parameter, divided along `dim`."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim, parameter.partition_stride = dim, 1  # type: ignore[attr-defined]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, git_lfs_hint
+from nemo_kto.network.quantised import BESIDE, SCALE, STORED_AS, Quantisation
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
 from nemo_kto.network.weight_rules import Piece, Region, spellings
 
@@ -72,11 +73,14 @@ def weight_files(folder: Path) -> list[Path]:
 class SafetensorsFolder:
     """The tensors of a folder with one `model.safetensors` or with shards and an index; a context manager.
 
+    Of matrices in eight bits the scales are part of the matrix, which is read as plain numbers, see `Quantisation`.
+
     Args:
         folder: Folder of a Hugging Face model.
 
     Attributes:
         names: Names of all tensors of the folder.
+        quantised: Those that are stored in eight bits.
         files: The files, see `weight_files`, with the names of the tensors that are read from each.
 
     Raises:
@@ -89,6 +93,11 @@ class SafetensorsFolder:
             self._handles = {file: _opened(stack, file) for file in weight_files(folder)}
             self._stack = stack.pop_all()
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
+        self._scales: dict[str, Any] = {}
+        self._quantisation = Quantisation.of_folder(folder)
+        if self._quantisation is not None:
+            self._take_scales(self._quantisation)
+        self.quantised = self._scales.keys()
         self.names = self._file_of.keys()
         self.files: dict[Path, list[str]] = {file: [] for file in self._handles}
         for name, file in self._file_of.items():
@@ -104,22 +113,52 @@ class SafetensorsFolder:
         """Close the files."""
         self._stack.close()
 
+    def _take_scales(self, quantisation: Quantisation) -> None:
+        """Find the scales of each matrix in eight bits, which are tensors of their own no longer."""
+        for name in [name for name in self._file_of if self._slice_of(name).get_dtype() == STORED_AS]:
+            if name + SCALE not in self._file_of:
+                raise CheckpointError(f"{self.folder} lacks {name}{SCALE}, the scales of {name}. Download it again.")
+            scales = self._slice_of(name + SCALE)
+            if scales.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{self.folder}: {name}{SCALE} is stored as {scales.get_dtype()}, no number.")
+            quantisation.check(f"{self.folder}: {name}", self.shape(name), tuple(scales.get_shape()))
+            self._scales[name] = scales
+        for name in self._scales:
+            module = name.rpartition(".")[0]
+            for other in (name + SCALE, *(f"{module}.{beside}" for beside in BESIDE)):
+                self._file_of.pop(other, None)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the file's header."""
         return tuple(self._slice_of(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Return the dtype of a tensor, from the file's header, as the safetensors format calls it: see `DTYPES`."""
+        """Return the dtype of a tensor, from the file's header, as the safetensors format calls it: see `DTYPES`.
+
+        Of a matrix in eight bits it is that of the plain numbers.
+        """
+        if name in self._scales:
+            assert self._quantisation is not None
+            return self._quantisation.dtype
         return str(self._slice_of(name).get_dtype())
 
     def read(self, piece: Piece, region: Region) -> torch.Tensor:
-        """Return one block of a piece of a tensor in the file's dtype; nothing else of the tensor is read."""
-        block: torch.Tensor = self._slice_of(piece.name)[piece.within(region)]
+        """Return one block of a piece of a tensor in the file's dtype; nothing else of the tensor is read.
+
+        Of a matrix in eight bits it is in float32.
+        """
+        where = piece.within(region)
+        block: torch.Tensor = self._slice_of(piece.name)[where]
+        if piece.name in self._scales:
+            assert self._quantisation is not None
+            block = self._quantisation.plain(block, *where, self._scales[piece.name])
         return block if piece.stacked is None else block[0]
 
     def equal(self, name: str, other: str) -> bool:
         """Return whether two tensors have the same shape and values."""
         one, two = self._slice_of(name), self._slice_of(other)
+        if {name, other} & self.quantised:
+            return False  # an embedding is not stored so
         if one.get_shape() != two.get_shape():
             return False
         rows, *rest = one.get_shape()
@@ -135,7 +174,8 @@ def _opened(stack: ExitStack, file: Path) -> Any:
     try:
         return stack.enter_context(safe_open(file, framework="pt"))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Download it again.") from error
+        hint = git_lfs_hint(file) or " Download it again."
+        raise CheckpointError(f"{file} cannot be read: {error}.{hint}") from error
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

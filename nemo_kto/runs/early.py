@@ -31,12 +31,13 @@ from nemo_kto.runtime.layout import ModelSizes
 from nemo_kto.runtime.log_lock import check_free
 
 
-def check_early(config: KTOConfig, command: str) -> None:
+def check_early(config: KTOConfig, command: str, *, locks: bool = True) -> None:
     """Raise what a command would raise later, as far as it is certain by now.
 
     Args:
         config: The configuration.
         command: Name of a module of `nemo_kto.commands`.
+        locks: Whether another run in the log folder is such a thing.
 
     Raises:
         ConfigError: The layout cannot work, code that is named is not there, or something that has to be named is
@@ -49,7 +50,7 @@ def check_early(config: KTOConfig, command: str) -> None:
     check_functions(config)
     if command == "train":
         check_callbacks(config)
-        if is_global_rank_zero():  # the others are of that very run
+        if locks and is_global_rank_zero():  # the others are of that very run
             check_free(log_directory(config))
     check_folders(config, command)
     if command == "evaluate":

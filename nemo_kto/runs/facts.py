@@ -87,9 +87,14 @@ def common_facts(run: Run, others: Mapping[str, Any] | None = None) -> dict[str,
         "the model's config.json (a digest)": _digest(model),
         "the accelerator": run.accelerator,
         **(others or {}),
-        **{f"the version of {package}": number for package, number in _versions().items()},
+        **common_versions(),
     }
     return {name: str(value) for name, value in found.items()}
+
+
+def common_versions() -> dict[str, str]:
+    """Return the part of `common_facts` that is known without a run."""
+    return {f"the version of {package}": number for package, number in _versions().items()}
 
 
 def _digest(value: Any) -> str:

@@ -11,7 +11,7 @@ from nemo_kto.config.objective_checks import has_kl_set
 from nemo_kto.config.schema import KTOConfig, KTOLossConfig
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import dimensions_of
-from nemo_kto.runtime.launch import check_launched, known_device_count
+from nemo_kto.runtime.launch import check_launched, known_device_count, node_count
 from nemo_kto.runtime.layout import (
     Layout,
     ModelSizes,
@@ -35,7 +35,8 @@ def layout_of(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) 
     from nemo_kto.runtime.parallel import device_count
 
     devices = device_count(config.trainer.devices, accelerator)
-    layout = requested_layout(config, devices * config.trainer.num_nodes)
+    nodes = node_count(config.trainer.num_nodes)
+    layout = requested_layout(config, devices * nodes)
     check_division(config, layout, dimensions_of(hf_config).divided)
     check_transformer_impl(config.model.transformer_impl)
     padded_vocabulary(
@@ -49,7 +50,7 @@ def layout_of(config: KTOConfig, hf_config: PretrainedConfig, accelerator: str) 
 def known_layout(config: KTOConfig) -> Layout | None:
     """Return the layout of the run, not checked; None where only the devices tell how many processes there are."""
     devices = known_device_count(config.trainer.devices)
-    return None if devices is None else requested_layout(config, devices * config.trainer.num_nodes)
+    return None if devices is None else requested_layout(config, devices * node_count(config.trainer.num_nodes))
 
 
 def requested_layout(config: KTOConfig, world_size: int) -> Layout:
@@ -74,7 +75,7 @@ def check_division(config: KTOConfig, layout: Layout, sizes: ModelSizes) -> None
     from nemo_kto.data.batches.sampling import kl_set_size
 
     settings = config.model
-    check_launched(layout)
+    check_launched(layout, node_count(config.trainer.num_nodes))
     check_layout(layout, sizes)
     _check_experts(config, sizes)
     if settings.activations_checkpoint_method == "uniform":

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_kto.config.folders import check_named_folders, tokenizer_folder
+from nemo_kto.config.folders import check_named_folders, model_folder, tokenizer_folder
 from nemo_kto.config.plugins import check_functions
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ReferenceSettings
+from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
@@ -22,6 +23,7 @@ from nemo_kto.runs.reference import cache_settings, lora_settings, reference_set
 from nemo_kto.runs.schedule import Schedule, plan_schedule, plan_validation
 from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.determinism import make_deterministic
+from nemo_kto.runtime.launch import check_reaches, node_count
 from nemo_kto.runtime.layout import Layout
 
 
@@ -61,14 +63,18 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         config: The configuration.
         trains: Whether there is something to train, for which there has to be data.
     """
+    check_reaches(node_count(config.trainer.num_nodes))
     check_functions(config)
     if config.trainer.deterministic:
         make_deterministic()
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
         cpu_megatron.enable_cpu()
-    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     check_named_folders(config)
+    folder = model_folder(config)
+    if folder is not None:
+        read_hf_config(folder)  # first, as the tokenizer's loader reads it too and would say that the tokenizer is bad
+    tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
     hf_config = hf_config_of(config, tokenizer)
     layout = layout_of(config, hf_config, accelerator)
     lora = lora_settings(config, hf_config)

@@ -7,10 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils import exp_manager as nemo_manager
+from transformers import PretrainedConfig
 
 from nemo_kto import stopping
 from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, export_directory, log_directory
@@ -21,6 +23,7 @@ from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runs.run import Run
 from nemo_kto.runtime.checkpoint import FinishBackgroundSaves
+from nemo_kto.runtime.launch import node_count
 from nemo_kto.runtime.loggers import (
     new_wandb_run,
     open_mlflow,
@@ -29,9 +32,11 @@ from nemo_kto.runtime.loggers import (
     read_runs,
     write_runs,
 )
-from nemo_kto.runtime.loop import GracefulStop, ProgressBar, StartUpTime, StepLoop, StopReason
+from nemo_kto.runtime.loop import GracefulStop, StartUpTime, StepLoop, StopReason
 from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
 from nemo_kto.runtime.meeting import RankRules
+from nemo_kto.runtime.mishaps import understood
+from nemo_kto.runtime.progress import progress
 from nemo_kto.runtime.saving import RunCheckpoints
 from nemo_kto.runtime.space import Plan, SpaceCheck
 from nemo_kto.runtime.strategy import MegatronStrategy
@@ -40,10 +45,11 @@ from nemo_kto.weights.folder import configured_dtype
 
 def trainer_settings(run: Run) -> dict[str, Any]:
     """Return the Trainer's settings that do not depend on what it is to do."""
+    nodes = node_count(run.config.trainer.num_nodes)
     return {
         "accelerator": run.accelerator,
-        "devices": run.layout.world_size // run.config.trainer.num_nodes,
-        "num_nodes": run.config.trainer.num_nodes,
+        "devices": run.layout.world_size // nodes,
+        "num_nodes": nodes,
         "precision": "32-true",  # Lightning's part only: Megatron's is in the model and the strategy
         "max_steps": run.schedule.total,
         "max_epochs": -1,
@@ -103,7 +109,8 @@ def finishes(trainer: Trainer, action: Callable[[], Any]) -> bool:
         raise
     except BaseException as error:
         watchdog = trainer.strategy.watchdog  # type: ignore[attr-defined]
-        settled = error if watchdog is None else watchdog.ranks.settle(error)
+        own = understood(error)
+        settled = own if watchdog is None else watchdog.ranks.settle(own)
         if settled is error:
             raise
         raise settled from error
@@ -128,7 +135,7 @@ def named_callbacks(config: KTOConfig) -> list[Callback]:
         try:
             callback = instantiate(settings)
         except InstantiationException as error:
-            raise ConfigError(f"{key} cannot be made: {error}") from error
+            raise ConfigError(f"{key} cannot be made: {' '.join(str(error).split())}") from error
         if not isinstance(callback, Callback):
             kind = type(callback).__name__
             raise ConfigError(f"{key} is of type {kind}, no Callback of lightning.pytorch.")
@@ -165,7 +172,7 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
         strategy=strategy(run, facts, async_save=params.async_save, source_folder=source_folder),
         log_every_n_steps=config.trainer.log_every_n_steps,
         callbacks=[
-            ProgressBar(),
+            progress(),
             StartUpTime(),
             SpaceCheck(_space_plan(run)),
             *([FinishBackgroundSaves()] if params.async_save else []),
@@ -185,18 +192,30 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
 
 def _space_plan(run: Run) -> Plan:
     """Return what the run is going to write."""
-    config, schedule = run.config, run.schedule
-    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(run.config)
-    best = manager.checkpoint_callback_params.save_top_k if schedule.val_interval else 0
+    best = run.config.exp_manager.checkpoint_callback_params.save_top_k if run.schedule.val_interval else 0
     if best == -1:
-        best = -(-schedule.total // schedule.val_interval)
+        best = -(-run.schedule.total // run.schedule.val_interval)
+    return space_plan(run.config, run.hf_config, adapters=run.lora is not None, best=best)
+
+
+def space_plan(config: KTOConfig, hf_config: PretrainedConfig, *, adapters: bool, best: int) -> Plan:
+    """Return what a run is going to write.
+
+    Args:
+        config: Its configuration.
+        hf_config: The model's.
+        adapters: Whether those are trained, not the model.
+        best: How many of the best checkpoints are kept.
+    """
+    manager, export, params_dtype = config.exp_manager, config.export, params_dtype_of(config)
+    named = None if export.dtype == "auto" else getattr(torch, export.dtype)
     return Plan(
         checkpoints=log_directory(config) / "checkpoints" if manager.create_checkpoint_callback else None,
         at_once=best + 2,  # the last one, and the one that is to replace it
         params_dtype=params_dtype,
         export=export_directory(config) if export.enabled else None,
-        export_dtype=configured_dtype(run.hf_config) or params_dtype,
-        whole_model=run.lora is None or export.merge_adapters,
+        export_dtype=named or configured_dtype(hf_config) or params_dtype,
+        whole_model=not adapters or export.merge_adapters,
     )
 
 
@@ -207,7 +226,8 @@ def _add_loggers_and_checkpoints(trainer: Trainer, config: KTOConfig, *, validat
     runs = read_runs(log_dir) if resumes and leads else {}
     if manager.create_wandb_logger:
         runs.setdefault("wandb", new_wandb_run())
-    exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
+    nemo_manager.check_slurm = lambda _: True  # it finds no Slurm, and no torchrun, in this version of Lightning
+    nemo_manager.exp_manager(trainer, _exp_manager_settings(config, validates=validates, wandb_run=runs.get("wandb")))
     if manager.create_mlflow_logger and leads:
         mlflow = open_mlflow(mlflow_settings, name=manager.name, log_dir=log_dir, run_id=runs.get("mlflow"))
         trainer.loggers = [*trainer.loggers, mlflow]

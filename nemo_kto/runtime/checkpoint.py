@@ -13,6 +13,7 @@ random numbers.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
@@ -30,6 +31,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
 from nemo.utils.callbacks.dist_ckpt_io import (
@@ -106,7 +108,8 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
         megatron_fixes.take_failed_write()  # of a save that was cut off
         with _writing(folder):
             _raise_together(folder, self._make_room(folder) if dist.get_rank() == 0 else None)
-            request = dist_checkpointing.save(checkpoint, str(folder), async_sharded_save=True)
+            options = own_writer(dist_checkpointing.save)
+            request = dist_checkpointing.save(_on_cpu(checkpoint), str(folder), async_sharded_save=True, **options)
             _raise_together(folder, megatron_fixes.take_failed_write())
         written = WriteResults()
         # a rank without anything to write takes part in the rest
@@ -176,6 +179,27 @@ class ShardedCheckpointIO(AsyncCompatibleCheckpointIO):  # type: ignore[misc]
             child.rmdir() if child.is_dir() else child.unlink(missing_ok=True)
         if folder.exists():
             folder.rmdir()
+
+
+def own_writer(save: Callable[..., Any]) -> dict[str, str]:
+    """Return the arguments of Megatron's `save` that ask for its own writer, which `write_results.py` looks after.
+
+    It had no other one before Megatron-Core 0.17. From then on the default is that of nvidia-resiliency-ext, a package
+    that need not be there.
+    """
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+def _on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return it with what all ranks save in common on the CPU, as the scores that a callback keeps.
+
+    Megatron sends rank 0's to the others, to compare; a tensor arrives on the device it was on, and each rank would
+    open a context on the GPU of rank 0 for it.
+    """
+    moved: dict[str, Any] = dict_list_map_outplace(
+        lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, checkpoint
+    )
+    return moved
 
 
 def load_common(folder: Path) -> dict[str, Any]:

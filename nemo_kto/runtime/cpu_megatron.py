@@ -25,7 +25,6 @@ _DONE_MARK = "_nemo_kto_cpu"
 _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.pipeline_parallel.schedules",  # token counters of every schedule
     "megatron.core.optimizer.clip_grads",  # norm and zero counts
-    "megatron.core.utils",  # the gradient norm without Apex and Transformer Engine
     "megatron.core.optimizer.optimizer",  # loss scale and overflow flag
     "megatron.core.optimizer.grad_scaler",  # the loss scale of float16
 )
@@ -52,7 +51,6 @@ def enable_cpu() -> None:
     patch_cuda_literals()
     patch_gradient_clipping()
     patch_tensor_types()
-    patch_distributed_optimizer_load()
     patch_token_dispatcher()
     patch_router_compilation()
     patch_uneven_exchanges()
@@ -113,17 +111,6 @@ def patch_tensor_types() -> None:
     `param.type() == "torch.cuda.FloatTensor"`. Converting with `type(dtype)` is left alone.
     """
     torch.Tensor.type = _cuda_type  # type: ignore[assignment,method-assign]
-
-
-def patch_distributed_optimizer_load() -> None:
-    """Leave Adam's step out of what the distributed optimizer copies from a checkpoint's buckets.
-
-    Reason: `_set_main_param_and_optimizer_states` (optimizer/distrib_optimizer.py) copies every entry of the
-    optimizer's state; torch's Adam, which stands in for the fused ones here, keeps its step there too, where the
-    checkpoint has none. `load_state_dict` has restored it before.
-    """
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    module.DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_the_step
 
 
 def patch_token_dispatcher() -> None:
@@ -201,15 +188,6 @@ def _cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return _original_type(self, *args, **kwargs)
     name: str = _original_type(self)
     return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
-
-
-@torch.no_grad()
-def _set_states_but_the_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    group_index, order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group_index]["params"][order]
-    for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
-        if name != "step":
-            target.copy_(tensors[name])
 
 
 def _counts_as_arrays(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -36,7 +36,7 @@ def reason_of(error: BaseException, path: Path) -> str:
             in them; PyTorch's zip writer says no more than that it has failed.
         path: What could not be written; it need not be there.
     """
-    number, text = _number_of(error), str(error)
+    number, text = _number_of(error), str(error).removeprefix("Worker failure: ")  # Megatron's
     usage = os.statvfs(existing(path))
     of_torch = number is None and ("inline_container" in text or "PytorchStreamWriter" in text)
     if number == errno.ENOSPC or (of_torch and usage.f_bavail * usage.f_frsize < _LITTLE):

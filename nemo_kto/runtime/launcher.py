@@ -15,12 +15,14 @@ from datetime import timedelta
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from nemo_kto import stopping
 from nemo_kto.runtime import meeting
+from nemo_kto.runtime.launch import Launch, is_slurm_task, meeting_place
 from nemo_kto.runtime.write_results import become_helper
 
 _LOOK = 0.5
@@ -109,6 +111,64 @@ class RankLauncher(_SubprocessScriptLauncher):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(end - time.monotonic(), 0))
         self._kill()
+
+
+class SlurmTasks(ClusterEnvironment):
+    """How tasks that srun has started find each other.
+
+    Lightning's class for Slurm compares the keys with what sbatch was given, not with what srun was, and requeues by
+    saving inside a signal handler, which dead-locks with exchanges: the batch script requeues.
+
+    Args:
+        found: What Slurm has started.
+    """
+
+    def __init__(self, found: Launch) -> None:
+        super().__init__()
+        self._found = found
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Whether somebody else has started them all: yes."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Where rank 0 is."""
+        return meeting_place()[0]
+
+    @property
+    def main_port(self) -> int:
+        """Where rank 0 listens."""
+        return meeting_place()[1]
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether this process is such a task."""
+        return is_slurm_task()
+
+    def world_size(self) -> int:
+        """Return the number of tasks."""
+        assert self._found.world_size is not None
+        return self._found.world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Keep what Slurm says, which the keys were compared with."""
+
+    def global_rank(self) -> int:
+        """Return this task's rank."""
+        return self._found.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Keep what Slurm says."""
+
+    def local_rank(self) -> int:
+        """Return this task's rank on its node."""
+        return self._found.local_rank
+
+    def node_rank(self) -> int:
+        """Return the number of this task's node."""
+        return int(os.environ.get("SLURM_NODEID", 0))
 
 
 class _HelperProcess(ForkProcess):

@@ -97,9 +97,7 @@ def _take_from_the_dead(lock: Path, *, now: float) -> None:
     holder, name = _holder(lock)
     if name is None:  # it has been given back, or is no lock
         if lock.is_dir() and any(lock.iterdir()) and not (lock / _OWNER).exists():
-            raise ConfigError(
-                f"{lock} is in the way. Name another folder in exp_manager.explicit_log_dir, or remove it."
-            )
+            raise _in_the_way(lock)
         return
     gone = holder.is_gone if holder is not None and holder.is_near else _is_silent(lock, holder, now=now)
     if not gone:
@@ -122,6 +120,38 @@ def check_free(log_dir: Path) -> None:
     holder, _ = _holder(lock)
     if holder is not None and holder.is_near and not holder.is_gone:
         raise _in_use(lock, holder)
+
+
+def state_of(log_dir: Path) -> tuple[bool, str] | None:
+    """Return (whether a run would be refused, what there is to say) of the lock of a log folder; None without one.
+
+    Waits for nothing, so of a holder on another machine it can only say when it gave its last sign of life.
+    """
+    lock = log_dir / FOLDER
+    holder, name = _holder(lock)
+    if name is None:
+        if not lock.exists():
+            return None
+        return True, str(_in_the_way(lock))
+    if holder is not None and holder.is_near:
+        if holder.is_gone:
+            return False, f"{holder} held it and is gone; the next run takes over"
+        return True, str(_in_use(lock, holder))
+    try:
+        silent = time.time() - _touched(lock)
+    except FileNotFoundError:  # given back
+        return None
+    who = f"a run elsewhere ({holder or 'not readable'})"
+    if silent > _LONG_AGO:
+        return False, f"{who} held it and is silent; the next run takes over"
+    return False, (
+        f"{who} holds it, whose last sign of life is {max(silent, 0):.0f} s old by this machine's clock. The next run "
+        f"waits up to {_SILENCE:.0f} s for another one, and is refused if it comes"
+    )
+
+
+def _in_the_way(lock: Path) -> ConfigError:
+    return ConfigError(f"{lock} is in the way. Name another folder in exp_manager.explicit_log_dir, or remove it.")
 
 
 def _in_use(lock: Path, holder: ProcessName | None) -> ConfigError:

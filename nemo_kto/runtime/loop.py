@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
@@ -227,38 +228,6 @@ class StartUpTime(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Print it after the first step of this process."""
         if not self._printed and trainer.is_global_zero:
-            # on a line of its own: the bar's is not ended
-            print(f"\nFirst step after {time.time() - self._started:.0f} s", flush=True)
+            line_break = "\n" if sys.stdout.isatty() else ""  # that of a progress bar is not ended
+            print(f"{line_break}First step after {time.time() - self._started:.0f} s", flush=True)
         self._printed = True
-
-
-class ProgressBar(TQDMProgressBar):
-    """One bar over all steps of the run, with loss, kl and margins, and the time left."""
-
-    def init_train_tqdm(self) -> Any:
-        """Return Lightning's bar labelled by what it counts."""
-        bar = super().init_train_tqdm()
-        bar.unit = "step"
-        return bar
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Show the steps of the whole run; after a resume, start where the run stands."""
-        self.train_progress_bar.reset(total=trainer.max_steps)
-        self.train_progress_bar.initial = trainer.global_step
-        self.train_progress_bar.set_description("KTO")
-
-    def on_exception(self, *_: Any) -> None:
-        """End the bar's line, so that the error begins one of its own."""
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.close()
-
-    def on_validation_batch_start(self, *arguments: Any, **keywords: Any) -> None:
-        """Label the validation's bar; Lightning would add the number of the one data loader there is."""
-        super().on_validation_batch_start(*arguments, **keywords)
-        self.val_progress_bar.set_description("Validation", refresh=False)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics logged for the bar, without Lightning's version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
+import signal
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 import torch
+from megatron.core import utils
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import experts, moe_utils, shared_experts
 
 from nemo_kto.algorithms import pointwise
 from nemo_kto.runtime.write_results import WriteResults, become_helper
-
-
-def exchange_shapes_in_order() -> None:
-    """Exchange the shapes of activations the way the activations themselves are exchanged; idempotent.
-
-    With rows of different lengths, each stage tells its neighbours the shape of what follows
-    (`P2PCommunicator._communicate_shapes`, Megatron-Core 0.16). Under an interleaved schedule, where activations and
-    gradients are in flight at once, its way fails twice:
-
-    * It sends to the previous stage first and receives from the previous stage first. With two stages those are one
-      and the same process, and the shape of a gradient is taken for that of an activation and the other way round.
-      `_p2p_ops`, which carries the tensors, orders even and odd stages so that they meet.
-    * It waits until the shapes it sends have been received. Where one stage exchanges both directions at once and its
-      neighbour one after the other, each then waits for the other for ever. Only what is received has to be there.
-    """
-    p2p_communication.P2PCommunicator._communicate_shapes = _communicate_shapes
 
 
 def route_without_transformer_engine() -> None:
@@ -60,14 +47,50 @@ def keep_less_for_backward() -> None:
     rope_utils.fused_apply_rotary_pos_emb = _rotate
 
 
+def has_rotary_kernel_for_rows() -> bool:
+    """Return whether Megatron has found a kernel that rotates packed rows: Transformer Engine's.
+
+    Without it each layer asks for the documents' lengths four times a pass (`_apply_rotary_pos_emb_thd`,
+    models/common/embeddings/rope_utils.py, Megatron-Core 0.16).
+    """
+    return getattr(rope_utils, "fused_apply_rotary_pos_emb_thd", None) is not None
+
+
+def measure_norms_on_the_device() -> None:
+    """Let the norm of the gradients be formed where they are; idempotent.
+
+    Megatron's `local_multi_tensor_l2_norm` (utils.py, Megatron-Core 0.16), which stands in for Apex's and Transformer
+    Engine's kernel, asks the device for the norm of each gradient.
+    """
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def load_without_torch_adams_step() -> None:
+    """Leave Adam's step out of what the distributed optimizer copies from a checkpoint's buckets; idempotent.
+
+    `_set_main_param_and_optimizer_states` (optimizer/distrib_optimizer.py, Megatron-Core 0.16) copies every entry of
+    the optimizer's state. torch's Adam, which stands in for Apex's and Transformer Engine's where neither is there,
+    keeps its step among them, where the checkpoint has none: a KeyError. `load_state_dict` has restored it before.
+    """
+    optimizer = distrib_optimizer.DistributedOptimizer
+    if not hasattr(optimizer._set_main_param_and_optimizer_states, "leaves_step"):
+        optimizer._set_main_param_and_optimizer_states = _leaving_step(optimizer._set_main_param_and_optimizer_states)
+
+
 def write_without_manager() -> None:
     """Let the processes that write checkpoints be helpers of their rank, and report without a process of their own.
 
-    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time.
+    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time. And who
+    starts them looks whether they are there: Megatron-Core 0.16 waits for the report of one that was killed for ever.
     """
-    if getattr(filesystem_async, "_get_write_results_queue", None) is not _write_results:
-        filesystem_async._get_write_results_queue = _write_results
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write_as_helper)
+    forks = hasattr(filesystem_async, "_get_write_results_queue")  # 0.16; from 0.17 on a file is a thread's
+    name = "_get_write_results_queue" if forks else "get_write_results_queue"
+    if getattr(filesystem_async, name) is _write_results:
+        return
+    setattr(filesystem_async, name, _write_results)
+    if forks:
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_parts)
 
 
 def outlive_failed_writes() -> None:
@@ -78,12 +101,13 @@ def outlive_failed_writes() -> None:
     their exchange times out. Here the error is kept for `take_failed_write`, and nothing more is written.
     """
     for owner, name in (
-        (common.TorchCommonSaveStrategy, "save_common"),
+        (getattr(common, "TorchCommonSaveStrategy", None), "save_common"),  # 0.16
+        (serialization, "save_common"),  # 0.17 and 0.18; from 0.19 on it is written as tensors are
         (filesystem_async.FileSystemWriterAsync, "finish"),
         (serialization, "save_config"),
     ):
-        original = getattr(owner, name)
-        if not hasattr(original, "outlives"):
+        original = getattr(owner, name, None)
+        if original is not None and not hasattr(original, "outlives"):
             setattr(owner, name, _outliving(original))
 
 
@@ -111,6 +135,26 @@ def _outliving(original: Callable[..., None]) -> Callable[..., None]:
     return write
 
 
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm `[1]` of all tensors together."""
+    return torch.nn.utils.get_total_norm(*tensor_lists).reshape(1), None
+
+
+def _leaving_step(original: Callable[..., None]) -> Callable[..., None]:
+    @torch.no_grad()
+    @wraps(original)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        own = {"step": state["step"]} if "step" in state else {}  # which is then copied to where it is
+        original(self, model_param, {**own, **tensors})
+
+    set_states.leaves_step = True  # type: ignore[attr-defined]
+    return set_states
+
+
 @cache
 def _write_results() -> WriteResults:
     return WriteResults()
@@ -119,12 +163,49 @@ def _write_results() -> WriteResults:
 _write_preloaded_data = filesystem_async.FileSystemWriterAsync.write_preloaded_data
 
 
-def _write_as_helper(*arguments: Any, **keywords: Any) -> None:
-    """Write one file of a checkpoint, in a process forked for it."""
+@filesystem_async._disable_gc()  # type: ignore[untyped-decorator]  # as what it replaces
+def _write_parts(
+    transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
+) -> None:
+    """Write the files of one rank's part of a checkpoint, each in a process forked for it."""
+    assert not use_msc, "no option of this package leads here"
+    context = multiprocessing.get_context("fork")
+    answers = [WriteResults() for _ in write_buckets]
+    writers = [
+        context.Process(target=_write_as_helper, args=(transform_list, number, bucket, answers[number]))
+        for number, bucket in enumerate(write_buckets)
+    ]
+    for writer in writers:
+        writer.start()
+    results: dict[int, Any] | Exception = {}
+    for number, writer in enumerate(writers):
+        writer.join()
+        try:
+            _, found = answers[number].get_nowait()
+        except queue.Empty:
+            found = RuntimeError(f"a process that wrote a part of it was ended {_how_it_ended(writer.exitcode)}")
+        if isinstance(found, Exception):
+            results = found
+        elif isinstance(results, dict):
+            results[number] = found
+    global_results_queue.put(results)
+
+
+def _write_as_helper(transform_list: list[Any], number: int, bucket: Any, answer: WriteResults) -> None:
+    """Write one file of a checkpoint, in this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     become_helper(parent.pid)
-    _write_preloaded_data(*arguments, **keywords)
+    counted: queue.Queue[int] = queue.Queue()  # Megatron's way to tell that it is done
+    counted.put(number)
+    _write_preloaded_data(transform_list, number, bucket, answer, counted, True)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"by {name}, as the system does when memory runs out" if name == "SIGKILL" else f"by {name}"
 
 
 def _swiglu(
@@ -150,42 +231,3 @@ def _biased(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 def _rotate(values: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     return pointwise.rotate(values, table, interleaved=interleaved)
-
-
-def _communicate_shapes(
-    self: Any,
-    tensor_send_next: torch.Tensor | None,
-    tensor_send_prev: torch.Tensor | None,
-    recv_prev: bool,
-    recv_next: bool,
-) -> tuple[list[int], list[int]]:
-    """Return the shapes of what comes from the previous and from the next stage; zeros where nothing comes."""
-    device = torch.cuda.current_device()
-
-    def shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
-
-    for request, _ in getattr(self, "_shapes_on_their_way", ()):
-        request.wait()
-    to_prev, to_next = shape_of(tensor_send_prev), shape_of(tensor_send_next)
-    from_prev, from_next = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
-    requests = p2p_communication._p2p_ops(
-        tensor_send_prev=to_prev,
-        tensor_recv_prev=from_prev if recv_prev else None,
-        tensor_send_next=to_next,
-        tensor_recv_next=from_next if recv_next else None,
-        group=self.pp_group,
-        prev_pipeline_rank=self.prev_rank,
-        next_pipeline_rank=self.next_rank,
-    )
-    for name, request in requests.items():
-        if name.startswith("recv"):
-            request.wait()
-    # A tensor must not be freed while it is sent. Nobody waits for the shapes of a pass's last exchange; they have
-    # arrived with the tensors that followed them, which the schedule does wait for.
-    self._shapes_on_their_way = [
-        (requests[name], tensor)
-        for name, tensor in (("send_prev", to_prev), ("send_next", to_next))
-        if name in requests
-    ]
-    return from_prev.tolist(), from_next.tolist()

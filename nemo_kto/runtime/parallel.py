@@ -5,7 +5,6 @@ Everything outside `runtime/` receives groups, ranks and sizes from here and nev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from nemo_kto.errors import CheckpointError, KTOError
-from nemo_kto.runtime import cpu_megatron, megatron_fixes
-from nemo_kto.runtime.launch import check_environment, known_device_count
+from nemo_kto.errors import CheckpointError, ConfigError, KTOError
+from nemo_kto.runtime import cpu_megatron, megatron_fixes, row_shapes
+from nemo_kto.runtime.launch import check_environment, known_device_count, launch, meeting_place
 from nemo_kto.runtime.layout import Layout
 
 _T = TypeVar("_T")
@@ -28,29 +27,45 @@ _T = TypeVar("_T")
 def device_count(devices: int | str, accelerator: str) -> int:
     """Return the number of processes of one node for `trainer.devices`.
 
-    "auto" means what torchrun started here, else every GPU, else one CPU process.
+    "auto" means what torchrun or Slurm started here, else every GPU, else one CPU process.
+
+    Raises:
+        ConfigError: This process does not see as many GPUs.
     """
+    visible = torch.cuda.device_count() if accelerator == "gpu" else 1
     known = known_device_count(devices)
-    if known is not None:
-        return known
-    return torch.cuda.device_count() if accelerator == "gpu" else 1
+    if known is None:
+        return visible
+    if accelerator == "gpu" and known > visible:
+        asked = f"trainer.devices={devices}" if devices != "auto" else f"{launch().starter} started {known} processes"
+        raise ConfigError(
+            f"{asked}, but this process sees {visible} GPUs, and each process takes one of its own. Under Slurm every "
+            "task has to see all of its node: ask for them with --gpus-per-node, not --gpus-per-task or --gpu-bind."
+        )
+    return known
 
 
 @contextmanager
 def default_group() -> Iterator[None]:
-    """Provide the default process group of a command that runs without Lightning: torchrun's processes, or this one.
+    """Provide the default process group of a command that runs without Lightning.
 
-    Afterwards all groups are gone.
+    It is one of the processes that torchrun or Slurm has started, or of this one. Afterwards all groups are gone.
     """
     on_cuda = torch.cuda.is_available()
+    check_environment()
+    found = launch()
     if on_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(found.local_rank)
     else:
         cpu_megatron.enable_cpu()
     backend = "nccl" if on_cuda else "gloo"
-    check_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if found.starter == "torchrun":
         dist.init_process_group(backend)
+    elif found.starter == "Slurm":
+        address, port = meeting_place()
+        assert found.world_size is not None
+        place = f"tcp://{address}:{port}"
+        dist.init_process_group(backend, init_method=place, rank=found.rank, world_size=found.world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -69,10 +84,11 @@ def initialize(layout: Layout, *, seed: int, timeout: timedelta = timedelta(minu
     """
     megatron_fixes.route_without_transformer_engine()
     megatron_fixes.keep_less_for_backward()
+    megatron_fixes.measure_norms_on_the_device()
+    megatron_fixes.load_without_torch_adams_step()
     megatron_fixes.write_without_manager()
     megatron_fixes.outlive_failed_writes()
-    if layout.virtual > 1:
-        megatron_fixes.exchange_shapes_in_order()
+    row_shapes.exchange_no_shapes()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,

@@ -7,7 +7,6 @@ Megatron's data-parallel wrapper, its optimizer and learning-rate schedule, and 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,15 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_model_config
 from nemo.utils import AppState
 
 from nemo_kto import stopping
@@ -34,18 +29,18 @@ from nemo_kto.runtime import checkpoint as ckpt
 from nemo_kto.runtime import meeting, parallel
 from nemo_kto.runtime.checkpoint_folders import newest_whole, set_aside
 from nemo_kto.runtime.disk import reason_of
-from nemo_kto.runtime.launcher import HelperContext, RankLauncher
+from nemo_kto.runtime.launch import launch
+from nemo_kto.runtime.launcher import HelperContext, RankLauncher, SlurmTasks
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import OwnSignals
+from nemo_kto.runtime.mishaps import understood
+from nemo_kto.runtime.optimizer import make_optimizer, wrap_for_training
 from nemo_kto.runtime.steps import step_if_finite
 from nemo_kto.runtime.watchdog import Watchdog, watch_over
 
 logger = logging.getLogger(__name__)
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
-
-_FIRST_LOSS_SCALE = 2.0**16
-"""For float16; Megatron begins with 2^32 and loses some twenty steps before the first update."""
 
 
 class MegatronStrategy(DDPStrategy):
@@ -89,7 +84,7 @@ class MegatronStrategy(DDPStrategy):
             checkpoint_io=(ckpt.BackgroundCheckpointIO if async_save else ckpt.ShardedCheckpointIO)(
                 source_folder=source_folder, verify=verify_checkpoints
             ),
-            cluster_environment=_cluster_environment(),
+            cluster_environment=cluster_environment(),
         )
         self.layout = layout
         self.optim = optim
@@ -136,7 +131,7 @@ class MegatronStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, before this one's end breaks their exchanges."""
         if self.watchdog is not None:
-            self.watchdog.ranks.note(exception)
+            self.watchdog.ranks.note(understood(exception))
 
     def teardown(self) -> None:
         """Release Lightning's resources and all process groups."""
@@ -171,43 +166,15 @@ class MegatronStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return  # nothing is trained: the model needs neither gradients nor an optimizer
         module = self._module
-        # The average over replicas is part of the loss scaling. The optimizer's state is always divided among the
-        # ranks that hold the same parameters: it is the one form that can be read under every other layout.
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=self.optim.overlap_grad_sync,
-            overlap_param_gather=self.optim.overlap_param_sync,
-        )
-        module.chunks = torch.nn.ModuleList(
-            DistributedDataParallel(get_model_config(chunk), ddp_config, chunk) for chunk in module.chunks
-        )
+        module.chunks = wrap_for_training(module.chunks, self.optim)
         self.setup_optimizers(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create Megatron's optimizer and schedule and connect them to the pipeline schedule's hooks."""
-        chunks = list(self._module.chunks)
         optim, sched = self.optim, self.optim.sched
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                params_dtype=self.params_dtype,
-                bf16=self.params_dtype == torch.bfloat16,
-                fp16=self.params_dtype == torch.float16,
-                initial_loss_scale=_FIRST_LOSS_SCALE,
-                use_distributed_optimizer=True,
-                overlap_param_gather=self.optim.overlap_param_sync,
-                lr=optim.lr,
-                min_lr=sched.min_lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                clip_grad=self.gradient_clip or math.inf,  # Megatron measures the norm only where it may clip
-            ),
-            chunks,
+        optimizer = make_optimizer(
+            list(self._module.chunks), optim, params_dtype=self.params_dtype, gradient_clip=self.gradient_clip
         )
-        ckpt.fuse_torch_adam(optimizer)
         scheduler = OptimizerParamScheduler(
             optimizer,
             # NeMo's warm-up: the first step is one already, and step `warmup_steps` has the full rate
@@ -226,10 +193,6 @@ class MegatronStrategy(DDPStrategy):
         )
         self.optimizers = [optimizer]  # Lightning wraps it: the wrapper's step() is what counts global steps
         self.lr_scheduler_configs = [LRSchedulerConfig(scheduler)]  # listed for checkpointing; the module steps it
-        config = get_model_config(chunks[0])  # the one the schedule asks
-        config.grad_scale_func = optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
 
     def _group_settings(self) -> dict[str, Any]:
         """Return what Megatron keeps in every parameter group and prefers to its optimizer's and schedule's own."""
@@ -367,16 +330,13 @@ def _folder(filepath: str | Path) -> Path:
     return path.with_suffix("") if path.suffix == ".ckpt" else path
 
 
-def _cluster_environment() -> Any:
-    """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher.
-
-    Lightning's Slurm requeueing saves inside a signal handler, which dead-locks with collectives: it stays off, and
-    the batch script requeues.
-    """
-    if TorchElasticEnvironment.detect():
+def cluster_environment() -> Any:
+    """Return how the ranks of this run find each other: torchrun, Slurm, or Lightning's own launcher."""
+    found = launch()
+    if found.starter == "torchrun":
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        return SLURMEnvironment(auto_requeue=False)
-    # of an interactive Slurm shell: NeMo would take every process started from here for rank 0
+    if found.starter == "Slurm":
+        return SlurmTasks(found)
+    # of the one task that Slurm has started: NeMo would take every process started from here for rank 0
     os.environ.pop("SLURM_PROCID", None)
     return LightningEnvironment()

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of, place_in_layer
 from nemo_kto.network.weight_rules import Piece, stacked
@@ -100,4 +100,5 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as source:
             return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Save the adapter with PEFT as safetensors.") from error
+        hint = git_lfs_hint(file) or " Save the adapter with PEFT as safetensors."
+        raise CheckpointError(f"{file} cannot be read: {error}.{hint}") from error

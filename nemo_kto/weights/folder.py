@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError
+from nemo_kto.errors import CheckpointError, git_lfs_hint
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -92,7 +92,9 @@ def weights_digest(config: PretrainedConfig | None, folder: Path | None) -> str:
         try:
             _digest_tensors(file, digest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{file} is no safetensors file that can be read ({error}).") from error
+            raise CheckpointError(
+                f"{file} is no safetensors file that can be read ({error}).{git_lfs_hint(file)}"
+            ) from error
     return digest.hexdigest()
 
 

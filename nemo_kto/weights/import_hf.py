@@ -42,6 +42,8 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model.hf_config)
+        if source.quantised:
+            _warn_dequantised(source.folder)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
@@ -118,6 +120,15 @@ def _without_further_layers(folder: Path, names: list[str], hf_config: Any) -> l
     if further:
         _warn_left_out(folder, of_model, len(further))
     return [name for name in names if name not in further]
+
+
+@functools.cache
+def _warn_dequantised(folder: Path) -> None:
+    if is_global_rank_zero():
+        logger.warning(
+            "%s holds matrices in eight bits: they are trained, and exported, as the plain numbers they stand for.",
+            folder,
+        )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.algorithms.finite import is_finite
+from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network.families import family_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
@@ -100,8 +102,10 @@ def read_adapter_settings(folder: Path) -> LoRASettings:
         what = f"uses {listed(used)}" if used else f"is {config.get('peft_type')}, not LORA"
         raise CheckpointError(f"The adapter in {folder} {what}, which is not possible here. Merge it into its model.")
     found = {name: place_of(name) for name in stored_shapes(folder)}
+    if not found:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds no tensors. Save the adapter again.")
     strange = sorted(name for name, place in found.items() if place is None)
-    if strange or not found:
+    if strange:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} has tensors of no projection known here: {listed(strange)}.")
     places = [place for place in found.values() if place is not None]
     return _settings(config, (projection for _, projection in places), {layer for layer, _ in places})
@@ -131,11 +135,19 @@ def base_folder(folder: Path) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no adapter of PEFT: {CONFIG_FILE} is not there.")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no adapter of PEFT: {CONFIG_FILE} cannot be used ({error}).") from error
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON that can be read ({error}).{git_lfs_hint(file)}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is no JSON object, and so no configuration of an adapter of PEFT.")
+    for name, least in (("r", 1), ("lora_alpha", 0)):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise CheckpointError(f"{file}: {name}={value!r} is not possible. It is a number of an adapter of PEFT.")
     return config
 
 
@@ -197,12 +209,22 @@ def _incomplete(folder: Path, missing: Sequence[str], found: Collection[str]) ->
 
 @torch.no_grad()
 def import_adapter(model: KTOGPTModel, folder: Path) -> None:
-    """Fill this rank's part of the adapters; `check_adapter` has been passed. Values are cast to their dtype."""
+    """Fill this rank's part of the adapters; `check_adapter` has been passed. Values are cast to their dtype.
+
+    Raises:
+        CheckpointError: A value that this rank reads is not finite.
+    """
     sizes = linear_sizes(model.hf_config)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
         for leaf in sharded_leaves(model, adapters=True):
             piece = piece_of(leaf.key, sizes, rank=leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1])
-            leaf.data.copy_(source.get_slice(piece.name)[piece.within(leaf.region)])
+            block = source.get_slice(piece.name)[piece.within(leaf.region)]
+            if not is_finite(block):
+                raise CheckpointError(
+                    f"{folder / WEIGHTS_FILE}: {piece.name} holds values that are not finite (NaN or infinity). The "
+                    "file is damaged, or the adapter had diverged: use another copy of it."
+                )
+            leaf.data.copy_(block)
 
 
 @torch.no_grad()

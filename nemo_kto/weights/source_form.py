@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import KTOError
+from nemo_kto.network import quantised
 from nemo_kto.network.families import family_of
 from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder, has_weights
@@ -106,12 +107,15 @@ def write_config(
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         shutil.copyfile(source / "config.json", target)
         changes = _untied(read_hf_config(source), config)
+    is_quantised = fields.get(quantised.FIELD) is not None
+    if is_quantised:
+        del fields[quantised.FIELD]
     changes |= {name: 0 for name in family_of(config).further_layers if fields.get(name)}  # they are left out
     if dtype is not None and configured_dtype(config) != dtype:
         # transformers 5 reads either, 4 the longer one
         keys = [key for key in ("torch_dtype", "dtype") if key in fields] or ["torch_dtype"]
         changes |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-    if changes or source is None:
+    if changes or is_quantised or source is None:
         target.write_text(json.dumps({**fields, **changes}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -323,6 +323,6 @@ def messages():
 def test_every_message_that_the_page_quotes_exists() -> None:
     quotes = [" ".join(quote.replace("\n> ", " ").split()) for quote in re.findall(r"(?<=\n\n> )(?:.|\n> )*", PAGE)]
     known = list(messages())
-    assert len(quotes) == 10
+    assert len(quotes) == 13
     for quote in quotes:
         assert any(quote in text for text in known), quote

@@ -207,5 +207,5 @@ def test_logits_are_computed_again_only_where_they_do_not_fit() -> None:
 
 def test_documents_are_summed() -> None:
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
-    documents = torch.tensor([0, 0, 0, 2])  # document 1 has no response token here
-    assert sum_per_document(logps, documents, 3).tolist() == [-7.0, 0.0, -8.0]
+    # document 1 has no response token here
+    assert sum_per_document(logps, (3, 0, 1)).tolist() == [-7.0, 0.0, -8.0]

@@ -41,8 +41,8 @@ def log(tmp_path: Path) -> Path:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("COLUMNS", "200")
 
-    def leave() -> None:
-        raise SystemExit(1)
+    def leave(code: int) -> None:
+        raise SystemExit(code)
 
     monkeypatch.setattr(errors, "_leave", leave)  # a real one ends this process
 

@@ -35,8 +35,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv("COLUMNS", "200")
 
-    def leave() -> None:
-        raise SystemExit(1)
+    def leave(code: int) -> None:
+        raise SystemExit(code)
 
     monkeypatch.setattr(errors, "_leave", leave)  # a real one ends this process
 

@@ -85,7 +85,7 @@ def test_values_from_python_need_no_quotes() -> None:
         ({"model.micro_batch_sise": 4}, "Did you mean model.micro_batch_size?"),
         ({"model.optim": 3}, "model.optim is a section"),
         ({"model.optim.lr": "fast"}, "It takes a number"),
-        (["model.optim.lr"], "cannot be read"),
+        (["model.optim.lr"], "is no override"),
         ("model.optim.lr=1", "Write ['model.optim.lr=1']"),
         ({3: 4}, "Unknown configuration key 3"),
         ({"model.seed": object()}, "It takes an integer"),

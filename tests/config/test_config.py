@@ -255,6 +255,7 @@ def test_tables_of_old_keys_do_not_shadow_todays():
             "val_loss",
         ),
         ("trainer.devices=auto", "trainer.devices", "auto"),
+        ("trainer.num_nodes=auto", "trainer.num_nodes", "auto"),
         ("trainer.kto.limit_val_batches=2", "trainer.kto.limit_val_batches", 2),
         ("trainer.precision=32-true", "trainer.precision", 32),
         ("trainer.precision=bf16", "trainer.precision", "bf16-mixed"),
@@ -336,6 +337,8 @@ def test_accepted(override, key, value):
         ("model.kto.humanline_clamp=[0.5,1.5]", ["humanline_clamp=[0.5, 1.5]", "below 0 and one above"]),
         ("model.kto.desirable_loss_weight=even", ["desirable_loss_weight", "a number or auto"]),
         # data
+        ("trainer.num_nodes=0", ["trainer.num_nodes=0", "at least 1"]),
+        ("trainer.num_nodes=all", ["trainer.num_nodes", "an integer or auto"]),
         ("model.data.overlong=keep", ["model.data.overlong", "truncate_prompt_left", "truncate_response"]),
         ("model.data.on_bad_record=warn", ["model.data.on_bad_record", "error or skip"]),
         ("model.data.special_tokens=yes", ["model.data.special_tokens", "auto or text or control"]),

@@ -27,7 +27,7 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 @cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nemo_kto.runtime.watchdog", "tests.faults.forked_ranks"])
+    context.set_forkserver_preload(["tests.faults.everything", "tests.faults.forked_ranks"])
     return context
 
 

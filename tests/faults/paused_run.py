@@ -23,7 +23,8 @@ FOLDER = Path(os.environ.get("PAUSE_FOLDER", "."))
 
 def pause(moment: str) -> None:
     """Wait, in a process that is to wait at this moment."""
-    if moment != WANTED or os.environ.get("LOCAL_RANK", "0") != (RANK or "0") or (FOLDER / "paused").exists():
+    mine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID", "0")
+    if moment != WANTED or mine != (RANK or "0") or (FOLDER / "paused").exists():
         return
     (FOLDER / "paused.partial").write_text(str(os.getpid()))
     (FOLDER / "paused.partial").rename(FOLDER / "paused")

@@ -13,6 +13,7 @@ import torch
 from nemo_kto.runtime.checkpoint_folders import DAMAGED_FOLDER
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, refusal_on_rank, settings, train_on_rank
+from tests.integration.test_evaluate import evaluate_on_rank
 
 STEPS = 4
 SAVING = {
@@ -180,18 +181,55 @@ def read_all(cases: list[tuple[Path, Path]]) -> list[tuple[str, str]]:
     return outcomes
 
 
-def test_export_and_generate_name_the_file(log: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
-    cases = []
+def damaged_copies(log: Path, folder: Path) -> list[Path]:
+    """Return copies of the newest checkpoint with each kind of damage."""
+    copies = []
     for number, case in enumerate(DAMAGE):
         newest, older = (log / "checkpoints" / f"megatron_gpt-step={step}-last" for step in (STEPS, 2))
-        copy = Path(shutil.copytree(newest, tmp_path / str(number) / newest.name))
-        DAMAGE[case][0](copy, older)
-        cases.append((copy, tmp_path / f"hf{number}"))
+        copies.append(Path(shutil.copytree(newest, folder / str(number) / newest.name)))
+        DAMAGE[case][0](copies[-1], older)
+    return copies
+
+
+def test_export_and_generate_name_the_file(log: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    cases = [(copy, tmp_path / f"hf{number}") for number, copy in enumerate(damaged_copies(log, tmp_path))]
     (outcomes,) = run_ranks(read_all, 1, cases)
     for (case, (_, name)), (copy, folder), outcome in zip(DAMAGE.items(), cases, outcomes, strict=True):
         for message in outcome:
             assert str(copy) in message and (name in message or "not a finished" in message), (case, message)
         assert not folder.exists(), case
+
+
+def test_evaluation_names_the_file(root: Path, log: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    """And writes no results."""
+    changes = {**SAVING, "model__data__data_prefix__validation": str(root / "validation.jsonl")}
+    whole = log / "checkpoints" / f"megatron_gpt-step={STEPS}-last"
+    copies = [*damaged_copies(log, tmp_path), Path(shutil.copytree(whole, tmp_path / "whole" / whole.name))]
+    values = [
+        settings(
+            root,
+            log,
+            **{**changes, "evaluation__checkpoint": str(copy), "evaluation__output": str(copy.parent / "found.json")},
+        )
+        for copy in copies
+    ]
+    (outcomes,) = run_ranks(evaluate_on_rank, 1, free_port(), values)
+    for (case, (_, name)), copy, (_, kind, message) in zip(DAMAGE.items(), copies, outcomes, strict=False):
+        assert kind in ("CheckpointError", "DamagedCheckpointError"), (case, kind)
+        assert str(copy) in message and (name in message or "not a finished" in message), (case, message)
+        assert not (copy.parent / "found.json").exists(), case
+    assert outcomes[-1][1:] == ("", "")  # what is whole is evaluated in the same way
+
+
+def test_evaluation_does_not_choose_an_older_one_by_itself(
+    root: Path, damaged: Callable[[str], Path], run_ranks: Callable[..., Any]
+) -> None:
+    """Its numbers would be taken for those of the newest. And it moves nothing, as a run may be writing there."""
+    copy = damaged("flip __0_0.distcp")
+    values = settings(root, copy, **{**SAVING, "model__data__data_prefix__validation": str(root / "validation.jsonl")})
+    (((_, kind, message),),) = run_ranks(evaluate_on_rank, 1, free_port(), [values])
+    assert kind == "DamagedCheckpointError" and "step=4-last" in message and "__0_0.distcp" in message
+    assert len(list((copy / "checkpoints").iterdir())) == 2 and not (copy / DAMAGED_FOLDER).exists()
 
 
 def test_a_checkpoint_of_before_there_were_manifests(log: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:

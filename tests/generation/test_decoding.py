@@ -15,7 +15,6 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -25,7 +24,7 @@ from nemo_kto.errors import DataError
 from nemo_kto.generation import decoding
 from nemo_kto.generation.decoding import Sampling, generate, next_tokens
 from nemo_kto.kto.scoring import RowScorer
-from nemo_kto.network.attention import CachedRowParams, DocumentAttention, KeyValueCache
+from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams, KeyValueCache
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import adapters_off, add_adapters
@@ -57,7 +56,7 @@ LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short f
 DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
     *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4"),
-    *("smollm3_pattern", "olmo2", "olmo3"),
+    *("smollm3_pattern", "olmo2", "olmo3", "ministral3"),
 )
 SPARSE = (
     "qwen3_moe",
@@ -332,7 +331,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2"),
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),
@@ -478,7 +477,8 @@ def attend(module: DocumentAttention, parts: Sequence[torch.Tensor], lengths: li
     """Return the output `[T, 32]` for query, key and value `[T, heads, 8]` of documents of `lengths`."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     described: dict[str, Any] = {"qkv_format": "sbhd", "cu_seqlens_q": boundaries, "cu_seqlens_kv": boundaries}
-    params = PackedSeqParams(**described) if cache is None else CachedRowParams(**described, cache=cache)
+    described["lengths"] = tuple(lengths)
+    params = DocumentParams(**described) if cache is None else CachedRowParams(**described, cache=cache)
     output: torch.Tensor = module(*(part[:, None] for part in parts), None, packed_seq_params=params)[:, 0]
     return output
 

@@ -22,6 +22,7 @@ from transformers import (
     GraniteMoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -97,6 +98,10 @@ _TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_toke
 GEMMA: dict[str, Any] = {**_TOKENS, "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 4}
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
+    "ministral3": (
+        Ministral3Config,
+        {"head_dim": 16, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}, **_TOKENS},
+    ),
     "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": 4}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
@@ -128,13 +133,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model_folder(folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False) -> Path:
+def make_model_folder(
+    folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False, layers: int = 4
+) -> Path:
     """Save a tiny model of a kind in `KINDS` with its tokenizer; with `tied` its output layer is the embedding."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
         **TINY_SIZES,
         "vocab_size": len(tokenizer),
+        "num_hidden_layers": layers,
         # far from uniform predictions, so that numbers differ between samples, and experts are chosen by clear margins
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,

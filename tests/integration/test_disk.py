@@ -212,7 +212,7 @@ def test_the_best_ones_are_kept_as_if_nothing_had_been_tried(troubled: Run, root
 # what rank 0 alone writes, while the others wait for it
 
 PARTS = {
-    "the folder": ("nemo_kto.runtime.checkpoint.shutil", "copytree"),
+    "the folder": ("nemo_kto.runtime.checkpoint.ShardedCheckpointIO", "_make_room"),
     "common.pt": ("megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy", "save_common"),
     ".metadata": ("torch.distributed.checkpoint.FileSystemWriter", "finish"),
     "metadata.json": ("megatron.core.dist_checkpointing.serialization", "save_config"),

@@ -108,6 +108,8 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "gemma3": ("gemma3", DENSE_LAYOUTS, {}),
     "glm4": ("glm4", DENSE_LAYOUTS, {}),
     "glm4_moe": ("glm4_moe", MIXTURE_LAYOUTS, {}),
+    "ministral3": ("ministral3", DENSE_LAYOUTS, {}),
+    "ministral3, adapters": ("ministral3", DENSE_LAYOUTS, ADAPTERS),
     "olmo2": ("olmo2", DENSE_LAYOUTS, {}),
     "olmo3": ("olmo3", DENSE_LAYOUTS, {}),
     "minimax_m2": ("minimax_m2", MIXTURE_LAYOUTS, {}),
@@ -154,6 +156,7 @@ DEFAULT = {
     ("gemma3", "pp2vpp2", "kept"),
     ("starcoder2", "cp2", "kept"),
     ("glm4", "tp2", "kept"),
+    ("ministral3", "cp2", "kept"),
     ("olmo2", "tp2", "kept"),
     ("olmo3", "tp2sp", "kept"),
     ("minimax_m2", "ep2", "kept"),
@@ -255,14 +258,14 @@ def test_recomputed_routers_count_their_loss_once(series: Any, recompute: str) -
 
 def train_in_small_buckets(port: int, overrides: dict[str, Any]) -> None:
     """Train with buckets of a few matrices, as large models have them; Megatron's least is 40 million numbers."""
-    from nemo_kto.runtime import strategy
+    from nemo_kto.runtime import optimizer
 
-    original = strategy.DistributedDataParallelConfig
-    strategy.DistributedDataParallelConfig = partial(original, bucket_size=2000)
+    original = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(original, bucket_size=2000)
     try:
         train_on_rank(port, overrides)
     finally:
-        strategy.DistributedDataParallelConfig = original
+        optimizer.DistributedDataParallelConfig = original
 
 
 @pytest.mark.parametrize("model", ["dense", "experts", "adapters"])

@@ -126,13 +126,13 @@ def test_updates_below_the_resolution_of_bfloat16_add_up(run: Any, root: Path, l
 
 def overflowing(port: int, overrides: dict[str, Any]) -> None:
     """Train with a first loss scale under which gradients cannot be represented."""
-    from nemo_kto.runtime import strategy
+    from nemo_kto.runtime import optimizer
 
-    original, strategy._FIRST_LOSS_SCALE = strategy._FIRST_LOSS_SCALE, 2.0**24
+    original, optimizer._FIRST_LOSS_SCALE = optimizer._FIRST_LOSS_SCALE, 2.0**24
     try:
         train_on_rank(port, overrides)
     finally:
-        strategy._FIRST_LOSS_SCALE = original
+        optimizer._FIRST_LOSS_SCALE = original
 
 
 def test_float16_skips_steps_until_the_loss_scale_fits(root: Path, tmp_path: Path, run_ranks: Any) -> None:

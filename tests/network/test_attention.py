@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
-from nemo_kto.network.attention import DocumentAttention
+from nemo_kto.network.attention import DocumentAttention, DocumentParams
 from nemo_kto.network.model_config import ModelConfig
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
@@ -47,7 +46,9 @@ def row(lengths: list[int], *, dtype: torch.dtype = torch.float32) -> tuple[torc
 def run(module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[int]) -> torch.Tensor:
     """Call the module as Megatron's SelfAttention does; returns `[T, heads * channels]`."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    params = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    params = DocumentParams(
+        lengths=tuple(lengths), qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries
+    )
     query, key, value = (part[:, None] for part in qkv)
     extras = {"attn_mask_type": AttnMaskType.causal, "attention_bias": None, "packed_seq_params": params}
     output: torch.Tensor = module(query, key, value, None, **extras)

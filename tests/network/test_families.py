@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, KTOError
 from nemo_kto.network import families
 from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, sizes_of_folder
 from nemo_kto.network.family import Family
@@ -88,6 +89,7 @@ def test_pieces_of_one_tensor_by_hand() -> None:
         ("glm4_moe", "num_experts_per_tok", 1),
         ("glm4_moe_groups", "topk_group", 1),
         ("olmo3", "sliding_window", 0),
+        ("ministral3", "sliding_window", -1),
         ("minimax_m2", "router_jitter_noise", 0.1),
         ("granite", "hidden_act", "relu"),
         ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
@@ -124,7 +126,7 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     [
         name
         for name in MODELS
-        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax")) or "rope" in name
+        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax", "mistral_yarn")) or "rope" in name
     ],
 )
 def test_rotary_embedding_is_transformers(name: str) -> None:
@@ -144,6 +146,36 @@ def test_rotary_embedding_is_transformers(name: str) -> None:
         assert [kinds[table] for table in tables] == config.layer_types
     if "longrope" in name:
         assert not torch.allclose(table[1], table[17])
+
+
+def test_factors_of_queries_by_hand() -> None:
+    """1 + beta log(1 + floor(position / length)), of queries only."""
+    config = MODELS["ministral3_window"]
+    table = RotaryEmbedding(config, 8).table(torch.tensor([0, 4, 5, 14]), torch.tensor([15] * 4))
+    factors = torch.tensor([1.0, 1.0, 1 + 0.2 * math.log(2), 1 + 0.2 * math.log(3)])
+    torch.testing.assert_close(table[1], table[0] * factors[:, None, None, None])
+    expected = theirs(config, 15)[0][[0, 4, 5, 14]]
+    torch.testing.assert_close(table[0, :, 0, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_factors_of_queries_have_to_be_said(tmp_path: Path, name: str) -> None:
+    MODELS["ministral3"].save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    keys = json.loads(file.read_text())
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 9,
+    }
+    keys["rope_parameters"] = rope
+    file.write_text(json.dumps(keys))
+    load_hf_config(tmp_path)
+    del rope[name]
+    file.write_text(json.dumps(keys))
+    with pytest.raises(KTOError, match=name):
+        load_hf_config(tmp_path)
 
 
 def test_json_of_a_published_folder_is_read_without_defaults(tmp_path: Path) -> None:

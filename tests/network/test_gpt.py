@@ -73,7 +73,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
         load_hf_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", "mistral3", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
         ConfigError, match=f"{model_type!r} is not supported.*llama, .*mistral, mixtral, .*phi3, qwen2, .*qwen3, "
@@ -88,7 +88,7 @@ def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model
         ("rope_parameters", {"rope_type": "axial", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "gptq"}),
     ],
 )
 def test_unsupported_feature_is_named(tmp_path: Path, field: str, value: object) -> None:

@@ -81,7 +81,15 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoids": ("glm4_moe", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     **{
         f"of {name}": (name, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"})
-        for name in ("mistral_window", "smollm3_pattern", "granite", "gemma2_uncapped", "olmo2_bias", "olmo3")
+        for name in (
+            "mistral_window",
+            "smollm3_pattern",
+            "granite",
+            "gemma2_uncapped",
+            "olmo2_bias",
+            "olmo3",
+            "ministral3",
+        )
     },
     "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
     "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from transformers import (
     GraniteMoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -37,8 +38,9 @@ from transformers import (
     Starcoder2Config,
 )
 
+from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.runtime import parallel
+from nemo_kto.runtime import parallel, row_shapes
 from tests.integration.assets import TINY_SIZES
 
 VOCAB_SIZE = 131
@@ -115,6 +117,21 @@ def families() -> dict[str, PretrainedConfig]:
         "llama_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
         "llama_mlp_bias": LlamaConfig(**SIZES, mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
         "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+        "mistral_yarn": MistralConfig(**SIZES, sliding_window=None, rope_parameters=_YARN),
+        "ministral3": Ministral3Config(
+            **SIZES,
+            **_NO_TOKENS,
+            head_dim=16,
+            rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+        ),
+        "ministral3_window": Ministral3Config(
+            **SIZES,
+            **_NO_TOKENS,
+            head_dim=8,
+            sliding_window=7,
+            tie_word_embeddings=True,
+            rope_parameters={**_YARN, "original_max_position_embeddings": 5, "llama_4_scaling_beta": 0.2},
+        ),
         "mistral_window": MistralConfig(**SIZES, sliding_window=7),
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
@@ -290,15 +307,16 @@ def transformers_logits(folder: Path, *, dtype: torch.dtype = torch.float32) -> 
 def packed_logits(model: KTOGPTModel) -> torch.Tensor | None:
     """Return our logits `[T, vocab]` of `documents()` as one packed row through all stages; None but on the last."""
     place = parallel.position()
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iter([documents()]),
-        model=[model],
-        num_microbatches=1,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    with rows_known([documents()], model):
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter([documents()]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+        )
     if not place.is_last_stage:
         return None
     hidden = outputs[0]
@@ -315,11 +333,28 @@ def _gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tenso
     return shards
 
 
-def packed_params(lengths: Sequence[int]) -> PackedSeqParams:
+def rows_known(rows: Sequence[Sequence[torch.Tensor]], model: KTOGPTModel) -> AbstractContextManager[None]:
+    """Return a context in which Megatron's schedule may run rows of documents through stages of one chunk each."""
+    place, parts = (
+        parallel.position(),
+        model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1,
+    )
+    return row_shapes.known(
+        [sum(map(len, row)) // parts for row in rows],
+        hidden_size=model.config.hidden_size,
+        stages=place.pp_group.size(),
+        chunks=1,
+        is_first=place.is_first_stage,
+        is_last=place.is_last_stage,
+    )
+
+
+def packed_params(lengths: Sequence[int]) -> DocumentParams:
     """Return Megatron's description of a row of documents."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     longest = max(lengths)
-    return PackedSeqParams(
+    return DocumentParams(
+        lengths=tuple(lengths),
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,

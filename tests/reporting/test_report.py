@@ -548,8 +548,8 @@ def test_numbers_as_people_read_them() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave() -> None:
-        raise SystemExit(1)
+    def leave(code: int) -> None:
+        raise SystemExit(code)
 
     monkeypatch.setattr(errors, "_leave", leave)  # a real one ends this process
     folders = [str(log(tmp_path / name, {"train/loss": {0: 0.5}})) for name in ("one", "two")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_kto.errors import CheckpointError
-from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, separate_step_counters
+from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, own_writer, separate_step_counters
 from nemo_kto.runtime.checkpoint_folders import is_finished, newest_whole, step_of
 
 
@@ -85,3 +85,21 @@ def test_each_parameter_gets_its_own_step_counter() -> None:
     separate_step_counters(Wrapper(adam))  # type: ignore[arg-type]
     adam.step()
     assert [adam.state[parameter]["step"].item() for parameter in parameters] == [6.0] * 3
+
+
+def save_of_0_16(sharded_state_dict: object, checkpoint_dir: str, async_sharded_save: bool = False) -> None:
+    """Megatron-Core 0.16's, as far as it matters."""
+
+
+def save_of_0_18(
+    sharded_state_dict: object,
+    checkpoint_dir: str,
+    async_sharded_save: bool = False,
+    async_strategy: str | None = "nvrx",
+) -> None:
+    """Megatron-Core 0.17's to 0.19's."""
+
+
+def test_megatrons_own_writer_is_asked_for_where_there_is_another() -> None:
+    assert own_writer(save_of_0_16) == {}
+    assert own_writer(save_of_0_18) == {"async_strategy": "mcore"}

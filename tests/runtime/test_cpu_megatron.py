@@ -134,15 +134,16 @@ def train(model: KTOGPTModel) -> list[tuple[float, float]]:
     for _ in range(STEPS):
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(mine),
-            model=[wrapped],
-            num_microbatches=len(mine),
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        with tiny_hf.rows_known(mine, model):
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(mine),
+                model=[wrapped],
+                num_microbatches=len(mine),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=False,
+            )
         _, norm, _ = optimizer.step()
         loss = torch.stack(outputs).sum() if outputs else torch.zeros(())
         dist.all_reduce(loss, group=place.dp_group)

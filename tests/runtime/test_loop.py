@@ -82,4 +82,4 @@ def test_start_up_time_counts_from_the_process_once(monkeypatch: Any, capsys: An
     monkeypatch.setattr(time, "time", lambda: 1120.0)
     for callback in (first, first, second):
         callback.on_train_batch_end(SimpleNamespace(is_global_zero=True))
-    assert capsys.readouterr().out.split("\n") == ["", "First step after 120 s", "", "First step after 20 s", ""]
+    assert capsys.readouterr().out.split("\n") == ["First step after 120 s", "First step after 20 s", ""]

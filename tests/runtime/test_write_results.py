@@ -7,10 +7,14 @@ import os
 import queue
 import signal
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from nemo_kto.runtime import megatron_fixes
+from nemo_kto.runtime.disk import reason_of
 from nemo_kto.runtime.write_results import WriteResults, become_helper
 from tests.waiting import HANG
 
@@ -70,3 +74,37 @@ def test_a_helper_whose_parent_is_gone_already_ends() -> None:
     child.start()
     child.join(HANG)
     assert child.exitcode == 1
+
+
+def write_or_die(_: list[Any], number: int, bucket: str, answer: WriteResults, *__: Any) -> None:
+    if bucket.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, bucket))
+    if bucket == "leaves":
+        os._exit(3)
+    if bucket == "fails":
+        answer.put((number, OSError(28, "No space left on device")))
+    else:
+        answer.put((number, [f"{bucket} written"]))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "found"),
+    [
+        (["a", "b"], {0: ["a written"], 1: ["b written"]}),
+        (["a", "SIGKILL"], "was ended by SIGKILL, as the system does when memory runs out"),
+        (["SIGSEGV", "a"], "was ended by SIGSEGV"),
+        (["leaves", "a"], "was ended with exit code 3"),
+        (["fails", "a"], "no space is left on its file system"),
+    ],
+)
+def test_a_process_that_writes_and_is_killed_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, buckets: list[str], found: Any
+) -> None:
+    monkeypatch.setattr(megatron_fixes, "_write_preloaded_data", write_or_die)
+    results = WriteResults()
+    megatron_fixes._write_parts([], False, 0, buckets, results)
+    answer = results.get_nowait()
+    if isinstance(found, dict):
+        assert answer == found
+    else:
+        assert reason_of(answer, tmp_path).endswith(found)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemo_kto.data.batches.dealing import DocumentIndex
+from nemo_kto.data.batches.upload import upload
 from nemo_kto.data.tokens.tokenization import TokenizedSample
 
 Document = tuple[Tensor, Tensor]
@@ -31,30 +32,29 @@ class PackedRow:
         tokens: [T] int64 token ids.
         position_ids: [T] int64, counted from 0 within each document.
         cu_seqlens: [d+1] int32, where each document starts, and T.
+        lengths: [d] the documents' tokens; here too, as numbers, for nobody has to wait for a device to tell them.
         max_seqlen: Tokens of the longest document.
         response_positions: [R] int64, for each response token the place in the row of the token before it, whose
             hidden state predicts it.
         response_tokens: [R] int64, the response tokens' ids.
         document_ids: [R] int64, the document (0 to d-1) each response token belongs to.
+        response_lengths: [d] how many response tokens each document has.
     """
 
     tokens: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    lengths: tuple[int, ...]
     max_seqlen: int
     response_positions: Tensor
     response_tokens: Tensor
     document_ids: Tensor
+    response_lengths: tuple[int, ...]
 
     @property
     def num_documents(self) -> int:
         """Documents in the row."""
-        return self.cu_seqlens.numel() - 1
-
-    @property
-    def response_lengths(self) -> Tensor:
-        """Response tokens of each document, [d] int64."""
-        return torch.bincount(self.document_ids, minlength=self.num_documents)
+        return len(self.lengths)
 
     def padded(self, multiple: int) -> "PackedRow":
         """The row with a number of tokens that `multiple` divides, by a last document without responses."""
@@ -67,14 +67,16 @@ class PackedRow:
             tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
             position_ids=torch.cat([self.position_ids, torch.arange(missing, device=self.position_ids.device)]),
             cu_seqlens=torch.cat([self.cu_seqlens, end]),
+            lengths=(*self.lengths, missing),
             max_seqlen=max(self.max_seqlen, missing),
+            response_lengths=(*self.response_lengths, 0),
         )
 
     def shard(self, rank: int, size: int) -> "PackedRow":
         """The `rank`-th of `size` equal parts of the row.
 
         Tokens and positions are the part's own; responses are those predicted in it, counted from its first token;
-        `cu_seqlens` and `max_seqlen` still describe the whole row. `size` divides the number of tokens.
+        `cu_seqlens`, `lengths` and `max_seqlen` still describe the whole row. `size` divides the number of tokens.
         """
         if size == 1:
             return self
@@ -82,26 +84,21 @@ class PackedRow:
         assert not rest, (self.tokens.numel(), size)
         start = rank * length
         mine = (self.response_positions >= start) & (self.response_positions < start + length)
+        documents = self.document_ids[mine]
         return replace(
             self,
             tokens=self.tokens[start : start + length],
             position_ids=self.position_ids[start : start + length],
             response_positions=self.response_positions[mine] - start,
             response_tokens=self.response_tokens[mine],
-            document_ids=self.document_ids[mine],
+            document_ids=documents,
+            response_lengths=tuple(torch.bincount(documents, minlength=self.num_documents).tolist()),
         )
 
     def to(self, device: torch.device | str) -> "PackedRow":
         """The row with every tensor on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            position_ids=self.position_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            response_positions=self.response_positions.to(device),
-            response_tokens=self.response_tokens.to(device),
-            document_ids=self.document_ids.to(device),
-        )
+        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
+        return replace(self, **_uploaded(self, names, device))
 
 
 def pack_documents(documents: Sequence[Document]) -> PackedRow:
@@ -112,7 +109,8 @@ def pack_documents(documents: Sequence[Document]) -> PackedRow:
 
     Example:
         Prompts [1 2] and [5], responses [3] and [6 7] give tokens [1 2 3 5 6 7], position_ids [0 1 2 0 1 2],
-        cu_seqlens [0 3 6], response_positions [1 3 4], response_tokens [3 6 7], document_ids [0 1 1].
+        cu_seqlens [0 3 6], lengths (3 3), response_positions [1 3 4], response_tokens [3 6 7], document_ids [0 1 1],
+        response_lengths (1 2).
     """
     assert documents, "a packed row needs at least one document"
     prompt_lengths = [prompt.numel() for prompt, _ in documents]
@@ -128,10 +126,12 @@ def pack_documents(documents: Sequence[Document]) -> PackedRow:
         tokens=torch.cat([part for document in documents for part in document]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=cu_seqlens.to(torch.int32),
+        lengths=tuple(lengths),
         max_seqlen=max(lengths),
         response_positions=torch.cat(positions),
         response_tokens=torch.cat([response for _, response in documents]),
         document_ids=torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(response_lengths)),
+        response_lengths=tuple(response_lengths),
     )
 
 
@@ -223,7 +223,7 @@ class KTOBatch:
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
         names = ("desirable", "weights", "kl_weights", "loss_weights")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **_uploaded(self, names, device))
 
     def sample_rows(self) -> list[PackedRow]:
         """The samples as packed rows, a micro-batch each."""
@@ -232,6 +232,10 @@ class KTOBatch:
     def kl_rows(self) -> list[PackedRow]:
         """The KL set as packed rows, a micro-batch each."""
         return _rows(self.kl_samples, self.kl_row_sizes)
+
+
+def _uploaded(owner: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
+    return dict(zip(names, upload([getattr(owner, name) for name in names], device), strict=True))
 
 
 def collate_documents(items: Sequence[KTOItem]) -> KTOBatch:

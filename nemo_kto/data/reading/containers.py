@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from nemo_kto.data.reading.json_array import array_elements
 from nemo_kto.data.reading.records import MAX_NESTING, BadRecord, json_type
-from nemo_kto.errors import DataError
+from nemo_kto.errors import DataError, git_lfs_hint
 
 _COMPRESSIONS = (".gz", ".zst")
 _ABOUT_DATASETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -57,6 +57,9 @@ def read_rows(path: Path) -> Rows:
         DataError: The file is missing, damaged, of an unknown kind, or what is wrong leaves the rest unreadable.
     """
     check_kind(path)
+    hint = git_lfs_hint(path)
+    if hint:
+        raise DataError(f"{path}: this is not the file itself.{hint}")
     try:
         yield from _READERS[data_suffix(path)](path)
     except FileNotFoundError:
@@ -67,12 +70,19 @@ def read_rows(path: Path) -> Rows:
 
 
 def check_kind(path: Path) -> None:
-    """Raises a DataError for a file whose name does not say how it is read; it need not be there."""
+    """Raises a DataError for a file whose name does not say how it is read, or that is none; it need not be there."""
+    check_file(path)
     if data_suffix(path) in _READERS:
         return
     if not path.exists():
         raise DataError(f"{path}: no such file or folder.")
     raise DataError(f"{path}: files of this kind are not read; expected one of {', '.join(_READERS)}.")
+
+
+def check_file(path: Path) -> None:
+    """Raises a DataError for what would be waited for, or never ends; it need not be there."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: a pipe or a device, and data is read more than once; write it to a file.")
 
 
 def no_such_file(path: Path) -> DataError:

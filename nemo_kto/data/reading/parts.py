@@ -14,6 +14,7 @@ import numpy as np
 
 from nemo_kto.data.reading.containers import (
     Row,
+    check_file,
     check_kind,
     count_rows,
     dataset_rows,
@@ -119,6 +120,8 @@ def _find_parts(source: Source) -> list[Part]:
 def _files(source: Source) -> list[Path] | None:
     """The files of a source that is no saved data set; None for one of the hub. A single one need not be there."""
     path = Path(source.path)
+    if "://" in source.path and not path.exists():
+        raise DataError(f"{source.path}: addresses are not read. Download the file, and name it.")
     if path.exists() or not _may_be_on_hub(source.path):
         _check_no_data_set(source, "files have none")
     if path.is_dir():
@@ -208,6 +211,7 @@ def _plain(value: Any) -> Any:
 
 
 def _file_part(path: Path) -> Part:
+    check_file(path)
     return Part(str(path), lambda: read_rows(path), lambda: _bytes_of([path]), lambda: count_rows(path))
 
 

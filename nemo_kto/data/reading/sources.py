@@ -40,6 +40,7 @@ class Source:
     function: RecordsFunction | None = None
 
 
+_MOST_WEIGHT = 1_000_000
 _READER_KEYS = ("format", "fields", "desirable_if", "labels", "json_strings")
 _KINDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
@@ -82,6 +83,8 @@ def parse_source(
             raise ConfigError(f"{where}, {key}={value!r} must be a {wanted}.")
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise ConfigError(f"{where}, {key}={value} must be above 0.")
+        if key == "weight" and isinstance(value, int | float) and value > _MOST_WEIGHT:
+            raise ConfigError(f"{where}, weight={value} must be at most {_MOST_WEIGHT:,}: so often a record is seen.")
     if not entry.get("path"):
         raise ConfigError(f"{where}, 'path' is missing.")
     own = {key: entry[key] for key in _READER_KEYS if key in entry}

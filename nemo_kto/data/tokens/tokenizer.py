@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, git_lfs_hint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,10 @@ def load_tokenizer(
                 f"{folder}: the tokenizer needs code that is in the folder. If you trust whoever wrote it, set "
                 "model.tokenizer.trust_remote_code=true (--trust-remote-code of nemo-kto data)."
             ) from error
-        raise ConfigError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+        hint = next(filter(None, (git_lfs_hint(folder / name) for name in _VOCABULARY_FILES)), "")
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).{hint}"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
     return tokenizer
 

@@ -52,7 +52,7 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
         sizes = dimensions_of(hf).divided
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, ConfigError):
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, ConfigError):
         return None
     numbers = (sizes.num_layers, sizes.num_attention_heads, sizes.num_query_groups, sizes.ffn_hidden_size or 1)
     return sizes if all(isinstance(number, int) and number > 0 for number in numbers) else None

@@ -32,10 +32,12 @@ def test_pack_by_hand():
         tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
         position_ids=[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3],
         cu_seqlens=[0, 5, 7, 11],
+        lengths=(5, 2, 4),
         max_seqlen=5,
         response_positions=[2, 3, 5, 7, 8, 9],
         response_tokens=[4, 5, 7, 9, 10, 11],
         document_ids=[0, 0, 1, 2, 2, 2],
+        response_lengths=(2, 1, 3),
         num_documents=3,
     )
     assert row.padded(11) is row
@@ -44,23 +46,32 @@ def test_pack_by_hand():
         tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0],
         position_ids=[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0],
         cu_seqlens=[0, 5, 7, 11, 12],
+        lengths=(5, 2, 4, 1),
         max_seqlen=5,
         response_positions=[2, 3, 5, 7, 8, 9],
         response_tokens=[4, 5, 7, 9, 10, 11],
         document_ids=[0, 0, 1, 2, 2, 2],
+        response_lengths=(2, 1, 3, 0),
     )
     assert_row(
         row.padded(4).shard(1, 3),
         tokens=[5, 6, 7, 8],
         position_ids=[4, 0, 1, 0],
         cu_seqlens=[0, 5, 7, 11, 12],
+        lengths=(5, 2, 4, 1),
         response_positions=[1, 3],
         response_tokens=[7, 9],
         document_ids=[1, 2],
+        response_lengths=(0, 1, 1, 0),
     )
-    assert_row(row.padded(12).shard(0, 6), tokens=[1, 2], response_positions=[], document_ids=[])
+    assert_row(
+        row.padded(12).shard(0, 6),
+        tokens=[1, 2],
+        response_positions=[],
+        document_ids=[],
+        response_lengths=(0, 0, 0, 0),
+    )
     assert row.shard(0, 1) is row
-    assert row.response_lengths.tolist() == [2, 1, 3]
     assert row.padded(4).cu_seqlens.dtype == row.cu_seqlens.dtype == torch.int32
     for name in ("tokens", "position_ids", "response_positions", "response_tokens", "document_ids"):
         assert getattr(row, name).dtype == torch.int64, name

@@ -1,0 +1,72 @@
+"""What training adds to a Megatron model: gradients in buffers, the optimizer, and what Megatron's passes call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.utils import get_model_config
+
+from nemo_kto.config.schema import OptimConfig
+from nemo_kto.runtime.checkpoint import fuse_torch_adam
+
+_FIRST_LOSS_SCALE = 2.0**16
+"""For float16; Megatron begins with 2^32 and loses some twenty steps before the first update."""
+
+
+def wrap_for_training(chunks: Iterable[Any], optim: OptimConfig) -> torch.nn.ModuleList:
+    """Return the chunks of a stage wrapped for data parallelism.
+
+    The average over replicas is part of the loss scaling. The optimizer's state is always divided among the ranks that
+    hold the same parameters: it is the one form that can be read under every other layout.
+    """
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=optim.overlap_grad_sync,
+        overlap_param_gather=optim.overlap_param_sync,
+    )
+    return torch.nn.ModuleList(DistributedDataParallel(get_model_config(chunk), config, chunk) for chunk in chunks)
+
+
+def make_optimizer(
+    chunks: Sequence[Any], optim: OptimConfig, *, params_dtype: torch.dtype, gradient_clip: float
+) -> MegatronOptimizer:
+    """Return Megatron's optimizer of wrapped chunks, connected to the hooks of Megatron's passes.
+
+    Args:
+        chunks: What `wrap_for_training` returned.
+        optim: Its settings.
+        params_dtype: Dtype of the parameters, see `MegatronStrategy`.
+        gradient_clip: See `MegatronStrategy`.
+    """
+    optimizer: MegatronOptimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            params_dtype=params_dtype,
+            bf16=params_dtype == torch.bfloat16,
+            fp16=params_dtype == torch.float16,
+            initial_loss_scale=_FIRST_LOSS_SCALE,
+            use_distributed_optimizer=True,
+            overlap_param_gather=optim.overlap_param_sync,
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=gradient_clip or math.inf,  # Megatron measures the norm only where it may clip
+        ),
+        list(chunks),
+    )
+    fuse_torch_adam(optimizer)
+    config = get_model_config(chunks[0])  # the one the schedule asks
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+    return optimizer
