@@ -3,12 +3,19 @@
 #
 #   docker build -t nemo_kto .
 #   docker build -t nemo_kto --build-arg BASE=nvcr.io/nvidia/nemo:<tag> .
+#   docker build -t nemo_kto --build-arg BASE=nvcr.io/nvidia/pytorch:<tag> --build-arg PYTHON=/usr/bin/python3 .
 #
-# nemo:26.06 holds Python 3.12 in /opt/venv, PyTorch 2.12 and Megatron-Core 0.18. The versions the tests run with are those
-# of constraints.txt.
+# nemo:26.06 holds Python 3.12 in /opt/venv, PyTorch 2.12 and Megatron-Core 0.18; the pytorch images hold no Megatron-Core, and
+# get the tested one. The versions the tests run with are those of constraints.txt; docs/versions.md says what else was tried.
 ARG BASE=nvcr.io/nvidia/nemo:26.06
 FROM ${BASE}
 
+LABEL org.opencontainers.image.title="nemo_kto" \
+      org.opencontainers.image.description="KTO of language models on Megatron-Core" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# newer bases run as somebody who may not write to their Python; who runs this image is said with `docker run --user`
+USER root
 ARG PYTHON=/opt/venv/bin/python
 WORKDIR /opt/nemo_kto
 COPY . .
@@ -16,31 +23,46 @@ COPY . .
 # Of the tested versions, install only the packages that the container lacks, each without its dependencies: nothing that
 # is there is replaced.
 RUN ${PYTHON} - > /tmp/missing.txt <<'EOF'
-import re
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.requirements import Requirement
+
+tools = {"torch", "hypothesis", "mypy", "pytest", "pytest-xdist", "execnet", "ruff"}
 for line in open("constraints.txt", encoding="utf-8"):
-    name = re.match(r"[A-Za-z0-9._-]+", line)
-    if name is None or name[0] in ("torch", "megatron-core", "hypothesis", "mypy", "pytest", "ruff"):
+    if line.startswith("#"):
+        continue
+    need = Requirement(line)
+    if need.name in tools or (need.marker is not None and not need.marker.evaluate()):
         continue
     try:
-        version(name[0])
+        version(need.name)
     except PackageNotFoundError:
-        print(line.strip())
+        print(f"{need.name}{need.specifier}")
 EOF
-RUN uv pip install --python ${PYTHON} --no-cache --no-deps -r /tmp/missing.txt \
-    && uv pip install --python ${PYTHON} --no-cache --no-deps .
+RUN if command -v uv > /dev/null; then install="uv pip install --python ${PYTHON} --no-cache"; \
+    else install="${PYTHON} -m pip install --no-cache-dir"; fi; \
+    export UV_BREAK_SYSTEM_PACKAGES=1 PIP_BREAK_SYSTEM_PACKAGES=1; \
+    $install --no-deps -r /tmp/missing.txt && $install --no-deps .
 
 # A container's package of a wrong version was left alone: say so now rather than in the middle of a job.
 WORKDIR /workspace
 RUN ${PYTHON} - <<'EOF'
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-wanted = [Requirement(line) for line in requires("nemo-kto") if "extra ==" not in line]
-print("torch", version("torch"), "megatron-core", version("megatron-core"))
-wrong = [f"{need}, found {version(need.name)}" for need in wanted if not need.specifier.contains(version(need.name), True)]
+wrong = []
+for need in map(Requirement, requires("nemo-kto")):
+    if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        continue
+    try:
+        found = version(need.name)
+    except PackageNotFoundError:
+        wrong.append(f"{need.name} is missing")
+        continue
+    print(need.name, found)
+    if not need.specifier.contains(found, prereleases=True):
+        wrong.append(f"{need}, found {found}")
 if wrong:
     raise SystemExit("this base image does not fit: " + "; ".join(wrong))
 EOF
