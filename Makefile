@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-slow lint format bench install
+.PHONY: quickstart test test-slow test-container lint format bench install
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt pyproject.toml
@@ -34,6 +34,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m "slow and not gpu"
+
+# Python 3.12 with the versions of NVIDIA's container, and the Dockerfile's own commands; see docs/versions.md
+test-container: $(INSTALLED)
+	$(BIN)/python tests/container/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

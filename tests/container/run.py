@@ -1,8 +1,8 @@
 """What `make test-container` does: an imitation of a container, in which the Dockerfile's own commands are run.
 
-An environment of Python 3.12 gets the versions of `nemo-26.06.txt`; then it is treated as the Dockerfile treats the image,
-nothing that was there may have changed, and the tests that touch models and Megatron run in it. What it cannot show:
-CUDA, Transformer Engine, and the packages of the image that this one has nothing to do with.
+An environment of Python 3.12 gets the versions of `nemo-26.06.txt`; then it is treated as the Dockerfile treats the
+image, nothing that was there may have changed, and the tests that touch models and Megatron run in it. What it cannot
+show: CUDA, Transformer Engine, and the packages of the image that this one has nothing to do with.
 
     python tests/container/run.py                          # nvcr.io/nvidia/nemo:26.06
     python tests/container/run.py --megatron 0.19.2        # the same with another megatron-core
@@ -74,10 +74,13 @@ def main() -> int:
         print("error: conflicts that nobody has looked at:", *unknown, sep="\n  ", file=sys.stderr)
         return 1
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
-    install(python, "--no-deps", *constraints, *[name for name in NOT_OF_THE_IMAGE if name not in after])
-    # the clone's tests with the installed package: `--import-mode` keeps the clone off the path of subprocesses too
+    if lacking := [name for name in NOT_OF_THE_IMAGE if name not in after]:
+        install(python, "--no-deps", *constraints, *lacking)
+
     command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *options.tests]
-    return subprocess.run(command, cwd=ROOT, env={**environment(python), "OMP_NUM_THREADS": "1"}, check=False).returncode
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment(python), "OMP_NUM_THREADS": "1"}, check=False
+    ).returncode
 
 
 def make_environment(folder: Path) -> None:
@@ -136,7 +139,8 @@ def versions(python: Path) -> dict[str, str]:
     """Return package -> version of an environment."""
     site = next((python.parent.parent / "lib").glob("python*/site-packages"))
     return {
-        re.sub(r"[-_.]+", "-", found.metadata["Name"].lower()): found.version for found in distributions(path=[str(site)])
+        re.sub(r"[-_.]+", "-", found.metadata["Name"].lower()): found.version
+        for found in distributions(path=[str(site)])
     }
 
 
