@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_kto.config import sweeps
 from nemo_kto.config.checks import check_values
 from nemo_kto.config.legacy import take_legacy_keys
 from nemo_kto.config.overrides import check_readable, quoted, readable
@@ -39,7 +40,13 @@ from nemo_kto.quiet import is_global_rank_zero
 logger = logging.getLogger(__name__)
 
 _CONFIG_NAME = "gpt_kto"
-_HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=.")
+_HYDRA_SETTINGS = (
+    "hydra.output_subdir=null",
+    "hydra/job_logging=stdout",
+    "hydra.run.dir=.",
+    "hydra.job.chdir=false",  # which Hydra's launchers do not know in processes of their own
+    *sweeps.SETTINGS,
+)
 """What NeMo's hydra_runner sets too: a run writes nothing into the folder that it is called in."""
 
 
@@ -65,7 +72,6 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
         raise ConfigError(f"The overrides {overrides!r} are no list. Write [{overrides!r}].")
     written = [] if isinstance(overrides, Mapping) else [readable(override) for override in overrides]
     check_readable(written)
-    _register_resolvers()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
             raw = hydra.compose(_CONFIG_NAME, written)
@@ -109,15 +115,22 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
 
     def act(raw: DictConfig) -> None:
         # Hydra turns exceptions into its own report: ours must not reach it
-        run_guarded(lambda: action(parse_config(raw)))
+        run_guarded(lambda: start(raw))
 
-    _register_resolvers()
+    def start(raw: DictConfig) -> None:
+        config = parse_config(raw)
+        sweeps.in_own_folder(config, of_all)
+        action(config)
+
     hydra.version.setbase(None)
     parser = get_args_parser()
-    sweeps = bool({"--multirun", "-m"} & set(overrides))
+    several = bool({"--multirun", "-m"} & set(overrides))
     # overrides may stand on both sides of an option
-    options = parser.parse_intermixed_args([readable(argument, sweeps=sweeps) for argument in overrides])
+    options = parser.parse_intermixed_args([readable(argument, sweeps=several) for argument in overrides])
     run_guarded(partial(check_readable, options.overrides))
+    of_all = sweeps.keys_of_all(options.overrides)
+    if several:
+        sweeps.prepare_jobs()
     # first, so that what a user says of Hydra counts
     options.overrides = [*_HYDRA_SETTINGS, f"hydra.job.name={quoted(Path(sys.argv[0]).stem)}", *options.overrides]
     with _files_explained(), _errors_explained():
@@ -207,10 +220,11 @@ def _readable_part(file: Path) -> str:
     return text if found is None else text[: found.start()]
 
 
-def _register_resolvers() -> None:
-    """Let configurations use `${multiply:...}` and `${sum:...}`, as with NeMo's hydra_runner."""
-    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
-    OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+# what configurations can say besides `${key}`, the first two as with NeMo's hydra_runner; here, so that it is known
+# where a launcher of Hydra's has sent a run to, too
+OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+OmegaConf.register_new_resolver("log_folder", sweeps.sweep_folder, replace=True)
 
 
 def parse_config(raw: DictConfig | Mapping[str, Any]) -> KTOConfig:

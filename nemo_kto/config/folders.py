@@ -26,7 +26,12 @@ DIVERGED_FILE = "diverged.jsonl"
 def log_directory(config: KTOConfig) -> Path:
     """Return the folder of the run's logs, checkpoints and export."""
     manager = config.exp_manager
-    return Path(manager.explicit_log_dir or Path(manager.exp_dir or "results") / manager.name).absolute()
+    return log_folder(manager.explicit_log_dir, manager.exp_dir, manager.name)
+
+
+def log_folder(explicit: str | None, exp_dir: str | None, name: str) -> Path:
+    """Return the folder that these keys of `exp_manager` mean."""
+    return Path(explicit or Path(exp_dir or "results") / name).absolute()
 
 
 def log_directory_key(config: KTOConfig) -> str:
