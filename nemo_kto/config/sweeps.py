@@ -27,6 +27,9 @@ SETTINGS = (
 _LONGEST = 120
 """Letters of a folder's name."""
 
+_SPELT = {"False": "false", "True": "true", "None": "null"}
+"""Values as Hydra hands them on -> as they are written on a command line."""
+
 _OF_FOLDERS = {"exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.name"}
 
 
@@ -72,7 +75,8 @@ def _folder_name(own: Iterable[tuple[str, str]]) -> str:
     own = list(own)
     last = [key.rpartition(".")[2] for key, _ in own]
     shown = [short if last.count(short) == 1 else key for short, (key, _) in zip(last, own, strict=True)]
-    text = ",".join(f"{key}={value}" for key, (_, value) in zip(shown, own, strict=True))
+    parts = {key: _SPELT.get(value, value) for key, (_, value) in zip(shown, own, strict=True)}
+    text = ",".join(f"{key}={value}" for key, value in sorted(parts.items()))
     name = re.sub(r"[^\w.=,+-]", "_", text, flags=re.ASCII)
     if name == text and len(name) <= _LONGEST:
         return name
