@@ -357,7 +357,7 @@ def changed(source: Path, folder: Path, **fields: Any) -> Path:
         ({"bias": "all", "rank_pattern": {"q_proj": 8}}, "uses rank_pattern, bias"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
-        ({"r": "many"}, "adapter_config.json cannot be used"),
+        ({"r": "many"}, "adapter_config.json: r='many' is not possible"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused(source: Path, tmp_path: Path, fields: dict[str, Any], word: str) -> None:
