@@ -228,7 +228,7 @@ def test_nodes_of_a_job_are_not_left_idle_unsaid(environment: Callable[..., None
 def test_where_tasks_meet(environment: Callable[..., None], nodes: str, first: str) -> None:
     environment(**{**TASK, "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "1234567"})
     assert meeting_place() == (first, 15000 + 4567)
-    os.environ.update(MASTER_ADDR="10.0.0.7", MASTER_PORT="29500")
+    environment(**TASK, MASTER_ADDR="10.0.0.7", MASTER_PORT="29500")
     assert meeting_place() == ("10.0.0.7", 29500)
 
 
