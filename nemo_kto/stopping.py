@@ -273,14 +273,19 @@ def end_together(kill: Callable[[], None]) -> None:
 _leaving = threading.RLock()
 
 
+def _begin_to_leave() -> None:
+    """Return in the thread that ends this process; in any other, wait for that."""
+    if not _leaving.acquire(blocking=False):
+        while True:
+            time.sleep(1)
+
+
 def leave(code: int) -> NoReturn:
     """End this process, without the interpreter's shutdown and without leaving processes behind.
 
     Process groups of a failed start can hang in their destructors; helpers would keep this process's output open.
     """
-    if not _leaving.acquire(blocking=False):  # another thread is at it
-        while True:
-            time.sleep(1)
+    _begin_to_leave()
     for kill in _companions:
         with contextlib.suppress(OSError):
             kill()
@@ -308,5 +313,6 @@ def say_stopped(reason: str) -> None:
 
 
 def _end_at_once() -> NoReturn:
+    _begin_to_leave()  # both threads see the signal, and one says it
     say("Stopped at once by the second Ctrl-C: what was done since the last checkpoint is lost.")
     leave(INTERRUPTED)

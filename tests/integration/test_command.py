@@ -341,7 +341,7 @@ def test_a_reference_is_cached_by_a_job_of_its_own(root: Path, tmp_path: Path) -
     job = [sys.executable, "-m", "nemo_kto.cli", "cache-reference"]
     code, output, errors = run([*job, *as_overrides(settings(root, tmp_path / "log", **TP2, **short))])
     assert code == 0, output + errors
-    assert str(tmp_path / "cache") in output and "2/2" in errors
+    assert str(tmp_path / "cache") in output and "Reference: 2 of 2 batches\n" in output
     written = sorted((tmp_path / "cache").iterdir())
     code, output, errors = run(command(root, tmp_path / "log", **short, model__kto__reference__mode="cached"))
     assert code == 0, output + errors
