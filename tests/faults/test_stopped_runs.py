@@ -26,8 +26,7 @@ def last_of(log_dir: Path) -> str | None:
 @pytest.mark.parametrize(
     ("number", "moment", "changes", "stops_at"),
     [
-        (signal.SIGTERM, "step 4", {}, 5),
-        pytest.param(signal.SIGTERM, "step 4", WORKERS, 5, marks=pytest.mark.slow),
+        (signal.SIGTERM, "step 4", WORKERS, 5),
         pytest.param(signal.SIGINT, "step 4", TP2 | WORKERS, 5, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "save", TP2, 4, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "save", TP2 | BACKGROUND, 4, marks=pytest.mark.slow),

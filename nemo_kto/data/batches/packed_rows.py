@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -214,11 +215,16 @@ class KTOBatch:
     loss_weights: Tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels between processes as few tensors: each one sent costs a file descriptor on both sides."""
+        """Travels between processes as bytes, and not as PyTorch sends tensors.
+
+        That takes a file descriptor for each one on both sides, room in /dev/shm, of which containers have little, and
+        a socket in TMPDIR: where the path of that is longer than 107 bytes, no batch ever arrives.
+        """
         parts = [part for document in self.samples + self.kl_samples for part in document]
-        lengths = torch.tensor([part.numel() for part in parts])
+        lengths = [part.numel() for part in parts]
         others = [getattr(self, field.name) for field in fields(self)[2:]]
-        return _batch_from_flat, (torch.cat(parts), lengths, *others)
+        numbers = [other.numpy() if isinstance(other, Tensor) else other for other in others]
+        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *numbers)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -269,11 +275,12 @@ def _pairs(items: Sequence[KTOItem]) -> Tensor:
 
 
 def _batch_from_flat(
-    tokens: Tensor, lengths: Tensor, row_sizes: list[int], kl_row_sizes: list[int], *tensors: Tensor
+    tokens: np.ndarray, lengths: list[int], row_sizes: list[int], kl_row_sizes: list[int], *numbers: np.ndarray
 ) -> KTOBatch:
-    parts = torch.split(tokens, lengths.tolist())
+    parts = torch.split(torch.from_numpy(tokens), lengths)
     documents = list(zip(parts[::2], parts[1::2], strict=True))
     number = sum(row_sizes)
+    tensors = map(torch.from_numpy, numbers)
     return KTOBatch(documents[:number], documents[number:], row_sizes, kl_row_sizes, *tensors)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import resource
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.errors import DataError
+from tests.waiting import HANG
 
 SETTINGS = {"max_length": 32, "global_batch_size": 4, "seed": 1}
 
@@ -156,28 +159,33 @@ def test_kl_pairs_are_cut_only_where_the_model_ends(make, write_jsonl, max_posit
 
 
 @pytest.fixture
-def few_file_descriptors():
-    """As many as a process has by default on some systems, and fewer than the tensors of a few batches."""
+def hardly_any_means(tmp_path, monkeypatch):
+    """As many file descriptors as some systems give, and a temporary folder in whose path no socket has room."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))  # what workers inherit
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_worker_processes_yield_the_same_batches(make, few_file_descriptors):
-    loaders = []
+def test_worker_processes_yield_the_same_batches(make, hardly_any_means):
+    batches = []
     for num_workers in (0, 2):
         module = make(train=1600, global_batch_size=64, num_workers=num_workers)
         module.set_position(dp_rank=0, dp_size=1, num_steps=25, steps_per_epoch=25, start_step=lambda: 0)
-        loaders.append(module.train_dataloader())
-    compared = 0
-    # one batch at a time, as in training: each tensor of a batch that is still there holds a file descriptor
-    for ours, theirs in zip(*loaders, strict=True):
-        compared += 1
+        loader = module.train_dataloader()
+        loader.timeout = HANG if num_workers else 0
+        batches.append(list(loader))
+    assert len(batches[0]) == 25
+    for ours, theirs in zip(*batches, strict=True):
         for mine, other in zip(ours.samples + ours.kl_samples, theirs.samples + theirs.kl_samples, strict=True):
             assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
-        assert torch.equal(ours.desirable, theirs.desirable) and torch.equal(ours.weights, theirs.weights)
-    assert compared == 25
+        for field in fields(ours)[2:]:
+            mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+            same = torch.equal(mine, other) and mine.dtype == other.dtype if torch.is_tensor(mine) else mine == other
+            assert same, field.name
 
 
 def test_strings_for_a_chat_model_are_warned_about(make, tokenizer, caplog):
