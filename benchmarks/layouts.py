@@ -9,8 +9,8 @@ The first loss has to be 0.5: policy and reference are the same weights then, an
 others are from one device is the greatest relative distance over all steps: rounding in float32 (1e-5 and less), a
 percent or so in bfloat16, where it is the distance of two roundings. A layout that is wrong shows in the gradient norm
 first. Layouts do not run at the same time, so seconds can differ by what else the machine does; they are medians
-without the first steps. Memory is the greatest that the device's allocator has given out, of the fullest rank; on a CPU
-the resident set. "Layers" says whose they are: Transformer Engine's (TE), or this project's own.
+without the first steps. Memory is the greatest that the device's allocator has given out, of the fullest rank; on a
+CPU the resident set. "Layers" says whose they are: Transformer Engine's (TE), or this project's own.
 """
 
 from __future__ import annotations
