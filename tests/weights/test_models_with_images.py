@@ -78,8 +78,10 @@ def as_published(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def make_folder(folder: Path, config: PretrainedConfig, *, published: bool) -> Path:
-    """Save a model with random weights and a buffer of whole numbers, in two files."""
+def make_folder(
+    folder: Path, config: PretrainedConfig, *, published: bool, language: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """Save a model with random weights, but for those in `language`, and a buffer of whole numbers, in two files."""
     config.dtype = torch.float32
     model = AutoModelForImageTextToText.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
@@ -90,7 +92,10 @@ def make_folder(folder: Path, config: PretrainedConfig, *, published: bool) -> P
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    renamed = {as_published(name) if published else name: tensor for name, tensor in standard(tensors).items()}
+    renamed = {
+        as_published(name) if published else name: tensor
+        for name, tensor in (standard(tensors) | (language or {})).items()
+    }
     if published:
         renamed["vision_tower.position_ids"] = torch.arange(4)[None]
     files: dict[str, dict[str, torch.Tensor]] = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
