@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,45 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, program_for
+from tests.cluster.conftest import REPOSITORY, keys, program_for
 from tests.cluster.two_nodes import Job, TwoNodes
-from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
-from tests.waiting import HANG, wait_until
+from tests.integration.assets import read_series, settings
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-CHANGES = {"exp_manager__create_checkpoint_callback": True, "trainer__kto__save_interval": 3}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    return folder
-
-
-def keys(root: Path, log_dir: Path, **changes: Any) -> list[str]:
-    """Return the keys of a short run, those that the script sets left out."""
-    values = settings(root, log_dir, **{**CHANGES, **changes})
-    ours = ("pretrained_checkpoint.restore_from_path", "exp_manager.explicit_log_dir", "model.data.data_prefix.train")
-    return [
-        "model.tensor_model_parallel_size=1",
-        *(f"{key}={json.dumps(value)}" for key, value in values.items() if key not in ours),
-    ]
-
-
-@pytest.fixture(scope="module")
-def never_stopped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
-    """Return the series of the run, on two processes that it has started itself."""
-    log_dir = tmp_path_factory.mktemp("whole") / "log"
-    where = [f"exp_manager.explicit_log_dir={log_dir}", f"pretrained_checkpoint.restore_from_path={root / 'hf'}"]
-    where += [f"model.data.data_prefix.train={root / 'train.jsonl'}", "trainer.devices=2"]
-    script = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
-    command = [sys.executable, str(script), *keys(root, log_dir), *where]
-    subprocess.run(command, check=True, timeout=HANG, env={**environment, "OMP_NUM_THREADS": "1"})
-    return read_series(log_dir)
 
 
 @pytest.fixture
