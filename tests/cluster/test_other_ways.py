@@ -1,4 +1,4 @@
-"""Other ways to start a run on two nodes: torchrun, by hand, for the reference's log-probs; and nodes that lack something."""
+"""Other ways to start a run: torchrun, by hand, for the reference's log-probs. And nodes that lack something."""
 
 from __future__ import annotations
 
