@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, TRAINING, keys, places, without_gpus
+from tests.cluster.conftest import REPOSITORY, SCRIPTS, TRAINING, keys, places, without_gpus
 from tests.cluster.two_nodes import Job, TwoNodes
 from tests.integration.assets import read_series
 from tests.waiting import HANG, wait_until
@@ -113,7 +113,7 @@ def test_salloc_and_srun(cluster: TwoNodes, root: Path, tmp_path: Path, never_st
     words = [*keys(root, tmp_path / "log"), *places(root, tmp_path / "log"), *AUTO]
     place = ("--nodes=2", "--ntasks-per-node=2", "--mem=100M")
     output = cluster.call(
-        *("salloc", *place, "srun", "--kill-on-bad-exit=1", "--label", sys.executable, TRAINING), *words
+        *("salloc", *place, "bash", SCRIPTS / "srun.sh", "--label", sys.executable, TRAINING), *words
     )
     assert "0: 10 steps" in output and "data 4, started by Slurm in Slurm's job" in output
     check_series(tmp_path / "log", never_stopped)

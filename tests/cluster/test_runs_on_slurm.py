@@ -139,7 +139,7 @@ def test_a_rank_that_is_killed(
 def test_two_jobs_in_one_folder(start: Callable[..., Job], tmp_path: Path) -> None:
     """Of the same name, the second would wait; of another, it is refused, and the first goes on."""
     first = start("step 4")
-    second = start(name="another", MAX_RETRIES="0", program=sys.executable)
+    second = start(name="another", MAX_RETRIES="0", FAILURE_GRACE="5", program=sys.executable)
     second.wait_for("FAILED")
     assert "error: " in second.log() and str(tmp_path / "log") in second.log()
     (tmp_path / "go").touch()

@@ -52,7 +52,7 @@ def run_with_stub(folder: Path, stub: str, *, grace: float = HANG) -> subprocess
 def test_those_that_wait_for_a_failed_rank_are_ended(tmp_path: Path, line: str, code: int) -> None:
     """Nothing else would end this stub: its ranks wait."""
     done = run_with_stub(tmp_path, f"echo 'srun: error: {line}' >&2\nexec sleep infinity", grace=0)
-    assert done.stdout == "0: called with --kill-on-bad-exit=0 --label python a b\n"
+    assert done.stdout == "0: called with --kill-on-bad-exit=0 --wait=0 --label python a b\n"
     who = line.partition(": ")[2]
     assert done.stderr.splitlines() == [
         f"srun: error: {line}",

@@ -17,6 +17,7 @@ failure='^srun: error: .*: (tasks? [^:]*): (.*)$'   # srun: error: node1: task 8
 # Pass on what srun, whose process id comes first, and the ranks write to stderr.
 watch() {
     local srun line who code=137 timer=
+    trap '' INT  # Ctrl-C is for srun
     read -r srun
     while IFS= read -r line || [ -n "$line" ]; do
         printf '%s\n' "$line" >&2
@@ -39,4 +40,5 @@ watch() {
 }
 
 exec 3>&1   # stdout is left alone
-{ echo "$BASHPID" >&2; exec srun --kill-on-bad-exit=0 "$@"; } 2>&1 >&3 3>&- | watch
+# what a site has set for the two options would end ranks that still have something to do
+{ echo "$BASHPID" >&2; exec srun --kill-on-bad-exit=0 --wait=0 "$@"; } 2>&1 >&3 3>&- | watch
