@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
@@ -98,6 +100,8 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
+READ_BY_PEFT = [name for name in PEFT if name not in SPARSE or Version(peft.__version__) >= Version("0.20")]
+needs_peft = pytest.mark.skipif(len(READ_BY_PEFT) < len(PEFT), reason="PEFT 0.19 reads no adapters of mixtures")
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -130,7 +134,7 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
-        for name in PEFT:
+        for name in READ_BY_PEFT:
             if name in SPARSE and layout == "TP2":
                 continue  # Megatron's experts need sequence parallelism beside tensor parallelism
             use_adapter(source, results / layout / name, name, LAYOUTS[layout])
@@ -192,7 +196,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the models and the adapters that PEFT made for them, logits beside them."""
     folder = tmp_path_factory.mktemp("source")
     families = tiny_hf.families()
-    for name, (family, settings) in PEFT.items():
+    for name in READ_BY_PEFT:
+        family, settings = PEFT[name]
         base = tiny_hf.make_folder(folder / family, families[family])
         torch.save(make_adapter(folder / name, base, settings), folder / f"{name}.pt")
     return folder
@@ -207,13 +212,26 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     return folder
 
 
-CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if layout != "TP2" or name not in SPARSE]
+def expected_logits(source: Path, name: str) -> torch.Tensor:
+    """Return PEFT's logits with an adapter."""
+    tiny_hf.skip_where_wrong(source / PEFT[name][0])
+    logits: torch.Tensor = torch.load(source / f"{name}.pt")
+    return logits
+
+
+NAMES = [pytest.param(name, marks=needs_peft if name in SPARSE else ()) for name in PEFT]
+CASES = [
+    pytest.param(layout, name, marks=needs_peft if name in SPARSE else ())
+    for layout in LAYOUTS
+    for name in PEFT
+    if layout != "TP2" or name not in SPARSE
+]
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
 @every_case
 def test_logits_of_an_imported_adapter_are_pefts(source: Path, results: Path, layout: str, name: str) -> None:
-    logits, expected = torch.load(results / layout / name / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(results / layout / name / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["adapted"], expected, rtol=1e-4, atol=2e-5)
     assert (logits["plain"] - expected).abs().max() > 0.1
 
@@ -226,9 +244,9 @@ def test_an_adapter_comes_back_bit_by_bit(source: Path, results: Path, layout: s
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", NAMES)
 def test_peft_loads_an_exported_adapter_with_the_same_logits(source: Path, results: Path, name: str) -> None:
-    expected = torch.load(source / f"{name}.pt")
+    expected = expected_logits(source, name)
     ours = peft_logits(source / PEFT[name][0], results / "TP2SP" / name / "exported")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
@@ -245,7 +263,7 @@ def test_without_trained_or_with_switched_off_adapters_it_is_the_base_model(
 @every_case
 def test_merging_keeps_the_logits_and_is_undone_exactly(source: Path, results: Path, layout: str, name: str) -> None:
     folder = results / layout / name
-    logits, expected = torch.load(folder / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(folder / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["merged"], expected, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(tiny_hf.transformers_logits(folder / "merged"), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(logits["again"], logits["adapted"])
