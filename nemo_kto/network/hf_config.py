@@ -106,8 +106,9 @@ def check_hf_config(config: PretrainedConfig) -> None:
     family = family_of(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
-    # transformers 5.8 knows nothing of it, and would leave it out
-    if getattr(config, "is_heterogeneous", False) or getattr(config, "per_layer_config", None):
+    # transformers 5.8 knows nothing of it, and would leave it out; in later ones each configuration has it
+    differ = getattr(config, "is_heterogeneous", bool(getattr(config, "per_layer_config", None)))
+    if differ:
         raise ConfigError(f"{source}: per_layer_config is not supported, as layers that differ in size are not.")
     if getattr(config, "transformers_weights", None) is not None:
         raise ConfigError(f"{source}: transformers_weights is not supported. Call the file model.safetensors.")

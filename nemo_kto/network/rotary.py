@@ -5,6 +5,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `r` channels of a head t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +139,9 @@ class RotaryEmbedding:
 
     def __init__(self, config: PretrainedConfig, head_channels: int) -> None:
         entries = _entries(config)
-        self._kinds = [_Frequencies.of(config, head_channels, kind, rope) for kind, rope in entries.items()]
+        settled = copy.copy(config)
+        settled.rope_parameters = rope_parameters(config)  # which transformers looks up by the kind of layer
+        self._kinds = [_Frequencies.of(settled, head_channels, kind, rope) for kind, rope in entries.items()]
         self.tables_of_layers: tuple[int, ...] | None = None
         if len(entries) > 1:
             self.tables_of_layers = tuple(list(entries).index(kind) for kind in config.layer_types)

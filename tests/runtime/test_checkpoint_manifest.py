@@ -111,8 +111,9 @@ def test_a_checkpoint_of_a_version_that_wrote_no_manifest(checkpoint: Path) -> N
 
 def test_a_checkpoint_of_a_megatron_that_writes_no_common_part(checkpoint: Path) -> None:
     """From 0.19 on it is an entry of the index."""
-    (checkpoint / "common.pt").unlink()
     (checkpoint / ".metadata").write_bytes(b"... X\x18\x00\x00\x00common_state/shard_0_1 ...")
+    write_manifest(checkpoint, {})
+    (checkpoint / "common.pt").unlink()
     assert fault_of(checkpoint, checksums=False) == "common.pt is missing"  # it is one of those in the manifest
     write_manifest(checkpoint, {})
     assert fault_of(checkpoint, checksums=True) is None
