@@ -19,10 +19,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
 from nemo_kto.network.model_config import ModelConfig
+from nemo_kto.network.sharded import mark_divided
 
 _SMALLEST_CHUNK = 256
 """Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
@@ -131,14 +132,20 @@ class DocumentAttention(MegatronModule):
 
     Args:
         config: The model's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that
-            `window_attn_skip_freq` selects; `attention_cap` caps the scores.
+            `window_attn_skip_freq` selects; `attention_cap` caps the scores; with `softmax_type="learnable"` each head
+            has a sink.
         layer_number: Number of the layer, from 1.
         attn_mask_type: Always causal here, given by the layer specification.
         attention_type: Always "self" here.
         softmax_scale: Factor of the scores; None for 1/sqrt(d).
         pg_collection: Megatron's process groups; `cp` is the context-parallel one. None without any.
         kwargs: What Megatron passes besides.
+
+    Attributes:
+        softmax_offset: The sinks `[a]`, see `algorithms.attention.attend`; None for none.
     """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -155,13 +162,20 @@ class DocumentAttention(MegatronModule):
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             self.cp_group = pg_collection.cp
+        self._tp_group = getattr(pg_collection, "tp", None)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size[0]
         self._scoring: Scoring | None = None
-        if config.attention_cap is not None:
+        sinks = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            sinks = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            mark_divided(sinks, dim=0)
+        self.register_parameter("softmax_offset", sinks)  # Transformer Engine's name
+        if config.attention_cap is not None or sinks is not None:
             scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
             self._scoring = Scoring(scale, self.window, config.attention_cap)
 
@@ -201,6 +215,29 @@ class DocumentAttention(MegatronModule):
             output = _own_tokens(output, self.cp_group)
         return output.reshape(output.shape[0], 1, -1)
 
+    def _sinks(self) -> torch.Tensor | None:
+        """Return the sinks `[a/c]` of the heads that this rank has of whole rows."""
+        if self.softmax_offset is None or self.cp_group is None:
+            return self.softmax_offset
+        return self.softmax_offset.chunk(self.cp_group.size())[self.cp_group.rank()]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return Megatron's, with the sinks divided as the heads are."""
+        if self.softmax_offset is None:
+            return {}
+        assert metadata is not None
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state
+
     def _documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
@@ -217,7 +254,8 @@ class DocumentAttention(MegatronModule):
         documents = len(keys)
         if documents and self._scoring is not None:
             visible = cache.visible(self.window)
-            output[:documents] = attend_newest(query[:documents], keys, values, visible, self._scoring)
+            scored = (visible, self._scoring, self._sinks())
+            output[:documents] = attend_newest(query[:documents], keys, values, *scored)
         elif documents:
             # the query heads that share keys are as good as so many queries with the same mask: nothing is repeated
             grouped = query[:documents].unflatten(1, (keys.shape[1], -1))
@@ -230,7 +268,7 @@ class DocumentAttention(MegatronModule):
         """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""
         length, window = query.shape[2], self.window
         if self._scoring is not None:
-            output = attend(query[0], key[0], value[0], self._scoring)[None]
+            output = attend(query[0], key[0], value[0], self._scoring, self._sinks())[None]
         elif window is None or length <= window + 1:
             output = self._attend(query, key, value, None)
         else:

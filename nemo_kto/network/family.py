@@ -55,6 +55,7 @@ class Mixture:
         scale: What the probabilities of the chosen experts are multiplied with in the end.
         groups: Experts come in so many equal groups.
         chosen_groups: Only the experts of so many groups are eligible: of those whose best two are best together.
+        biased: Whether routers and experts have biases as other linear layers have.
     """
 
     experts: int
@@ -68,6 +69,7 @@ class Mixture:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    biased: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,7 @@ class Dimensions:
             num_experts=0 if mixture is None else mixture.experts,
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
+            expert_biases=mixture is not None and mixture.biased,
             shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
         )
 
@@ -208,6 +211,8 @@ class Family:
         mixture: Returns the mixtures of experts; None for a dense model.
         unsupported: Returns what cannot be expressed here.
         biases: Returns which linear layers have a bias.
+        activation: The activation of its feed-forward parts, as `ACTIVATIONS` has it; None for the one that a field
+            names.
         layer_norms: Whether its norms are LayerNorms.
         head_norms: Returns whether queries and keys are normed.
         norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
@@ -226,6 +231,7 @@ class Family:
     mixture: Callable[[Any], Mixture | None] = _dense
     unsupported: Callable[[Any], Refusals] = unlike_llama
     biases: Callable[[Any], Biases] = biases_of_fields
+    activation: str | None = None
     layer_norms: bool = False
     head_norms: Callable[[Any], bool] = _no
     norms_of_all_heads: bool = False

@@ -99,14 +99,15 @@ def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleS
 def attends_by_document(config: ModelConfig, use_transformer_engine: bool) -> bool:
     """Return whether attention is `DocumentAttention`.
 
-    None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
-    tokens; it has no caps.
+    None of Transformer Engine's kernels takes packed rows in float32, or with sinks; its context parallelism wants
+    another order of tokens; it has no caps.
     """
     return (
         not use_transformer_engine
         or config.params_dtype == torch.float32
         or config.context_parallel_size > 1
         or config.attention_cap is not None
+        or config.softmax_type != "vanilla"
     )
 
 

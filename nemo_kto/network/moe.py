@@ -107,4 +107,6 @@ def mark_expert_weights(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            mark_divided(parameter, dim=1 if ".linear_fc2." in name else 0)
+            # Megatron marks biases behind row-parallel layers; but their gradient is summed with the experts' weights'
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            mark_divided(parameter, dim=1 if ".linear_fc2.weight" in name else 0)

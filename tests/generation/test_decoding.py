@@ -50,6 +50,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2-CP2": Layout(world_size=4, pipeline=2, context=2),
     "TP2SP-EP2": Layout(world_size=4, tensor=2, sequence=True, expert=2),
     "PP2-EP2": Layout(world_size=4, pipeline=2, expert=2),
+    "TP2-WHOLE": Layout(world_size=2, tensor=2, sequence=True, expert_tensor=1),
     "CP4": Layout(world_size=4, context=4),  # more ranks than key/value heads
 }
 LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short factors to its long ones
@@ -68,6 +69,8 @@ SPARSE = (
     "glm4_moe",
     "minimax_m2",
 )
+BIASED = ("gpt_oss", "gpt_oss_plain")
+"""Mixtures whose experts are not divided."""
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -257,7 +260,7 @@ def answer_with_adapters(folder: Path, adapter: Path, name: str) -> dict[str, An
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of models made by transformers, and an adapter for one of them made by PEFT."""
     root = tmp_path_factory.mktemp("models")
-    for name in (*DENSE, *SPARSE):
+    for name in (*DENSE, *SPARSE, *BIASED):
         tiny_hf.make_folder(root / name, tiny_hf.families()[name])
     settings = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1)
     adapted = get_peft_model(load_reference(root / "llama"), settings)
@@ -299,6 +302,7 @@ def answered(
 MORE_CASES: list[tuple[str, tuple[str, ...]]] = [
     *((layout, DENSE) for layout in ("ONE", "TP2", "PP2", "VPP2", "TP2SP", "CP2", "DP2", "PP2-CP2", "CP4")),
     *((layout, SPARSE) for layout in ("ONE", "PP2", "TP2SP", "CP2", "DP2", "EP2", "TP2SP-EP2", "PP2-EP2")),
+    *((layout, BIASED) for layout in ("ONE", "PP2", "TP2-WHOLE", "CP2", "CP4", "EP2")),
     ("TP2SP-CP2", ("mistral_window", "qwen3_moe", LENGTH)),
 ]
 
@@ -331,14 +335,14 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3"),
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3", "gpt_oss"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),
         ("PP2", ("llama", "mistral_window")),
         ("VPP2", ("llama",)),
         ("TP2SP", ("mistral_window", "qwen3_moe")),
-        ("CP2", ("mistral_window",)),
+        ("CP2", ("mistral_window", "gpt_oss")),
         ("EP2", ("qwen3_moe", "qwen2_moe_mixed")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],

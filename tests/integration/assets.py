@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -119,6 +120,13 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, {"head_dim": 16, **_TOKENS}),
     "olmo3": (Olmo3Config, {"sliding_window": 4, **_TOKENS}),
     "minimax_m2": (MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_TOKENS}),
+    "gpt_oss": (  # sinks, windows, experts with biases, an activation that is clamped
+        GptOssConfig,
+        {
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 4},
+            **{"swiglu_limit": 1.0, "rope_parameters": YARN, **_TOKENS},
+        },
+    ),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }
@@ -152,7 +160,8 @@ def make_model_folder(
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for vector in (*model.parameters(), *model.buffers()):
-            if vector.dim() == 1 and not vector.any():  # biases and the like, which would do nothing as they begin
+            # biases and the like, which would do nothing as they begin; of experts together they are matrices
+            if vector.dim() <= 2 and not vector.any():
                 vector.normal_(std=0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -91,6 +91,8 @@ def test_pieces_of_one_tensor_by_hand() -> None:
         ("olmo3", "sliding_window", 0),
         ("ministral3", "sliding_window", -1),
         ("minimax_m2", "router_jitter_noise", 0.1),
+        ("gpt_oss", "swiglu_alpha", 1.5),
+        ("gpt_oss", "swiglu_limit", 0.0),
         ("granite", "hidden_act", "relu"),
         ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
         ("granitemoe", "num_experts_per_tok", 1),
@@ -126,7 +128,8 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     [
         name
         for name in MODELS
-        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax", "mistral_yarn")) or "rope" in name
+        if name.startswith(("llama", "phi3", "gemma3", "glm4", "gpt_oss", "olmo", "minimax", "mistral_yarn"))
+        or "rope" in name
     ],
 )
 def test_rotary_embedding_is_transformers(name: str) -> None:

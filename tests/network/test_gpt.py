@@ -250,6 +250,7 @@ def check_construction() -> None:
     check_shard_marks(sizes["glm4_moe"])
     check_shard_marks(sizes["olmo3"])
     check_shard_marks(sizes["minimax_m2"])
+    check_shard_marks(sizes["gpt_oss"])
     check_random_weights(sizes["olmo2"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
@@ -328,6 +329,8 @@ def check_shard_marks(config: Any) -> None:
         whole = ("linear_proj.bias", "linear_fc2.bias", "gate_weight")
         of_all_heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and sizes.norms_of_all_heads
         is_whole = ("norm" in name and not of_all_heads) or "router" in name or name.endswith(whole)
+        is_whole &= ".experts." not in name  # their optimizer deals its weights to all ranks
+        assert not (getattr(parameter, "sequence_parallel", False) and ".experts." in name), name
         assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
         # every rank of the data-parallel group holds a copy, but of experts
         assert getattr(parameter, "allreduce", True) is (".experts." not in name), name

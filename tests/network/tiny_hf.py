@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -90,6 +91,7 @@ _TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
     "full_attention": {"rope_type": "default", "rope_theta": 1e5},
 }
+_GPT_OSS: dict[str, Any] = {**_NO_TOKENS, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 _PHI3: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # by default beyond these models' vocabulary
 _QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _QWEN2_EXPERTS = {
@@ -242,6 +244,22 @@ def families() -> dict[str, PretrainedConfig]:
         ),
         "minimax_m2_more": MiniMaxM2Config(
             **SIZES, **_NO_TOKENS, head_dim=8, num_local_experts=6, num_experts_per_tok=3, tie_word_embeddings=True
+        ),
+        "gpt_oss": GptOssConfig(
+            **SIZES,
+            **_GPT_OSS,
+            sliding_window=7,
+            swiglu_limit=0.4,  # which a share of these models' channels exceeds
+            rope_parameters={**_YARN, "truncate": False},
+        ),
+        "gpt_oss_plain": GptOssConfig(
+            **SIZES,
+            **{**_GPT_OSS, "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 8},
+            layer_types=[*["full_attention"] * 2, "sliding_attention", "full_attention"],
+            sliding_window=5,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(
