@@ -67,6 +67,29 @@ def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused:
         yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, of_keys)
 
 
+def latent_attention(sizes: Dimensions) -> Iterator[Rule]:
+    """Yield the rules of each layer's latent attention, with the norm before it."""
+    latent, layers, h = sizes.latent, range(sizes.layers), sizes.hidden
+    assert latent is not None
+    ours, theirs = "self_attention.", "self_attn."
+
+    def linear(key: str, name: str, outputs: int, inputs: int, *, biased: bool = False) -> Iterator[Rule]:
+        return _linear(f"{ours}{key}.", f"{theirs}{name}.", layers, outputs, inputs, biased=biased)
+
+    yield from _norm("input_layernorm.", "input_layernorm", layers, h, biased=False)
+    queries, compressed, biased = sizes.heads * latent.scored, latent.keys_and_values, sizes.biases.inputs
+    if latent.queries is None:
+        yield from linear("linear_q_proj", "q_proj", queries, h)
+    else:
+        yield from linear("linear_q_down_proj", "q_a_proj", latent.queries, h, biased=biased)
+        yield _one(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight", layers, latent.queries)
+        yield from linear("linear_q_up_proj", "q_b_proj", queries, latent.queries)
+    yield from linear("linear_kv_down_proj", "kv_a_proj_with_mqa", compressed + latent.rotated, h, biased=biased)
+    yield _one(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight", layers, compressed)
+    yield from linear("linear_kv_up_proj", "kv_b_proj", sizes.heads * (latent.plain + latent.values), compressed)
+    yield from linear("linear_proj", "o_proj", h, sizes.heads * latent.values, biased=sizes.biases.output)
+
+
 def sinks(sizes: Dimensions) -> Iterator[Rule]:
     """Yield the rules of the sinks of each layer's attention."""
     yield _one("self_attention.core_attention.softmax_offset", "self_attn.sinks", range(sizes.layers), sizes.heads)

@@ -24,9 +24,10 @@ from nemo_kto.errors import DataError
 from nemo_kto.generation import decoding
 from nemo_kto.generation.decoding import Sampling, generate, next_tokens
 from nemo_kto.kto.scoring import RowScorer
-from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams, KeyValueCache
+from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.lora import adapters_off, add_adapters
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.network.model_config import ModelConfig
@@ -68,6 +69,9 @@ SPARSE = (
     "granitemoe",
     "glm4_moe",
     "minimax_m2",
+    "deepseek_v3",
+    "deepseek_v3_plain",
+    "glm4_moe_lite",
 )
 BIASED = ("gpt_oss", "gpt_oss_plain")
 """Mixtures whose experts are not divided."""
@@ -335,7 +339,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3", "gpt_oss"),
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3", "gpt_oss", "deepseek_v3"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),
@@ -343,7 +347,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
         ("VPP2", ("llama",)),
         ("TP2SP", ("mistral_window", "qwen3_moe")),
         ("CP2", ("mistral_window", "gpt_oss")),
-        ("EP2", ("qwen3_moe", "qwen2_moe_mixed")),
+        ("EP2", ("qwen3_moe", "qwen2_moe_mixed", "deepseek_v3_plain")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )

@@ -52,6 +52,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2": Layout(world_size=2, pipeline=2),
     "WHOLE": Layout(world_size=2, tensor=2, sequence=True, expert_tensor=1),
 }
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("llama", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
     # biases, tied embeddings; k has no adapters, the last layer alone has none
@@ -95,11 +96,26 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
     "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),
     "minimax": ("minimax_m2", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]}),
+    "latent": (
+        "deepseek_v3",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        },
+    ),
+    "latent keys": ("deepseek_v3_plain", {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "kv_b_proj"]}),
+    "dense latent": (
+        "deepseek_v3_dense",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]},
+    ),
+    "of glm4_moe_lite": ("glm4_moe_lite", {"r": 2, "lora_alpha": 3, "target_modules": ["q_b_proj", "o_proj"]}),
     "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
-SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
+SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
+SPARSE += ("of glm4_moe_lite",)
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 
