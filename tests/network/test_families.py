@@ -92,6 +92,11 @@ def test_pieces_of_one_tensor_by_hand() -> None:
         ("olmo3", "sliding_window", 0),
         ("ministral3", "sliding_window", -1),
         ("minimax_m2", "router_jitter_noise", 0.1),
+        ("gpt_oss", "swiglu_alpha", 1.5),
+        ("gpt_oss", "swiglu_limit", 0.0),
+        ("deepseek_v3", "num_key_value_heads", 2),
+        ("deepseek_v3", "topk_group", 1),
+        ("deepseek_v3", "norm_topk_prob", False),
         ("granite", "hidden_act", "relu"),
         ("granitemoe", "hidden_act", "gelu_pytorch_tanh"),
         ("granitemoe", "num_experts_per_tok", 1),
@@ -119,7 +124,7 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     tables = []
     for kind in kinds:
         cos, sin = rotary(torch.zeros(1), positions, **kind)
-        half = cos.shape[-1] // 2
+        half = cos.shape[-1] // (1 if config.model_type == "gpt_oss" else 2)  # which has each angle once
         tables.append(torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1))
     return torch.stack(tables)
 
@@ -144,7 +149,10 @@ def test_what_olmo3_says_of_full_attention_is_not_taken_for_all_layers(keeps_kin
     [
         name
         for name in MODELS
-        if name.startswith(("llama", "phi3", "gemma3", "glm4", "olmo", "minimax", "mistral_yarn")) or "rope" in name
+        if name.startswith(
+            ("llama", "phi3", "gemma3", "glm4", "gpt_oss", "deepseek", "olmo", "minimax", "mistral_yarn")
+        )
+        or "rope" in name
     ],
 )
 def test_rotary_embedding_is_transformers(name: str) -> None:

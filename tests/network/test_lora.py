@@ -52,7 +52,9 @@ LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(world_size=2, tensor=2),
     "TP2SP": Layout(world_size=2, tensor=2, sequence=True),
     "PP2": Layout(world_size=2, pipeline=2),
+    "WHOLE": Layout(world_size=2, tensor=2, sequence=True, expert_tensor=1),
 }
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("llama", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
     # biases, tied embeddings; k has no adapters, the last layer alone has none
@@ -96,12 +98,46 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
     "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),
     "minimax": ("minimax_m2", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]}),
+    "latent": (
+        "deepseek_v3",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        },
+    ),
+    "latent keys": ("deepseek_v3_plain", {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "kv_b_proj"]}),
+    "dense latent": (
+        "deepseek_v3_dense",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]},
+    ),
+    "of glm4_moe_lite": ("glm4_moe_lite", {"r": 2, "lora_alpha": 3, "target_modules": ["q_b_proj", "o_proj"]}),
+    "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
-SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
-READ_BY_PEFT = [name for name in PEFT if name not in SPARSE or Version(peft.__version__) >= Version("0.20")]
-needs_peft = pytest.mark.skipif(len(READ_BY_PEFT) < len(PEFT), reason="PEFT 0.19 reads no adapters of mixtures")
+SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
+SPARSE += ("of glm4_moe_lite",)
+BIASED = ("sinks",)
+"""Adapters of mixtures whose experts are not divided."""
+READ_BY_PEFT = [name for name in PEFT if name not in SPARSE + BIASED or Version(peft.__version__) >= Version("0.20")]
+
+
+def case(*values: str) -> Any:
+    """Return the parameters of a test, the last of which is an adapter."""
+    reason = "PEFT 0.19 reads no adapters of mixtures"
+    return pytest.param(*values, marks=pytest.mark.skipif(values[-1] not in READ_BY_PEFT, reason=reason))
+
+
+def suits(layout: str, name: str) -> bool:
+    """Return whether a model can be divided so; Megatron's experts need sequence parallelism beside tensor's."""
+    if name in BIASED:
+        return not layout.startswith("TP2")
+    return layout != "WHOLE" and (layout != "TP2" or name not in SPARSE)
+
+
+NAMES = list(map(case, PEFT))
+CASES = [case(layout, name) for layout in LAYOUTS for name in PEFT if suits(layout, name)]
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -135,9 +171,8 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
         for name in READ_BY_PEFT:
-            if name in SPARSE and layout == "TP2":
-                continue  # Megatron's experts need sequence parallelism beside tensor parallelism
-            use_adapter(source, results / layout / name, name, LAYOUTS[layout])
+            if suits(layout, name):
+                use_adapter(source, results / layout / name, name, LAYOUTS[layout])
 
 
 def use_adapter(source: Path, target: Path, name: str, layout: Layout) -> None:
@@ -208,7 +243,7 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     """Return a folder with what every layout made of every adapter."""
     folder = tmp_path_factory.mktemp("results")
     run_ranks(use_adapters, 1, source, folder, ["TP1"])
-    run_ranks(use_adapters, 2, source, folder, ["TP2", "TP2SP", "PP2"])
+    run_ranks(use_adapters, 2, source, folder, ["TP2", "TP2SP", "PP2", "WHOLE"])
     return folder
 
 
@@ -219,13 +254,6 @@ def expected_logits(source: Path, name: str) -> torch.Tensor:
     return logits
 
 
-NAMES = [pytest.param(name, marks=needs_peft if name in SPARSE else ()) for name in PEFT]
-CASES = [
-    pytest.param(layout, name, marks=needs_peft if name in SPARSE else ())
-    for layout in LAYOUTS
-    for name in PEFT
-    if layout != "TP2" or name not in SPARSE
-]
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
@@ -247,7 +275,7 @@ def test_an_adapter_comes_back_bit_by_bit(source: Path, results: Path, layout: s
 @pytest.mark.parametrize("name", NAMES)
 def test_peft_loads_an_exported_adapter_with_the_same_logits(source: Path, results: Path, name: str) -> None:
     expected = expected_logits(source, name)
-    ours = peft_logits(source / PEFT[name][0], results / "TP2SP" / name / "exported")
+    ours = peft_logits(source / PEFT[name][0], results / ("WHOLE" if name in BIASED else "TP2SP") / name / "exported")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 

@@ -32,16 +32,21 @@ from tests.network import tiny_hf
 LARGEST = 448.0  # of what eight bits with four of exponent hold
 BLOCKS: dict[str, tuple[int, int] | None] = {
     "ministral3": None,  # as Ministral 3: one scale for each matrix, and one for what goes in
-    "minimax_m2": (8, 16),  # as MiniMax-M2 and DeepSeek-V3
+    "minimax_m2": (8, 16),
+    "deepseek_v3": (8, 8),
     "phi3": (16, 8),
 }
-LAYOUTS: dict[str, tuple[str, ...]] = {"TP1": tuple(BLOCKS), "TP2": tuple(BLOCKS), "EP2": ("minimax_m2",)}
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "TP1": tuple(BLOCKS),
+    "TP2": tuple(BLOCKS),
+    "EP2": ("minimax_m2", "deepseek_v3"),
+}
 DIVISIONS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {"tensor": 2}, "EP2": {"expert": 2}}
 CASES = [(layout, name) for layout, names in LAYOUTS.items() for name in names]
 
 
 def quantised(name: str) -> bool:
-    return "_proj.weight" in name or ".experts." in name
+    return "_proj" in name or ".experts." in name
 
 
 def in_eight_bits(matrix: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +235,7 @@ def lone_scales(tensors: dict[str, torch.Tensor]) -> None:
     [
         ({"scale_fmt": "ue8m0"}, None, ["config.json", "quantization_config.scale_fmt=ue8m0"]),
         ({"expert_dtype": "fp4"}, None, ["config.json", "quantization_config.expert_dtype=fp4"]),
-        ({"quant_method": "gptq"}, None, ["config.json", "'gptq'", "only those of the quant_method fp8"]),
+        ({"quant_method": "gptq"}, None, ["config.json", "'gptq'", "only those of the quant_methods fp8 and mxfp4"]),
         ({"weight_block_size": [128]}, None, ["config.json", "'weight_block_size': [128]"]),
         ({"weight_block_size": [0, 128]}, None, ["config.json", "'weight_block_size': [0, 128]"]),
         ({"weight_block_size": [128, 128]}, None, [MATRIX[:14], "weight_block_size=[128, 128]"]),
