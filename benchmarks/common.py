@@ -86,6 +86,9 @@ if find_spec("nemo_kto") is not None:
 
     silence_startup_noise()
 
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250}
+"""Kind of GPU, a word of its name -> products of dense matrices in bfloat16, TFLOP/s, by NVIDIA's data sheets."""
+
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Where each benchmark leaves its figures as JSON."""
 
@@ -103,9 +106,13 @@ _COPIES = {
 
 
 def make_model(folder: Path, *, max_position_embeddings: int = 1024, **sizes: Any) -> int:
-    """Save a Llama with random weights and a tokenizer of one token a word; return its number of parameters."""
+    """Save a Llama, or with `num_local_experts` a Mixtral, with random weights and a tokenizer of one token a word.
+
+    Returns:
+        Its number of parameters.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
     vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *words(sizes["vocab_size"])])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -113,8 +120,9 @@ def make_model(folder: Path, *, max_position_embeddings: int = 1024, **sizes: An
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if sizes in GPU_SHAPES.values() else torch.float32
-    config = LlamaConfig(max_position_embeddings=max_position_embeddings, **sizes)
-    model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    kind = MixtralConfig if "num_local_experts" in sizes else LlamaConfig
+    config = kind(max_position_embeddings=max_position_embeddings, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -256,6 +264,14 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def data_sheet_rate() -> float | None:
+    """Return the peak of this GPU's matrix products in bfloat16, in FLOP/s; None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().upper().replace("-", " ").split()
+    return next((peak * 1e12 for kind, peak in PEAKS.items() if kind in name), None)
+
+
 def peak_bytes() -> int:
     """Return the greatest resident set of this process since `reset_peak`, in bytes (Linux only)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -275,6 +291,8 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
     }
+    if torch.version.cuda is not None:
+        found["CUDA"] = torch.version.cuda
     for package in ("torch", "megatron-core", "transformer-engine", "transformers", "trl"):
         try:
             found[package] = version(package)
@@ -283,12 +301,16 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows, all with the same keys, as a table."""
+    columns = list(rows[0])
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows)])
+
+
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows, all with the same keys, as a Markdown table."""
-    columns = list(rows[0])
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+    print(f"\n{title}\n\n{markdown(rows)}")
 
 
 def publish(name: str, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:

@@ -12,7 +12,8 @@ frozen weights have no gradient. A ratio below them is possible where the optimi
 both pay once, weighs much. Ratios are formed round by round, so that what else the machine does meets both sides.
 Gradients are not clipped: the two losses have norms of different size, and only one side might pay for it.
 
-The second table sets the rate of the training pass beside that of large matrix products, in turns, on the last batch.
+The second table sets the rate of the training pass beside that of large matrix products, in turns, on the last batch,
+and on a GPU whose data sheet is known beside the peak in that (model FLOPs utilisation; recomputation counts as none).
 `FlopCounterMode` counts the products of the linear layers and of the output layer, two operations a multiply-add. It
 lacks `addmm_`, which is added to it, and a CPU's attention, which therefore goes by a formula everywhere: 6 products,
 each of the half below the diagonal only.
@@ -45,6 +46,7 @@ from common import (
     GPU_SHAPES,
     OPTIMIZER,
     SHAPES,
+    data_sheet_rate,
     interleaved,
     linear_operations,
     make_config,
@@ -290,6 +292,7 @@ def rate(
     rates = {f"{size}": [2 * size**3 / s for s in seconds[f"{size}"]] for size in sizes}
     best = max(rates, key=lambda size: statistics.median(rates[size]))
     reached = [(linear + attention) / s for s in seconds["pass"]]
+    peak = data_sheet_rate()
     return {
         "operations": f"{(linear + attention) / 1e9:.1f} G",
         "of them attention": f"{attention / (linear + attention):.1%}",
@@ -297,6 +300,7 @@ def rate(
         "its rate, GFLOP/s": median_and_range([value / 1e9 for value in reached], 0),
         f"product of {best} x {best}, GFLOP/s": median_and_range([value / 1e9 for value in rates[best]], 0),
         "fraction": median_and_range([a / b for a, b in zip(reached, rates[best], strict=True)]),
+        **({} if peak is None else {"model FLOPs utilisation": median_and_range([value / peak for value in reached])}),
     }
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
+from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.sharded import ADAPTERS
 from nemo_kto.runtime import parallel
@@ -113,7 +114,8 @@ def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: to
     """Write the adapters of a checkpoint without building the model they belong to."""
     # the optimizer's have names of their own
     tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith("decoder."))
-    write = partial(write_adapter, tensors, checkpoint / SOURCE_FOLDER, folder, dtype=dtype, card=card)
+    source = checkpoint / SOURCE_FOLDER
+    write = partial(write_adapter, tensors, read_hf_config(source), source, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 

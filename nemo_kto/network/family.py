@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_kto.network.weight_rules import Rule
+from nemo_kto.network.weight_rules import Rule, within_whole
 from nemo_kto.runtime.layout import ModelSizes
+
+PART_OF = "part_of"
+"""Field of a language model's configuration, which no file has: see `whole_of`."""
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Llama's projections."""
@@ -156,6 +159,11 @@ def own_field(hf: Any, name: str) -> Any:
     return getattr(hf, name, None) if name in own_fields(hf) else None
 
 
+def whole_of(hf: Any) -> str | None:
+    """Return the `model_type` of the model with images that `hf` describes the language model of, or None."""
+    return getattr(hf, PART_OF, None)
+
+
 Refusals = dict[str, tuple[Any, str]]
 """Field of a configuration -> its value, and why it cannot be expressed here, as a sentence."""
 
@@ -255,8 +263,9 @@ class Family:
         )
 
     def rules(self, hf: Any) -> list[Rule]:
-        """Return the table of weights of a model."""
-        return list(self.weights(self.dimensions(hf)))
+        """Return the table of weights of a model, under the names of the whole that it is a part of, if it is one."""
+        rules = self.weights(self.dimensions(hf))
+        return list(rules if whole_of(hf) is None else map(within_whole, rules))
 
 
 def sliding_window(hf: Any) -> dict[str, Any]:

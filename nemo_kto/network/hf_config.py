@@ -12,8 +12,8 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
-from nemo_kto.network.families import dimensions_of, family_of
-from nemo_kto.network.family import Refusals
+from nemo_kto.network.families import WITH_IMAGES, dimensions_of, family_of
+from nemo_kto.network.family import PART_OF, Refusals
 from nemo_kto.network.quantised import Quantisation
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
@@ -43,7 +43,8 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """Return what the `config.json` of a folder says, of a supported architecture.
 
-    Weights in eight bits are read as plain numbers, see `quantised.py`: it says nothing of them.
+    Of a model that sees images it is the configuration of its language model, see `family.whole_of`. Weights in eight
+    bits are read as plain numbers, see `quantised.py`: it says nothing of them.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -57,7 +58,8 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         named = SimpleNamespace(model_type=keys.get("model_type"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
-    family_of(named, file)  # before transformers: it may not know the architecture either
+    if named.model_type not in WITH_IMAGES:
+        family_of(named, file)  # before transformers: it may not know the architecture either
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base
@@ -65,6 +67,25 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
     if Quantisation.of(keys, file) is not None:
         del config.quantization_config
+    return _language_model_of(config, file) if named.model_type in WITH_IMAGES else config
+
+
+def _language_model_of(whole: PretrainedConfig, file: Path) -> PretrainedConfig:
+    """Return the configuration of the language model of one that sees images, with what is said of the whole."""
+    config: PretrainedConfig = whole.text_config
+    if config.model_type not in WITH_IMAGES[whole.model_type]:
+        raise ConfigError(
+            f"{file}: the architecture {config.model_type!r} of the language model of {whole.model_type!r} is not "
+            f"supported. Supported are: {', '.join(WITH_IMAGES[whole.model_type])}."
+        )
+    if getattr(config, "quantization_config", None) is None and hasattr(whole, "quantization_config"):
+        config.quantization_config = whole.quantization_config
+    for name in ("name_or_path", "architectures", "dtype", "tie_word_embeddings"):
+        setattr(config, name, getattr(whole, name))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(whole, name, None) is not None:
+            setattr(config, name, getattr(whole, name))
+    setattr(config, PART_OF, whole.model_type)
     return config
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.quantised import BESIDE, SCALE, STORED_AS, Quantisation
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
-from nemo_kto.network.weight_rules import Piece, Region, spellings
+from nemo_kto.network.weight_rules import Piece, Region, names_in_whole, spellings
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +23,9 @@ ADAPTER_FILE = "adapter_config.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What the safetensors format calls the dtypes that weights may have."""
+
+NO_WEIGHTS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool}
+"""The same of other tensors, which only what is passed on as it is may have."""
 
 _COMPARED_AT_ONCE = 1 << 24
 """Most elements of a tensor that are compared in one go."""
@@ -193,6 +196,7 @@ def has_own_output_layer(folder: Path) -> bool:
     """
     with SafetensorsFolder(folder) as stored:
         names = [
-            next((name for name in spellings(wanted) if name in stored.names), "") for wanted in (EMBEDDING, OUTPUT)
+            next((name for name in (*spellings(wanted), *names_in_whole(wanted)) if name in stored.names), "")
+            for wanted in (EMBEDDING, OUTPUT)
         ]
         return all(names) and not stored.equal(*names)

@@ -88,6 +88,38 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name, name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else _PREFIX + name)
 
 
+_WHOLE = "language_model."
+
+
+def names_in_whole(name: str) -> tuple[str, ...]:
+    """Return what the tensor `name` of a language model is called in a model with images that it is a part of.
+
+    The first is the name that they are published with; transformers 5 has the second.
+    """
+    if name.startswith(_PREFIX):
+        return (_WHOLE + name, f"{_PREFIX}{_WHOLE}{name.removeprefix(_PREFIX)}")
+    return (_WHOLE + name, name)
+
+
+def is_of_language_model(name: str) -> bool:
+    """Return whether a tensor of a model with images has a name of its language model."""
+    return name.removeprefix(_PREFIX).startswith((_WHOLE, "lm_head."))
+
+
+def within_whole(rule: Rule) -> Rule:
+    """Return the rule of a language model that is a part of a model with images."""
+    return replace(rule, pieces=tuple(map(_piece_within_whole, rule.pieces)))
+
+
+def _piece_within_whole(piece: Piece) -> Piece:
+    places = [
+        replace(place, name=name, elsewhere=())
+        for place in (piece, *piece.elsewhere)
+        for name in names_in_whole(place.name)
+    ]
+    return replace(places[0], elsewhere=tuple(places[1:]))
+
+
 def stacked(name: str, *shapes: tuple[int, ...]) -> tuple[Piece, ...]:
     """Return the pieces of these `shapes` that make up the tensor `name`, one below the other."""
     ends = list(itertools.accumulate(shape[0] for shape in shapes))

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_kto.config.folders import FACTS_FILE
 from nemo_kto.config.reader import leaf_values
 from nemo_kto.data.batches.statistics import summarize
+from nemo_kto.network.family import whole_of
 from nemo_kto.runs.run import Run
 
 _PACKAGES = (
@@ -34,7 +35,8 @@ def run_facts(run: Run) -> dict[str, Any]:
 
     Returns:
         `name`, `started` (ISO 8601, UTC), `layout` and `accelerator` in words, whether the tokenizer has a
-        `chat_template`, `config` as nested mappings, `versions` of packages, and `data`: split -> see `summarize`.
+        `chat_template`, whether the model `sees_images`, `config` as nested mappings, `versions` of packages, and
+        `data`: split -> see `summarize`.
     """
     return {
         "name": run.config.exp_manager.name,
@@ -42,6 +44,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "layout": str(run.layout),
         "accelerator": run.accelerator,
         "chat_template": run.tokenizer.chat_template is not None,
+        "sees_images": whole_of(run.hf_config) is not None,
         "config": dataclasses.asdict(run.config),
         "versions": _versions(),
         "data": {split: summarize(samples, *run.data.files_of(split)) for split, samples in run.data.splits.items()},

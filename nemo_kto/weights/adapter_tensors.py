@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of, place_in_layer
 from nemo_kto.network.weight_rules import Piece, stacked
 
@@ -39,49 +40,54 @@ def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
 
 def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the adapters, by PEFT's name."""
-    sizes, model = linear_sizes(hf), dimensions_of(hf)
+    sizes, model, prefix = linear_sizes(hf), dimensions_of(hf), prefix_of(hf)
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):
         linear, name = place_in_layer(projection, layer, model)
         for matrix in ("lora_a", "lora_b"):
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
-            piece = piece_of(key, sizes, rank=settings.rank)
+            piece = piece_of(key, sizes, rank=settings.rank, prefix=prefix)
             shapes[piece.name] = piece.tensor_shape
     return shapes
 
 
+def prefix_of(hf: PretrainedConfig) -> str:
+    """Return what PEFT's names of all tensors begin with."""
+    return f"base_model.model.model.{'' if whole_of(hf) is None else 'language_model.'}layers."
+
+
 _TENSOR = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)\.lora_[AB]\.weight"
+    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)\.lora_[AB]\.weight"
 )
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([ab])(?:_(\w+))?")
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
-def _named(key: str) -> tuple[str, str, str]:
+def _named(key: str, prefix: str) -> tuple[str, str, str]:
     """Return (PEFT's name, adapters' name, part or "") of the matrix named `key` in the sharded state dict."""
     match = _KEY.fullmatch(key)
     assert match is not None, key
     layer, block, adapters, kind, part = match.groups()
     place = f"{_BLOCKS[block]}.{adapters.replace('-', '.')}"
-    return f"base_model.model.model.layers.{layer}.{place}.lora_{kind.upper()}.weight", adapters, part or ""
+    return f"{prefix}{layer}.{place}.lora_{kind.upper()}.weight", adapters, part or ""
 
 
-def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int) -> Piece:
-    """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors."""
-    name, adapters, part = _named(key)
-    parts, prefix = parts_of(adapters), adapters[: adapters.rfind("-") + 1]
+def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefix: str) -> Piece:
+    """Return where the matrix named `key` in the sharded state dict is in PEFT's tensors; see `prefix_of`."""
+    name, adapters, part = _named(key, prefix)
+    parts, block = parts_of(adapters), adapters[: adapters.rfind("-") + 1]
     if name.endswith("lora_A.weight"):
-        return Piece(name, (rank, sizes[prefix + parts[0]][1]))
-    pieces = stacked(name, *((sizes[prefix + part][0], rank) for part in parts))
+        return Piece(name, (rank, sizes[block + parts[0]][1]))
+    pieces = stacked(name, *((sizes[block + part][0], rank) for part in parts))
     return pieces[parts.index(part) if part else 0]
 
 
-def joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
+def joined(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict; see `prefix_of`."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     orders: dict[str, tuple[str, ...]] = {}
     for key, tensor in tensors.items():
-        name, projection, part = _named(key)
+        name, projection, part = _named(key, prefix)
         found.setdefault(name, {})[part] = tensor
         orders[name] = parts_of(projection) if part else ("",)
     return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}

@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
+from nemo_kto.errors import CheckpointError
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import Leaf, sharded_leaves
-from nemo_kto.network.weight_rules import Piece, Rule, match
+from nemo_kto.network.stored import SafetensorsFolder, has_weights
+from nemo_kto.network.weight_rules import Piece, Rule, is_of_language_model, match
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.folder import NewFolder, configured_dtype, copy_companions
 from nemo_kto.weights.shard_writer import ShardWriter
@@ -51,6 +54,7 @@ def export_hf(
         source_folder: The folder the model comes from, or what `write_source_folder` made of it, on rank 0; its
             tokenizer, chat template and generation config are copied. If its config.json describes this very model, it
             is kept but for what changed; so are the names of tensors, and, unless told otherwise, dtypes and files.
+            What else is in a model that sees images is read from where its weights are, or were when it was made.
         dtype: Dtype of the written weights; None for that of each tensor in the source, or else the one `hf_config`
             names, or the model's own.
         max_shard_bytes: Size above which the weights are divided into several files; None to divide them as the source
@@ -58,8 +62,8 @@ def export_hf(
         card: Text of its README.md, on rank 0; None for none.
 
     Raises:
-        CheckpointError: `folder` exists and is not empty, or cannot be written, or the source cannot be read; raised
-            on all ranks.
+        CheckpointError: `folder` exists and is not empty, or cannot be written, or the source cannot be read, or is
+            not what it was; raised on all ranks.
     """
     failure = f"The model cannot be written to {folder}"
     plan = _Plan(chunks[0], hf_config, NewFolder(Path(folder)), dtype=dtype)
@@ -95,12 +99,18 @@ class _Plan:
         self._companions: Path | None = None
         self._source: Path | None = None
         self._form: StoredForm | None = None
+        self._rest: SafetensorsFolder | None = None
+        self._passed_on: list[str] = []
 
     def start(self, companions: Path | None, max_shard_bytes: int | None) -> None:
         """Read how the source stores the model, and make room."""
         self._companions = companions
         if companions is not None and describes(companions, self._hf_config):
             self._source, self._form = companions, stored_form(companions)
+        if whole_of(self._hf_config) is not None:
+            self._rest = self._rest_of_whole()
+            own = (name for name in self._file_of if not is_of_language_model(name))
+            self._passed_on = sorted(own, key=lambda name: (self._file_of[name], name))
         self._new.start()
         self._writer = self._writer_of(max_shard_bytes)
 
@@ -114,6 +124,8 @@ class _Plan:
     def add(self, key: str, full: torch.Tensor) -> None:
         """Take a full tensor of the model."""
         rule = self._rule(key)
+        if self._rest is not None:
+            self._pass_on(self._rest, until=self.order(key)[0])
         for piece, tensor in zip(rule.pieces, rule.layout.split(full), strict=True):
             first, *copies = self._places(piece)
             self._writer.add(first, tensor.cpu())
@@ -122,6 +134,9 @@ class _Plan:
 
     def finish(self, card: str | None) -> None:
         """Write what is left, and all that stands beside the weights; give the folder its name."""
+        if self._rest is not None:
+            with self._rest:
+                self._pass_on(self._rest, until=None)
         self._writer.finish()
         dtype = self._dtype if self._form is not None else self._own()
         if self._writer.too_large is not None:
@@ -141,6 +156,30 @@ class _Plan:
             (folder / "README.md").write_text(card, encoding="utf-8")
         self._new.finish()
 
+    def _rest_of_whole(self) -> SafetensorsFolder:
+        """Return where the tensors are that see images.
+
+        Raises:
+            CheckpointError: They are not there any more.
+        """
+        whole = whole_of(self._hf_config)
+        if self._form is None or self._form.folder is None:
+            raise CheckpointError(f"There is nothing to tell where the rest of this {whole} is. Name its folder.")
+        folder = Path(self._form.folder)
+        if not has_weights(folder) or stored_form(folder) != self._form:
+            raise CheckpointError(
+                f"The tensors of this {whole} that see images were in {folder}, and are not there any more. Put that "
+                "folder back to export the model."
+            )
+        return SafetensorsFolder(folder)
+
+    def _pass_on(self, rest: SafetensorsFolder, *, until: str | None) -> None:
+        """Take the tensors of the whole that the model is a part of, of files up to that one; None for all."""
+        while self._passed_on and (until is None or self._file_of[self._passed_on[0]] <= until):
+            name = self._passed_on.pop(0)
+            piece = Piece(name, rest.shape(name))
+            self._writer.add(piece, rest.read(piece, tuple(slice(0, size) for size in piece.shape)))
+
     @property
     def _file_of(self) -> dict[str, str]:
         return {} if self._form is None else self._form.file_of
@@ -153,9 +192,10 @@ class _Plan:
         return piece.found_among(self._file_of) or [piece]
 
     def _dtype_of(self, piece: Piece) -> torch.dtype:
-        if self._dtype is None and piece.name in self._file_of:
-            assert self._form is not None
-            return self._form.dtype(piece.name)
+        if self._form is not None and piece.name in self._file_of:
+            stored = self._form.dtype(piece.name)
+            if self._dtype is None or not stored.is_floating_point:
+                return stored
         return torch.float32 if piece.keeps_float32 else self._own()
 
     def _own(self) -> torch.dtype:

@@ -29,7 +29,11 @@ _TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 
-_MODEL_FILES = ("generation_config.json",)
+_MODEL_FILES = (
+    "generation_config.json",
+    # of models that see images
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
 
 _NAMES_SHOWN = 5
 
@@ -131,7 +135,7 @@ def copy_companions(source: Path, folder: Path, *, of_tokenizer: bool = True, of
         source: Where from.
         folder: Where to; files that are there already are replaced.
         of_tokenizer: Copy tokenizer and chat template.
-        of_model: Copy the generation config.
+        of_model: Copy the generation config, and what says how images are prepared.
     """
     names = [*(_TOKENIZER_FILES if of_tokenizer else ()), *(_MODEL_FILES if of_model else ())]
     for config, wanted in (("tokenizer_config.json", of_tokenizer), ("config.json", of_model)):

@@ -13,11 +13,20 @@ import torch
 from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
-from nemo_kto.network.weight_rules import Piece, Region, all_pieces, match, spellings
+from nemo_kto.network.weight_rules import (
+    Piece,
+    Region,
+    all_pieces,
+    is_of_language_model,
+    match,
+    names_in_whole,
+    spellings,
+)
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.weights.folder import listed
 
@@ -87,10 +96,15 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
         else:
             missing.add(piece.name)
     # a tied matrix may be there a second time: `load_hf_config` has seen that it is the same
-    copies = set(spellings(OUTPUT)) if hf_config.tie_word_embeddings else set()
+    outputs = {*spellings(OUTPUT), *names_in_whole(OUTPUT)}
+    copies = outputs if hf_config.tie_word_embeddings else set()
     surplus = sorted(name for name in source.names - expected.keys() - copies if not _IGNORED.search(name))
     surplus = _without_further_layers(source.folder, surplus, hf_config)
-    if missing == {OUTPUT}:
+    if whole_of(hf_config) is not None:
+        of_whole = [name for name in surplus if not is_of_language_model(name)]
+        _warn_passed_on(source.folder, str(whole_of(hf_config)), len(of_whole))
+        surplus = [name for name in surplus if name not in of_whole]
+    if missing and missing <= outputs:
         raise CheckpointError(_without_output_layer(source, hf_config, surplus))
     if missing:
         raise CheckpointError(
@@ -128,6 +142,18 @@ def _warn_dequantised(folder: Path) -> None:
         logger.warning(
             "%s holds matrices in eight bits: they are trained, and exported, as the plain numbers they stand for.",
             folder,
+        )
+
+
+@functools.cache
+def _warn_passed_on(folder: Path, whole: str, tensors: int) -> None:
+    if is_global_rank_zero():
+        logger.warning(
+            "%s: of this %s its language model is trained, on text; the %d tensors of the rest, which see images, are "
+            "not loaded, and exported as they are.",
+            folder,
+            whole,
+            tensors,
         )
 
 

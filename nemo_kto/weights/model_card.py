@@ -78,6 +78,16 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # finds
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
+_USE_ADAPTER_OF_WHOLE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(
+    AutoModelForCausalLM.from_pretrained("path/to/the/base/model"), "path/to/this/folder"
+)
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+
 _CHAT = """messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 """
@@ -132,7 +142,7 @@ def model_card(facts: Mapping[str, Any], metrics: Mapping[str, float], *, step: 
         _table(("key", "value"), [(_code(key), _code(value)) for key, value in _settings(config)]),
         "Versions: " + _plain(", ".join(f"{name} {version}" for name, version in facts["versions"].items())) + "\n",
         "## How to use it\n",
-        (_USE_ADAPTER if adapter else _USE) + (_CHAT if facts["chat_template"] else _TEXT) + _GENERATE,
+        _use(facts, adapter=adapter) + (_CHAT if facts["chat_template"] else _TEXT) + _GENERATE,
         "The license and the limits of the base model hold for this one too.\n",
     ]
     return "\n".join(sections)
@@ -151,6 +161,13 @@ def _front_matter(config: Mapping[str, Any], *, adapter: bool) -> str:
         quoted = yaml.safe_dump(name, default_style='"', allow_unicode=True, width=10**6).strip()
         lines.append(f"base_model: {quoted}")
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _use(facts: Mapping[str, Any], *, adapter: bool) -> str:
+    """Return how the model is loaded; one that sees images is no causal language model to transformers."""
+    if not facts.get("sees_images"):
+        return _USE_ADAPTER if adapter else _USE
+    return (_USE_ADAPTER_OF_WHOLE if adapter else _USE).replace("ForCausalLM", "ForImageTextToText")
 
 
 def _split(name: str, data: Mapping[str, Any]) -> tuple[str, ...]:

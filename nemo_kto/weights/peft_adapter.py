@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from transformers import PretrainedConfig
 from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
 from nemo_kto.network.sharded import sharded_leaves
@@ -36,6 +38,7 @@ from nemo_kto.weights.adapter_tensors import (
     linear_sizes,
     piece_of,
     place_of,
+    prefix_of,
     stored_shapes,
 )
 from nemo_kto.weights.export_hf import gathered_tensors
@@ -118,8 +121,10 @@ def read_adapter_config(folder: Path, *, num_layers: int) -> LoRASettings:
         CheckpointError: It cannot be read.
     """
     config = _read_config(folder)
-    layers = config.get("layers_to_transform")
-    return _settings(config, config["target_modules"], range(num_layers) if layers is None else layers)
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    if isinstance(targets, str) and (found := _IN_WHOLE.fullmatch(targets)):
+        targets, layers = found["projections"].split("|"), map(int, found["layers"].split("|"))
+    return _settings(config, targets, range(num_layers) if layers is None else layers)
 
 
 def base_folder(folder: Path) -> Path:
@@ -214,10 +219,11 @@ def import_adapter(model: KTOGPTModel, folder: Path) -> None:
     Raises:
         CheckpointError: A value that this rank reads is not finite.
     """
-    sizes = linear_sizes(model.hf_config)
+    sizes, prefix = linear_sizes(model.hf_config), prefix_of(model.hf_config)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
         for leaf in sharded_leaves(model, adapters=True):
-            piece = piece_of(leaf.key, sizes, rank=leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1])
+            rank = leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1]
+            piece = piece_of(leaf.key, sizes, rank=rank, prefix=prefix)
             block = source.get_slice(piece.name)[piece.within(leaf.region)]
             if not is_finite(block):
                 raise CheckpointError(
@@ -249,12 +255,13 @@ def export_adapter(
         CheckpointError: `folder` exists and is not empty, or cannot be written; raised on all ranks.
     """
     tensors = {key: full.cpu() for key, full in gathered_tensors(chunks, adapters=True) if full is not None}
-    write = partial(write_adapter, tensors, source_folder, folder, dtype=dtype, card=card)
+    write = partial(write_adapter, tensors, chunks[0].hf_config, source_folder, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
 def write_adapter(
     tensors: Mapping[str, torch.Tensor],
+    hf_config: PretrainedConfig,
     source_folder: Path,
     folder: Path,
     *,
@@ -263,7 +270,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter folder from full tensors by their names in the sharded state dict, on this process.
 
-    The other arguments are those of `export_adapter`.
+    `hf_config` is the configuration of the model they belong to. The other arguments are those of `export_adapter`.
 
     Raises:
         OSError: See `export_adapter`.
@@ -272,7 +279,7 @@ def write_adapter(
     new.start()
     copy_companions(source_folder, new.partial)
     shutil.copyfile(source_folder / CONFIG_FILE, new.partial / CONFIG_FILE)
-    written = joined(tensors)
+    written = joined(tensors, prefix_of(hf_config))
     if dtype is not None:
         written = {name: cast(tensor, dtype) for name, tensor in written.items()}
         if any(tensor.dtype != dtype for tensor in written.values()):
@@ -286,9 +293,22 @@ def write_adapter(
     new.finish()
 
 
-def adapter_config(settings: LoRASettings, *, base_folder: str | Path, num_layers: int) -> dict[str, Any]:
+_IN_WHOLE = re.compile(
+    r".*\\\.language_model\\\.layers\\\.\((?P<layers>[\d|]+)\)\\\.\(self_attn\|mlp\)\\\.\((?P<projections>\w[\w|]*)\)"
+)
+"""The `target_modules` of `adapter_config` in a model that sees images."""
+
+
+def adapter_config(settings: LoRASettings, *, base_folder: str | Path, hf_config: PretrainedConfig) -> dict[str, Any]:
     """Return PEFT's `adapter_config.json`."""
-    whole = settings.layers == tuple(range(num_layers))
+    every_layer = settings.layers == tuple(range(hf_config.num_hidden_layers))
+    targets: list[str] | str = list(settings.projections)
+    layers = None if every_layer else list(settings.layers)
+    if whole_of(hf_config) is not None:
+        # a pattern, for which PEFT looks at no numbers of layers: layers that see images have these names too
+        numbers = "|".join(map(str, settings.layers))
+        targets = rf".*\.language_model\.layers\.({numbers})\.(self_attn|mlp)\.({'|'.join(targets)})"
+        layers = None
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -298,8 +318,8 @@ def adapter_config(settings: LoRASettings, *, base_folder: str | Path, num_layer
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": list(settings.projections),
-        "layers_to_transform": None if whole else list(settings.layers),
+        "target_modules": targets,
+        "layers_to_transform": layers,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

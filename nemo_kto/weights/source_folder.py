@@ -34,7 +34,7 @@ def write_source_folder(
     copy_companions(tokenizer_folder, folder, of_model=model_folder is None)
     if lora is not None:
         assert model_folder is not None, "parse_config has checked this"
-        description = adapter_config(lora, base_folder=model_folder.absolute(), num_layers=hf_config.num_hidden_layers)
+        description = adapter_config(lora, base_folder=model_folder.absolute(), hf_config=hf_config)
         (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     write_config(folder, hf_config, source=model_folder)
     if model_folder is not None:

@@ -16,11 +16,14 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import KTOError
 from nemo_kto.network import quantised
 from nemo_kto.network.families import family_of
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.hf_config import read_hf_config
-from nemo_kto.network.stored import DTYPES, SafetensorsFolder, has_weights
+from nemo_kto.network.stored import DTYPES, NO_WEIGHTS, SafetensorsFolder, has_weights
 from nemo_kto.weights.folder import configured_dtype
 
 _FORM_FILE = "source_weights.json"
+
+_ALL_DTYPES = DTYPES | NO_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,12 @@ class StoredForm:
     Attributes:
         files: Name of each of its files -> name of a tensor -> dtype, as the safetensors format calls it.
         largest_file: Bytes of the tensors in the largest file.
+        folder: The folder.
     """
 
     files: dict[str, dict[str, str]]
     largest_file: int
+    folder: str | None = None  # as written by earlier versions
 
     @cached_property
     def file_of(self) -> dict[str, str]:
@@ -42,7 +47,7 @@ class StoredForm:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
-        return DTYPES[self.files[self.file_of[name]][name]]
+        return _ALL_DTYPES[self.files[self.file_of[name]][name]]
 
 
 def stored_form(folder: Path) -> StoredForm | None:
@@ -58,10 +63,10 @@ def stored_form(folder: Path) -> StoredForm | None:
                 for file, names in stored.files.items()
             }
             sizes = [
-                sum(math.prod(stored.shape(name)) * DTYPES[dtype].itemsize for name, dtype in tensors.items())
+                sum(math.prod(stored.shape(name)) * _ALL_DTYPES[dtype].itemsize for name, dtype in tensors.items())
                 for tensors in files.values()
             ]
-        return StoredForm(files=files, largest_file=max(sizes))
+        return StoredForm(files=files, largest_file=max(sizes), folder=str(folder.absolute()))
     file = folder / _FORM_FILE
     return StoredForm(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
@@ -115,8 +120,17 @@ def write_config(
         # transformers 5 reads either, 4 the longer one
         keys = [key for key in ("torch_dtype", "dtype") if key in fields] or ["torch_dtype"]
         changes |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    if whole_of(config) is not None:
+        _change_parts(fields, changes)
     if changes or is_quantised or source is None:
         target.write_text(json.dumps({**fields, **changes}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _change_parts(fields: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Change the descriptions of the parts of a model that sees images, which name a dtype too."""
+    for part in fields.values():
+        if isinstance(part, dict):
+            part |= {key: value for key, value in changes.items() if key in part}
 
 
 def _untied(source: PretrainedConfig, config: PretrainedConfig) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def describe(folder: Path, settings: LoRASettings, base: Path, hf_config: Pretra
     """Write the `adapter_config.json` that exports copy."""
     if dist.get_rank() == 0:
         folder.mkdir()
-        config = adapter_config(settings, base_folder=base, num_layers=hf_config.num_hidden_layers)
+        config = adapter_config(settings, base_folder=base, hf_config=hf_config)
         (folder / "adapter_config.json").write_text(json.dumps(config))
     dist.barrier()
 

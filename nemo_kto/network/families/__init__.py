@@ -18,6 +18,9 @@ from nemo_kto.runtime.layout import ModelSizes
 
 SUPPORTED_MODEL_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
+WITH_IMAGES = {"gemma3": ("gemma3_text",), "mistral3": ("ministral3", "mistral")}
+"""Models that see images -> what their language models may be, which are a part of them (`text_config`)."""
+
 
 def family_of(hf: Any, source: str | Path = "") -> Family:
     """Return the family of a model's configuration.
@@ -32,7 +35,7 @@ def family_of(hf: Any, source: str | Path = "") -> Family:
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             f"{source or 'The model'}: the architecture {hf.model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}."
+            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}; of {' and '.join(WITH_IMAGES)} the language model."
         )
     family: Family = importlib.import_module(f"{__name__}.{hf.model_type}").FAMILY
     return family
@@ -50,6 +53,8 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
     """
     try:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if keys.get("model_type") in WITH_IMAGES:
+            keys = keys["text_config"]
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
         sizes = dimensions_of(hf).divided
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, ConfigError):
