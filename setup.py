@@ -29,7 +29,7 @@ setup(
         "einops",  # imported by nemo_toolkit, which does not declare it
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
-        "lightning>=2.4,<2.5",
+        "lightning>=2.4,<2.6",
         "loky>=3.4",
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.19",

@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
         heads, length, _ = query.shape
         chunks = _chunks(length, heads, scoring.window, memory)
         normalizers = torch.empty(heads, length, dtype=torch.float32, device=query.device)
-        output = torch.empty_like(query)
+        output = query.new_empty(heads, length, value.shape[-1])
         for chunk in chunks:
             scores = scoring.scores(_products(query, key, chunk))
             scores.masked_fill_(chunk.hidden(scoring.window, query.device), -math.inf)
@@ -148,7 +148,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, sinks, normalizers = ctx.saved_tensors
         scoring, chunks = ctx.settings
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros(key.shape, dtype=torch.float32, device=key.device) for _ in range(2))
+        grad_key, grad_value = (torch.zeros(it.shape, dtype=torch.float32, device=it.device) for it in (key, value))
         grad_sinks = None if sinks is None else torch.zeros(sinks.shape, dtype=torch.float32, device=sinks.device)
         for chunk in chunks:
             sums, wanted = normalizers[:, chunk.queries], grad[:, chunk.queries]

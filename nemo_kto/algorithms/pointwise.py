@@ -58,7 +58,7 @@ def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         `[..., f]` in the dtype of `projected`.
     """
-    output: Tensor = _GatedUnit.apply(projected, weights, _SILU)  # type: ignore[no-untyped-call]
+    output: Tensor = _GatedUnit.apply(projected, weights, _Gating(_SILU))  # type: ignore[no-untyped-call]
     return output
 
 
@@ -71,7 +71,29 @@ def geglu(projected: Tensor) -> Tensor:
     Returns:
         `[..., f]` in the dtype of `projected`.
     """
-    output: Tensor = _GatedUnit.apply(projected, None, _GELU)  # type: ignore[no-untyped-call]
+    output: Tensor = _GatedUnit.apply(projected, None, _Gating(_GELU))  # type: ignore[no-untyped-call]
+    return output
+
+
+def quick_geglu(
+    projected: Tensor, weights: Tensor | None = None, *, offset: float = 0.0, limit: float | None = None
+) -> Tensor:
+    """Return `gate * sigmoid(1.702 gate) * (up + offset)`, times `weights` if given.
+
+    The sigmoid form of GELU is from arXiv 1606.08415, section 2; with an offset of one and a limit it is gpt-oss's
+    (arXiv 2508.10925).
+
+    Args:
+        projected: `[..., 2 f]`, the gate's channels first.
+        weights: See `swiglu`.
+        offset: Added to `up`.
+        limit: Largest value of the gate, and largest magnitude of `up`; None for no limit.
+
+    Returns:
+        `[..., f]` in the dtype of `projected`.
+    """
+    gating = _Gating(_QUICK_GELU, offset, limit)
+    output: Tensor = _GatedUnit.apply(projected, weights, gating)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -148,25 +170,57 @@ def _gelu_gradient(grad: Tensor, gate: Tensor, into: Tensor) -> Tensor:
     )
 
 
+def _quick_gelu(gate: Tensor) -> Tensor:
+    return torch.sigmoid(1.702 * gate).mul_(gate)
+
+
+def _quick_gelu_gradient(grad: Tensor, gate: Tensor, into: Tensor) -> Tensor:
+    share = torch.sigmoid(1.702 * gate)
+    return torch.mul(grad, share * (1 + 1.702 * gate * (1 - share)), out=into)
+
+
 _SILU = _Activation(F.silu, _silu_gradient)
 _GELU = _Activation(gelu, _gelu_gradient)
+_QUICK_GELU = _Activation(_quick_gelu, _quick_gelu_gradient)
+
+
+class _Gating(NamedTuple):
+    """How a gated unit is made of its two halves; see `quick_geglu`."""
+
+    activation: _Activation
+    offset: float = 0.0
+    limit: float | None = None
+
+    def halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the activation is of, and what it is multiplied with."""
+        gate, up = projected.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate, up + self.offset if self.offset else up
+
+    def stop(self, grad_projected: Tensor, projected: Tensor) -> None:
+        """Leave no gradient, in place, to what the limit has replaced."""
+        if self.limit is not None:
+            grads, (gate, up) = grad_projected.chunk(2, dim=-1), projected.chunk(2, dim=-1)
+            grads[0].masked_fill_(gate > self.limit, 0.0)
+            grads[1].masked_fill_(up.abs() > self.limit, 0.0)
 
 
 class _GatedUnit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, weights: Tensor | None, activation: _Activation) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, weights: Tensor | None, gating: _Gating) -> Tensor:
         ctx.save_for_backward(projected, weights)
-        ctx.activation = activation
-        gate, up = projected.chunk(2, dim=-1)
-        output = activation.function(gate).mul_(up)
+        ctx.gating = gating
+        gate, up = gating.halves(projected)
+        output = gating.activation.function(gate).mul_(up)
         return output if weights is None else (output * weights).to(projected.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         projected, weights = ctx.saved_tensors
-        gate, up = projected.chunk(2, dim=-1)
-        activated, grad_weights = ctx.activation.function(gate), None
+        gate, up = ctx.gating.halves(projected)
+        activated, grad_weights = ctx.gating.activation.function(gate), None
         if weights is not None:
             if ctx.needs_input_grad[1]:
                 grad_weights = ((activated * up).to(weights.dtype) * grad).sum(-1, keepdim=True)
@@ -175,7 +229,8 @@ class _GatedUnit(torch.autograd.Function):
         grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
         torch.mul(grad, activated, out=grad_up)
         torch.mul(grad, up, out=grad_gate)
-        ctx.activation.gradient_into(grad_gate, gate, grad_gate)
+        ctx.gating.activation.gradient_into(grad_gate, gate, grad_gate)
+        ctx.gating.stop(grad_projected, projected)
         return grad_projected, grad_weights, None
 
 

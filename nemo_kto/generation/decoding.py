@@ -31,8 +31,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from nemo_kto.data.batches.packed_rows import PackedRow
 from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.kto.scoring import boundaries, part_of, rows_known, unwrapped
-from nemo_kto.network.attention import CachedRowParams, KeyValueCache
+from nemo_kto.network.attention import CachedRowParams
 from nemo_kto.network.gpt import tensor_generator
+from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.parallel import RankPosition
 

@@ -2,7 +2,7 @@
 
 Tensor legend: `T` tokens of the row, `c` context-parallel ranks, `T/c` consecutive tokens of it on this rank, `n`
 tokens of one document, `a` query heads and `g` key/value heads of this tensor-parallel rank, `d` channels of a head,
-`b` documents whose keys and values are kept, `m` tokens of the longest of them.
+of which values and the output may have another number.
 """
 
 from __future__ import annotations
@@ -19,81 +19,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
+from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.model_config import ModelConfig
+from nemo_kto.network.sharded import mark_divided
 
 _SMALLEST_CHUNK = 256
 """Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
-
-_MORE_ROOM = 64
-"""Fewest tokens by which the memory for keys and values grows."""
-
-
-class KeyValueCache:
-    """Keys and values of a row's documents, kept so that a document can go on by computing its newest token only.
-
-    The first pass takes whole documents, every later one the newest token of each. What comes in a row behind the `b`
-    documents only fills it up; nothing of it is kept. With context parallelism each rank has its heads of all tokens.
-    """
-
-    def __init__(self) -> None:
-        self._stored: dict[int, torch.Tensor] = {}  # layer -> [2, b, g, room, d]: keys, then values
-        self._lengths: list[int] = []
-        self._newest = torch.empty(0, dtype=torch.int64)
-
-    def begin(self, lengths: Sequence[int], device: torch.device) -> None:
-        """Prepare for a pass after which the documents have `lengths`, its own tokens included, on `device`."""
-        self._lengths = list(lengths)
-        self._newest = torch.tensor(self._lengths, dtype=torch.int64, device=device) - 1
-
-    def keep(self, documents: Sequence[int]) -> None:
-        """Forget all documents but those with these numbers, ascending, counted from 0 in the row."""
-        chosen = torch.tensor(documents, dtype=torch.int64, device=self._newest.device)
-        self._stored = {layer: stored[:, chosen] for layer, stored in self._stored.items()}
-
-    def holds(self, layer: int) -> bool:
-        """Return whether the layer with this number has had its first pass."""
-        return layer in self._stored
-
-    def start(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a layer's keys and values of whole documents, `[T, g, d]` each."""
-        _, heads, channels = key.shape
-        # zeros, as memory behind a document's end is read and then masked: zero times NaN would be NaN
-        stored = key.new_zeros(2, len(self._lengths), heads, max(self._lengths, default=0), channels)
-        end = 0
-        for document, length in enumerate(self._lengths):
-            start, end = end, end + length
-            stored[0, document, :, :length] = key[start:end].transpose(0, 1)
-            stored[1, document, :, :length] = value[start:end].transpose(0, 1)
-        self._stored[layer] = stored
-
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values `[b, g, m, d]` of all tokens, those of each document's newest one added.
-
-        Args:
-            layer: Number of the layer.
-            key: `[T, g, d]`, of which the first `b` are the documents' newest tokens.
-            value: `[T, g, d]`.
-        """
-        longest, stored = max(self._lengths, default=0), self._stored[layer]
-        missing = longest - stored.shape[3]
-        if missing > 0:
-            # by half as much again, so that copying takes a constant share of a token's time
-            room = max(missing, stored.shape[3] // 2, _MORE_ROOM)
-            stored = F.pad(stored, (0, 0, 0, room))
-            self._stored[layer] = stored
-        documents = torch.arange(stored.shape[1], device=stored.device)
-        stored[0, documents, :, self._newest] = key[: len(documents)]
-        stored[1, documents, :, self._newest] = value[: len(documents)]
-        return stored[0, :, :, :longest], stored[1, :, :, :longest]
-
-    def visible(self, window: int | None) -> torch.Tensor:
-        """Return `[b, m]` bool: the tokens that each document's newest one sees, `window` or all before itself."""
-        longest = max(self._lengths, default=0)
-        distance = self._newest[:, None] - torch.arange(longest, device=self._newest.device)
-        return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
 
 @dataclass(kw_only=True)
@@ -131,14 +65,20 @@ class DocumentAttention(MegatronModule):
 
     Args:
         config: The model's configuration; `window_size=(w, 0)` lets token i see tokens i-w..i on the layers that
-            `window_attn_skip_freq` selects; `attention_cap` caps the scores.
+            `window_attn_skip_freq` selects; `attention_cap` caps the scores; with `softmax_type="learnable"` each head
+            has a sink.
         layer_number: Number of the layer, from 1.
         attn_mask_type: Always causal here, given by the layer specification.
         attention_type: Always "self" here.
         softmax_scale: Factor of the scores; None for 1/sqrt(d).
         pg_collection: Megatron's process groups; `cp` is the context-parallel one. None without any.
         kwargs: What Megatron passes besides.
+
+    Attributes:
+        softmax_offset: The sinks `[a]`, see `algorithms.attention.attend`; None for none.
     """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -155,13 +95,20 @@ class DocumentAttention(MegatronModule):
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             self.cp_group = pg_collection.cp
+        self._tp_group = getattr(pg_collection, "tp", None)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size[0]
         self._scoring: Scoring | None = None
-        if config.attention_cap is not None:
+        sinks = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            sinks = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            mark_divided(sinks, dim=0)
+        self.register_parameter("softmax_offset", sinks)  # Transformer Engine's name
+        if config.attention_cap is not None or sinks is not None:
             scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
             self._scoring = Scoring(scale, self.window, config.attention_cap)
 
@@ -201,6 +148,29 @@ class DocumentAttention(MegatronModule):
             output = _own_tokens(output, self.cp_group)
         return output.reshape(output.shape[0], 1, -1)
 
+    def _sinks(self) -> torch.Tensor | None:
+        """Return the sinks `[a/c]` of the heads that this rank has of whole rows."""
+        if self.softmax_offset is None or self.cp_group is None:
+            return self.softmax_offset
+        return self.softmax_offset.chunk(self.cp_group.size())[self.cp_group.rank()]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return Megatron's, with the sinks divided as the heads are."""
+        if self.softmax_offset is None:
+            return {}
+        assert metadata is not None
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state
+
     def _documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
@@ -213,11 +183,12 @@ class DocumentAttention(MegatronModule):
     ) -> torch.Tensor:
         """Return `[T, a, d]` for the newest token of each document; zeros for tokens that fill up the row."""
         keys, values = cache.append(self.layer_number, key, value)
-        output = torch.zeros_like(query)
+        output = query.new_zeros(*query.shape[:2], value.shape[-1])
         documents = len(keys)
         if documents and self._scoring is not None:
             visible = cache.visible(self.window)
-            output[:documents] = attend_newest(query[:documents], keys, values, visible, self._scoring)
+            scored = (visible, self._scoring, self._sinks())
+            output[:documents] = attend_newest(query[:documents], keys, values, *scored)
         elif documents:
             # the query heads that share keys are as good as so many queries with the same mask: nothing is repeated
             grouped = query[:documents].unflatten(1, (keys.shape[1], -1))
@@ -230,7 +201,7 @@ class DocumentAttention(MegatronModule):
         """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""
         length, window = query.shape[2], self.window
         if self._scoring is not None:
-            output = attend(query[0], key[0], value[0], self._scoring)[None]
+            output = attend(query[0], key[0], value[0], self._scoring, self._sinks())[None]
         elif window is None or length <= window + 1:
             output = self._attend(query, key, value, None)
         else:
@@ -251,9 +222,16 @@ class DocumentAttention(MegatronModule):
         if query.shape[1] != key.shape[1] and not _takes_grouped_heads(query, mask):
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        return F.scaled_dot_product_attention(
+        channels = value.shape[-1]
+        if query.shape[-1] != channels:
+            # no kernel that does without all scores takes values of another width: channels of zeros change nothing
+            assert self.softmax_scale is not None, "it would depend on them"
+            widest = max(query.shape[-1], channels)
+            query, key, value = (F.pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
+        return attended[..., :channels]
 
 
 def _takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -277,6 +255,8 @@ def _whole_rows(
 ) -> Sequence[torch.Tensor]:
     """Return this rank's heads of whole rows, `[T, a/c, d]` and twice `[T, g'/c, d]`: one all-to-all over `group`.
 
+    Values may have other channels than queries and keys have.
+
     Args:
         query: `[T/c, a, d]`.
         key: `[T/c, g, d]`; its heads are repeated to `g'`, the least multiple of `g` that `c` divides.
@@ -287,9 +267,10 @@ def _whole_rows(
     repeats = math.lcm(kv_heads, size) // kv_heads
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    by_rank = [part.unflatten(1, (size, -1)) for part in (query, key, value)]
-    received = all_to_all(group, torch.cat(by_rank, dim=2).transpose(0, 1))  # [c, T/c, (a + 2 g') / c, d]
-    return received.flatten(0, 1).split([part.shape[2] for part in by_rank], dim=1)
+    by_rank = [part.unflatten(1, (size, -1)).flatten(2) for part in (query, key, value)]
+    received = all_to_all(group, torch.cat(by_rank, dim=2).transpose(0, 1))  # [c, T/c, (a + 2 g') / c * d]
+    parts = received.flatten(0, 1).split([part.shape[2] for part in by_rank], dim=1)
+    return [part.unflatten(1, (-1, own.shape[-1])) for part, own in zip(parts, (query, key, value), strict=True)]
 
 
 def _own_tokens(output: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

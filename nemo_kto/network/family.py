@@ -58,6 +58,7 @@ class Mixture:
         scale: What the probabilities of the chosen experts are multiplied with in the end.
         groups: Experts come in so many equal groups.
         chosen_groups: Only the experts of so many groups are eligible: of those whose best two are best together.
+        biased: Whether routers and experts have biases as other linear layers have.
     """
 
     experts: int
@@ -71,6 +72,7 @@ class Mixture:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    biased: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,32 @@ class Biases:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """The sizes of multi-head latent attention (arXiv 2405.04434, section 2.1), in channels.
+
+    Attributes:
+        queries: What queries are compressed to; None where they are not.
+        keys_and_values: What keys and values together are compressed to.
+        plain: Of each head's queries and keys, without a position.
+        rotated: Of each head's queries, and of the keys of all heads together, with the rotary embedding.
+        values: Of each head's values.
+        norm_epsilon: Epsilon of the norms of what is compressed.
+    """
+
+    queries: int | None
+    keys_and_values: int
+    plain: int
+    rotated: int
+    values: int
+    norm_epsilon: float = 1e-6
+
+    @property
+    def scored(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.plain + self.rotated
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dimensions:
     """The sizes of a model, and which of the smaller parts it has.
 
@@ -98,7 +126,7 @@ class Dimensions:
         feed_forward: Channels inside a dense feed-forward part.
         heads: Query heads.
         groups: Key/value heads.
-        head_channels: Channels of a head.
+        head_channels: Channels of a head; with latent attention those that the rotary embedding is of.
         vocabulary: Tokens, without padding.
         tied: Whether the output layer is the embedding.
         biases: Biases of linear layers.
@@ -106,6 +134,7 @@ class Dimensions:
         head_norms: Whether queries and keys are normed.
         norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
         mixture: The mixtures of experts; None for a dense model.
+        latent: Sizes of latent attention; None for the usual one.
     """
 
     layers: int
@@ -121,6 +150,7 @@ class Dimensions:
     head_norms: bool
     norms_of_all_heads: bool
     mixture: Mixture | None
+    latent: Latent | None = None
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -140,6 +170,7 @@ class Dimensions:
             num_experts=0 if mixture is None else mixture.experts,
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
+            expert_biases=mixture is not None and mixture.biased,
             shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
         )
 
@@ -198,7 +229,7 @@ def _nothing(hf: Any) -> dict[str, Any]:
     return {}
 
 
-def _dense(hf: Any) -> None:
+def _none(hf: Any) -> None:
     return None
 
 
@@ -214,12 +245,16 @@ class Family:
         weights: Returns the table of weights of a model with these sizes, see `tables.py`.
         fields: Returns the fields of `ModelConfig` that differ from Llama's.
         mixture: Returns the mixtures of experts; None for a dense model.
+        latent: Returns the sizes of latent attention; None for the usual one.
         unsupported: Returns what cannot be expressed here.
         biases: Returns which linear layers have a bias.
+        activation: The activation of its feed-forward parts, as `ACTIVATIONS` has it; None for the one that a field
+            names.
         layer_norms: Whether its norms are LayerNorms.
         head_norms: Returns whether queries and keys are normed.
         norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
-        projections: Names of the linear layers outside the experts, see `projections.py`.
+        projections: Names of the linear layers outside the experts, see `projections.py`; a function of the
+            configuration where they depend on it.
         feed_forward_adapters: Whether those of them that are no part of attention can have adapters. In most mixtures
             PEFT takes their names for those that transformers 4 had for the experts' matrices, in dense layers too.
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
@@ -231,13 +266,15 @@ class Family:
 
     weights: Callable[[Dimensions], Iterable[Rule]]
     fields: Callable[[Any], dict[str, Any]] = _nothing
-    mixture: Callable[[Any], Mixture | None] = _dense
+    mixture: Callable[[Any], Mixture | None] = _none
+    latent: Callable[[Any], Latent | None] = _none
     unsupported: Callable[[Any], Refusals] = unlike_llama
     biases: Callable[[Any], Biases] = biases_of_fields
+    activation: str | None = None
     layer_norms: bool = False
     head_norms: Callable[[Any], bool] = _no
     norms_of_all_heads: bool = False
-    projections: tuple[str, ...] = SEPARATE
+    projections: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = SEPARATE
     feed_forward_adapters: bool = True
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
@@ -260,6 +297,7 @@ class Family:
             head_norms=self.head_norms(hf),
             norms_of_all_heads=self.norms_of_all_heads,
             mixture=self.mixture(hf),
+            latent=self.latent(hf),
         )
 
     def rules(self, hf: Any) -> list[Rule]:

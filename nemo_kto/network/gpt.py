@@ -227,6 +227,7 @@ def build_gpt(
     )
     mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
+    moe.add_expert_biases(model)
     moe.freeze_router_biases(model, config)
     _clear_vocabulary(model)
     if not by_document:

@@ -14,7 +14,7 @@ from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
 from nemo_kto.network.families import WITH_IMAGES, dimensions_of, family_of
 from nemo_kto.network.family import PART_OF, Refusals
-from nemo_kto.network.quantised import Quantisation
+from nemo_kto.network.quantised import quantisation_of
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -43,7 +43,7 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """Return what the `config.json` of a folder says, of a supported architecture.
 
-    Of a model that sees images it is the configuration of its language model, see `family.whole_of`. Weights in eight
+    Of a model that sees images it is the configuration of its language model, see `family.whole_of`. Weights in fewer
     bits are read as plain numbers, see `quantised.py`: it says nothing of them.
 
     Raises:
@@ -65,7 +65,7 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
     except Exception as error:  # its checks of single fields raise classes with no common base
         text = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
-    if Quantisation.of(keys, file) is not None:
+    if quantisation_of(keys, file) is not None:
         del config.quantization_config
     return _language_model_of(config, file) if named.model_type in WITH_IMAGES else config
 
@@ -106,7 +106,9 @@ def check_hf_config(config: PretrainedConfig) -> None:
     family = family_of(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
-    if getattr(config, "is_heterogeneous", False):
+    # transformers 5.8 knows nothing of it, and would leave it out; in later ones each configuration has it
+    differ = getattr(config, "is_heterogeneous", bool(getattr(config, "per_layer_config", None)))
+    if differ:
         raise ConfigError(f"{source}: per_layer_config is not supported, as layers that differ in size are not.")
     if getattr(config, "transformers_weights", None) is not None:
         raise ConfigError(f"{source}: transformers_weights is not supported. Call the file model.safetensors.")

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_kto.errors import ConfigError
 from nemo_kto.network import moe
 from nemo_kto.network.attention import DocumentAttention
+from nemo_kto.network.latent_attention import LatentAttention
 from nemo_kto.network.layers import FamilyAttention, FamilyLayer
 from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.network.norms import norm_of
@@ -64,15 +65,19 @@ def _layer_spec(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
     # Transformer Engine's linear layers have the norm inside that is before them
-    if engine is not None and not unfused and config.norms_before:
+    if engine is not None and not unfused and config.norms_before and config.latent is None:
         layer = engine
     else:
         layer = _unfused_layer(config, num_experts, engine)
     attention = layer.submodules.self_attention
-    attention.module = FamilyAttention
-    attention.params = {**attention.params, "separate_values": by_document}
     if by_document:
         attention.submodules.core_attention = DocumentAttention
+    attention.module = FamilyAttention
+    if config.latent is None:
+        attention.params = {**attention.params, "separate_values": by_document}
+    else:
+        attention.module = LatentAttention
+        del layer.submodules.sharded_state_dict_keys_map["input_layernorm."]  # no layer that could have it inside
     if config.norms_after or config.residual_multiplier != 1.0:
         layer.module = FamilyLayer
     return layer
@@ -99,14 +104,16 @@ def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleS
 def attends_by_document(config: ModelConfig, use_transformer_engine: bool) -> bool:
     """Return whether attention is `DocumentAttention`.
 
-    None of Transformer Engine's kernels takes packed rows in float32; its context parallelism wants another order of
-    tokens; it has no caps.
+    None of Transformer Engine's kernels takes packed rows in float32, or with sinks; its context parallelism wants
+    another order of tokens; it has no caps. Latent attention has keys that all heads share.
     """
     return (
         not use_transformer_engine
         or config.params_dtype == torch.float32
         or config.context_parallel_size > 1
         or config.attention_cap is not None
+        or config.softmax_type != "vanilla"
+        or config.latent is not None
     )
 
 

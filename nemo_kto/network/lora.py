@@ -41,7 +41,8 @@ from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, linear_layers, parts_of, place_in_layer
+from nemo_kto.network.latent_attention import WholeLinear
+from nemo_kto.network.projections import LoRASettings, linear_layers, linear_of, parts_of, place_in_layer
 from nemo_kto.network.sharded import sharded_leaves
 
 
@@ -224,6 +225,16 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):  # type: ignore[mis
         return int(self.tp_group.rank() * self.input_size_per_partition)
 
 
+class AdaptedWholeLinear(_Adapted, WholeLinear):
+    """A layer that every rank has all of, with adapters that are so too."""
+
+    def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
+        return inner
+
+    def _tokens_of_input(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys.chunk(self.tp_group.size())[self.tp_group.rank()] if self.sequence_parallel else keys
+
+
 def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
     """Freeze `model` and give the chosen projections adapters, whose values are still to be set.
 
@@ -241,7 +252,7 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         if number not in settings.layers:
             continue
         for name, parts in linear_layers(model.hf_config).items():
-            chosen = [projection for projection in settings.projections if LINEAR_OF[projection] == name]
+            chosen = [projection for projection in settings.projections if linear_of(projection, sizes) == name]
             if chosen:
                 places, names = zip(*(place_in_layer(projection, number, sizes) for projection in chosen), strict=True)
                 linear = layer.get_submodule(places[0])
@@ -274,14 +285,15 @@ def _adapt(
     classes = {
         ColumnParallelLinear: AdaptedColumnParallelLinear,
         RowParallelLinear: AdaptedRowParallelLinear,
+        WholeLinear: AdaptedWholeLinear,
     }
-    linear.__class__ = classes[type(linear)]
+    kind = type(linear)
+    linear.__class__ = classes[kind]
     config, tp_size = linear.config, linear.tp_group.size()
-    is_column = isinstance(linear, ColumnParallelLinear)
     outputs, inputs = linear.weight.shape
     linear._groups = 1
     rows = dict.fromkeys(parts, outputs // len(parts))
-    if "q_proj" in parts:  # Megatron keeps each key/value head with those of its queries
+    if "k_proj" in parts:  # Megatron keeps each key/value head with those of its queries
         linear._groups = config.num_query_groups // tp_size
         per_group = config.num_attention_heads // config.num_query_groups
         rows = {"q_proj": per_group * config.kv_channels, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
@@ -293,7 +305,11 @@ def _adapt(
         own = {part: rows[part] * linear._groups for part in parts_of(projection)}
         adapter = Adapter(linear.weight, inputs=inputs, outputs=own, rank=settings.rank)
         a_name, b_names = ["lora_a"], list(adapter.b_names.values())
-        divided, whole, dim = (b_names, a_name, 0) if is_column else (a_name, b_names, 1)
+        divided, whole, dim = {
+            ColumnParallelLinear: (b_names, a_name, 0),
+            RowParallelLinear: (a_name, b_names, 1),
+            WholeLinear: ([], a_name + b_names, 0),
+        }[kind]
         for matrix in divided:
             linear._sharded_dim[f"{projection}.{matrix}"] = dim
             set_tensor_model_parallel_attributes(getattr(adapter, matrix), is_parallel=True, dim=dim, stride=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from transformers import PretrainedConfig
 
 from nemo_kto.algorithms import pointwise
@@ -79,14 +80,15 @@ def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> di
         "ffn_hidden_size": sizes.feed_forward,
         "num_attention_heads": sizes.heads,
         "num_query_groups": sizes.groups,
-        "kv_channels": sizes.head_channels,
+        "kv_channels": sizes.head_channels if sizes.latent is None else sizes.latent.values,
+        "latent": sizes.latent,
         "normalization": "LayerNorm" if family.layer_norms else "RMSNorm",
         "layernorm_epsilon": getattr(hf, "rms_norm_eps", None),
         "qk_layernorm": sizes.head_norms and not sizes.norms_of_all_heads,
         "norms_of_all_heads": sizes.head_norms and sizes.norms_of_all_heads,
         "add_qkv_bias": sizes.biases.inputs,
         "attention_output_bias": sizes.biases.output,
-        "add_bias_linear": sizes.biases.feed_forward,
+        "add_bias_linear": sizes.biases.feed_forward or (sizes.mixture is not None and sizes.mixture.biased),
         "gated_linear_unit": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -94,16 +96,17 @@ def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> di
         "rotary_tables": RotaryEmbedding(hf, sizes.head_channels).tables_of_layers,
         **family.fields(hf),
     }
-    return {**fields, **_activation(ACTIVATIONS[getattr(hf, activation_field(hf))], gated=fields["gated_linear_unit"])}
+    activation = family.activation or ACTIVATIONS[getattr(hf, activation_field(hf))]
+    return {**fields, **_activation(activation, gated=fields["gated_linear_unit"])}
 
 
 def _activation(name: str, *, gated: bool) -> dict[str, Any]:
-    """Return the fields of an activation, by its name in `ACTIVATIONS`.
+    """Return the fields of an activation, by its name in `ACTIVATIONS` or a family's own.
 
     What Megatron fuses are functions of `algorithms/pointwise.py`, see `keep_less_for_backward`; of GELU, in a gated
     part, the tanh form.
     """
-    functions = {"silu": F.silu, "gelu": F.gelu if gated else pointwise.gelu}
+    functions = {"silu": F.silu, "gelu": F.gelu if gated else pointwise.gelu, "quick_gelu": quick_gelu}
     return {"activation_func": functions[name], "bias_activation_fusion": gated}
 
 

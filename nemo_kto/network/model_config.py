@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_kto.network.family import Latent
+
 
 @dataclass
 class ModelConfig(TransformerConfig):
@@ -23,6 +25,7 @@ class ModelConfig(TransformerConfig):
         residual_multiplier: What the outputs of attention and feed-forward part are multiplied with.
         logits_multiplier: What the products of hidden states and output layer are multiplied with.
         logits_cap: Largest logit after that, see `algorithms.logprobs.LogitShape`; None for no cap.
+        latent: Sizes of latent attention, see `latent_attention.py`; None for the usual one.
         attention_cap: Largest score of attention, see `algorithms.attention.Scoring`; None for no cap.
         rotary_scales_queries: Whether the rotary embedding has a table for keys and one for queries, with a factor.
         rotary_tables: Which of the tables of its rotary embedding each layer takes, see `RotaryEmbedding`; None where
@@ -38,6 +41,7 @@ class ModelConfig(TransformerConfig):
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_cap: float | None = None
+    latent: Latent | None = None
     attention_cap: float | None = None
     rotary_scales_queries: bool = False
     rotary_tables: tuple[int, ...] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -93,6 +94,17 @@ def router_biases(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield module.expert_bias
 
 
+def add_expert_biases(model: torch.nn.Module) -> None:
+    """Let experts add their last bias, which Megatron does in place, to what no other tensor is a view of.
+
+    Where neither tensor nor expert parallelism is there, the layer's output comes through a reduction over one rank,
+    which returns it as it is: autograd then forbids the addition (transformer/mlp.py, Megatron-Core 0.16).
+    """
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear) and module.is_expert:
+            module.explicit_expert_comm = True  # what there is to reduce the dispatcher reduces, as it does otherwise
+
+
 def mark_expert_weights(model: torch.nn.Module) -> None:
     """Say of each expert's weight that other ranks hold copies of it than of the rest of the model.
 
@@ -107,4 +119,6 @@ def mark_expert_weights(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            mark_divided(parameter, dim=1 if ".linear_fc2." in name else 0)
+            # Megatron marks biases behind row-parallel layers; but their gradient is summed with the experts' weights'
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            mark_divided(parameter, dim=1 if ".linear_fc2.weight" in name else 0)

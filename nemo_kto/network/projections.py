@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.families import family_of
+from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import Dimensions
 
 LINEAR_OF = {
     "q_proj": "self_attention.linear_qkv",
     "k_proj": "self_attention.linear_qkv",
     "v_proj": "self_attention.linear_qkv",
+    "q_a_proj": "self_attention.linear_q_down_proj",
+    "q_b_proj": "self_attention.linear_q_up_proj",
+    "kv_a_proj_with_mqa": "self_attention.linear_kv_down_proj",
+    "kv_b_proj": "self_attention.linear_kv_up_proj",
     "o_proj": "self_attention.linear_proj",
     "gate_proj": "mlp.linear_fc1",
     "up_proj": "mlp.linear_fc1",
@@ -25,21 +29,25 @@ LINEAR_OF = {
     "c_fc": "mlp.linear_fc1",
     "c_proj": "mlp.linear_fc2",
 }
-"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of."""
+"""Projection, by its name in Hugging Face -> Megatron's linear layer that it is, or is part of; see `linear_of`."""
 
+_LATENT_QUERIES = "self_attention.linear_q_proj"
+_OUTPUT = "self_attention.linear_proj"
+_ALL = (*dict.fromkeys(LINEAR_OF.values()), _LATENT_QUERIES)
+_QKV = tuple(name for name in _ALL if name.startswith("self_attention.") and name != _OUTPUT)
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Projection that returns several parts of a linear layer -> those parts, in their order."""
 
 
 _GROUPS = {
-    "attention_qkv": ("self_attention.linear_qkv",),
-    "attention_dense": ("self_attention.linear_proj",),
+    "attention_qkv": _QKV,
+    "attention_dense": (_OUTPUT,),
     "mlp_fc1": ("mlp.linear_fc1",),
     "mlp_fc2": ("mlp.linear_fc2",),
-    "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "attention": (*_QKV, _OUTPUT),
     "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
-    "all": tuple(dict.fromkeys(LINEAR_OF.values())),
+    "all": _ALL,
 }
 """NeMo's names of target modules -> linear layers."""
 
@@ -52,7 +60,15 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 def projections_of_model(hf_config: PretrainedConfig) -> tuple[str, ...]:
     """Return the projections of a model's layers."""
-    return ordered(family_of(hf_config).projections)
+    projections = family_of(hf_config).projections
+    return ordered(projections(hf_config) if callable(projections) else projections)
+
+
+def linear_of(projection: str, sizes: Dimensions) -> str:
+    """Return the linear layer that a projection of a model is, or is part of."""
+    if projection == "q_proj" and sizes.latent is not None:
+        return _LATENT_QUERIES
+    return LINEAR_OF[projection]
 
 
 def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str, str]:
@@ -61,7 +77,7 @@ def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str,
     In a layer of experts those of the feed-forward part are the shared expert's. Hugging Face has it as a module in
     the mixture, whose name and a hyphen are in front of the adapters' then.
     """
-    linear, mixture = LINEAR_OF[projection], sizes.mixture
+    linear, mixture = linear_of(projection, sizes), sizes.mixture
     if mixture is None or mixture.shared is None or layer not in mixture.sparse_layers or linear[:4] != "mlp.":
         return linear, projection
     return linear.replace("mlp.", "mlp.shared_experts."), f"{mixture.shared.name}-{projection}"
@@ -70,8 +86,9 @@ def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str,
 def linear_layers(hf_config: PretrainedConfig) -> dict[str, tuple[str, ...]]:
     """Return Megatron's linear layers of a transformer layer -> the parts their rows are made of, in their order."""
     layers: dict[str, tuple[str, ...]] = {}
+    sizes = dimensions_of(hf_config)
     for projection in projections_of_model(hf_config):
-        name = LINEAR_OF[projection]
+        name = linear_of(projection, sizes)
         layers[name] = (*layers.get(name, ()), *parts_of(projection))
     return layers
 
@@ -108,11 +125,11 @@ def projections_of(target_modules: Iterable[str], hf_config: PretrainedConfig) -
     Raises:
         ConfigError: The model has none of a name, or there is no name.
     """
-    known = projections_of_model(hf_config)
+    known, sizes = projections_of_model(hf_config), dimensions_of(hf_config)
     chosen: set[str] = set()
     for name in target_modules:
         if name in _GROUPS:
-            chosen.update(projection for projection in known if LINEAR_OF[projection] in _GROUPS[name])
+            chosen.update(projection for projection in known if linear_of(projection, sizes) in _GROUPS[name])
         elif name in known:
             chosen.add(name)
         else:

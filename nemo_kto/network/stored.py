@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_kto.errors import CheckpointError, git_lfs_hint
-from nemo_kto.network.quantised import BESIDE, SCALE, STORED_AS, Quantisation
+from nemo_kto.network.quantised import PackedTensor, quantisation_of_folder
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
 from nemo_kto.network.weight_rules import Piece, Region, names_in_whole, spellings
 
@@ -76,14 +76,15 @@ def weight_files(folder: Path) -> list[Path]:
 class SafetensorsFolder:
     """The tensors of a folder with one `model.safetensors` or with shards and an index; a context manager.
 
-    Of matrices in eight bits the scales are part of the matrix, which is read as plain numbers, see `Quantisation`.
+    What is stored in fewer bits is read as plain numbers, see `quantised.py`; its scales are no tensors of their own.
 
     Args:
         folder: Folder of a Hugging Face model.
 
     Attributes:
         names: Names of all tensors of the folder.
-        quantised: Those that are stored in eight bits.
+        quantised: Those that are stored in fewer bits.
+        quantisation: How they are; None where config.json says nothing of it.
         files: The files, see `weight_files`, with the names of the tensors that are read from each.
 
     Raises:
@@ -96,11 +97,16 @@ class SafetensorsFolder:
             self._handles = {file: _opened(stack, file) for file in weight_files(folder)}
             self._stack = stack.pop_all()
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
-        self._scales: dict[str, Any] = {}
-        self._quantisation = Quantisation.of_folder(folder)
-        if self._quantisation is not None:
-            self._take_scales(self._quantisation)
-        self.quantised = self._scales.keys()
+        self._packed: dict[str, PackedTensor] = {}
+        self.quantisation = quantisation_of_folder(folder)
+        if self.quantisation is not None:
+            self._packed.update(self.quantisation.packed(self._file_of, self._slice_of, str(folder)))
+            for name, packed in self._packed.items():
+                file = self._file_of[packed.parts[0]]
+                for part in packed.parts:
+                    self._file_of.pop(part, None)
+                self._file_of[name] = file
+        self.quantised = self._packed.keys()
         self.names = self._file_of.keys()
         self.files: dict[Path, list[str]] = {file: [] for file in self._handles}
         for name, file in self._file_of.items():
@@ -116,46 +122,27 @@ class SafetensorsFolder:
         """Close the files."""
         self._stack.close()
 
-    def _take_scales(self, quantisation: Quantisation) -> None:
-        """Find the scales of each matrix in eight bits, which are tensors of their own no longer."""
-        for name in [name for name in self._file_of if self._slice_of(name).get_dtype() == STORED_AS]:
-            if name + SCALE not in self._file_of:
-                raise CheckpointError(f"{self.folder} lacks {name}{SCALE}, the scales of {name}. Download it again.")
-            scales = self._slice_of(name + SCALE)
-            if scales.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{self.folder}: {name}{SCALE} is stored as {scales.get_dtype()}, no number.")
-            quantisation.check(f"{self.folder}: {name}", self.shape(name), tuple(scales.get_shape()))
-            self._scales[name] = scales
-        for name in self._scales:
-            module = name.rpartition(".")[0]
-            for other in (name + SCALE, *(f"{module}.{beside}" for beside in BESIDE)):
-                self._file_of.pop(other, None)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the file's header."""
-        return tuple(self._slice_of(name).get_shape())
+        return self._packed[name].shape if name in self._packed else tuple(self._slice_of(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor, from the file's header, as the safetensors format calls it: see `DTYPES`.
 
-        Of a matrix in eight bits it is that of the plain numbers.
+        Of one that is stored in fewer bits it is that of the plain numbers.
         """
-        if name in self._scales:
-            assert self._quantisation is not None
-            return self._quantisation.dtype
+        if name in self._packed:
+            assert self.quantisation is not None
+            return self.quantisation.dtype
         return str(self._slice_of(name).get_dtype())
 
     def read(self, piece: Piece, region: Region) -> torch.Tensor:
         """Return one block of a piece of a tensor in the file's dtype; nothing else of the tensor is read.
 
-        Of a matrix in eight bits it is in float32.
+        Of one that is stored in fewer bits it is in float32.
         """
-        where = piece.within(region)
-        block: torch.Tensor = self._slice_of(piece.name)[where]
-        if piece.name in self._scales:
-            assert self._quantisation is not None
-            block = self._quantisation.plain(block, *where, self._scales[piece.name])
-        return block if piece.stacked is None else block[0]
+        where, packed = piece.within(region), self._packed.get(piece.name)
+        return piece.taken_from(self._slice_of(piece.name)[where] if packed is None else packed.read(where))
 
     def equal(self, name: str, other: str) -> bool:
         """Return whether two tensors have the same shape and values."""

@@ -67,6 +67,34 @@ def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused:
         yield _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", layers, of_keys)
 
 
+def latent_attention(sizes: Dimensions) -> Iterator[Rule]:
+    """Yield the rules of each layer's latent attention, with the norm before it."""
+    latent, layers, h = sizes.latent, range(sizes.layers), sizes.hidden
+    assert latent is not None
+    ours, theirs = "self_attention.", "self_attn."
+
+    def linear(key: str, name: str, outputs: int, inputs: int, *, biased: bool = False) -> Iterator[Rule]:
+        return _linear(f"{ours}{key}.", f"{theirs}{name}.", layers, outputs, inputs, biased=biased)
+
+    yield from _norm("input_layernorm.", "input_layernorm", layers, h, biased=False)
+    queries, compressed, biased = sizes.heads * latent.scored, latent.keys_and_values, sizes.biases.inputs
+    if latent.queries is None:
+        yield from linear("linear_q_proj", "q_proj", queries, h)
+    else:
+        yield from linear("linear_q_down_proj", "q_a_proj", latent.queries, h, biased=biased)
+        yield _one(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight", layers, latent.queries)
+        yield from linear("linear_q_up_proj", "q_b_proj", queries, latent.queries)
+    yield from linear("linear_kv_down_proj", "kv_a_proj_with_mqa", compressed + latent.rotated, h, biased=biased)
+    yield _one(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight", layers, compressed)
+    yield from linear("linear_kv_up_proj", "kv_b_proj", sizes.heads * (latent.plain + latent.values), compressed)
+    yield from linear("linear_proj", "o_proj", h, sizes.heads * latent.values, biased=sizes.biases.output)
+
+
+def sinks(sizes: Dimensions) -> Iterator[Rule]:
+    """Yield the rules of the sinks of each layer's attention."""
+    yield _one("self_attention.core_attention.softmax_offset", "self_attn.sinks", range(sizes.layers), sizes.heads)
+
+
 def feed_forward(
     sizes: Dimensions, *, norm: str | None = "post_attention_layernorm", fused: str | None = None
 ) -> Iterator[Rule]:
@@ -126,6 +154,8 @@ class ExpertNames:
         separate: (gate, up, down) of one expert, where each is a tensor; `{expert}` stands for its number.
         together: (gate and up, down) of all experts, where each is a tensor.
         shared: The shared expert, if there is any.
+        alternating: Whether in those tensors input channels come before output channels, and channels of gate and up
+            take turns. Biases, where there are any, are called like the weights.
     """
 
     router: Sequence[str]
@@ -133,6 +163,7 @@ class ExpertNames:
     separate: Sequence[tuple[str, str, str]] = ()
     together: Sequence[tuple[str, str]] = ()
     shared: str = ""
+    alternating: bool = False
 
     @classmethod
     def of(cls, block: str, gate: str, up: str, down: str) -> ExpertNames:
@@ -172,10 +203,37 @@ def experts(sizes: Dimensions, names: ExpertNames) -> Iterator[Rule]:
         )
     ):
         single = [Piece(_THEIRS + each[place], shapes[part]) for each in names.separate]
-        all_in_one = [stacked(_THEIRS + each[place // 2], *shapes)[part] for each in names.together]
+        parts = _alternating if names.alternating else stacked
+        all_in_one = [parts(_THEIRS + each[place // 2], *shapes)[part] for each in names.together]
         places = [*single, *(replace(piece, stacked=e) for piece in all_in_one)]
         yield Rule(_EXPERT + key, (_anywhere(*places),), layers=layers, experts=e)
+    if mixture.biased:
+        yield from _expert_biases(sizes.hidden, mixture, names)
     yield from _shared_expert(sizes.hidden, mixture, names.shared)
+
+
+def _expert_biases(h: int, mixture: Mixture, names: ExpertNames) -> Iterator[Rule]:
+    """Yield the rules of the biases of each mixture's router and experts, which are all together."""
+    m, e, layers = mixture.feed_forward, mixture.experts, mixture.sparse_layers
+    assert names.alternating, "no other family has biases"
+    yield _one("mlp.router.bias", names.router[0].replace(".weight", ".bias"), layers, e)
+    first, second = (f"{_THEIRS}{name}_bias" for name in names.together[0])
+    gate, up = _alternating(first, (m,), (m,))
+    for key, piece in (
+        ("linear_fc1.bias_w", gate),
+        ("linear_fc1.bias_v", up),
+        ("linear_fc2.bias", Piece(second, (h,))),
+    ):
+        yield Rule(_EXPERT + key, (replace(piece, stacked=e),), layers=layers, experts=e)
+
+
+def _alternating(name: str, *shapes: tuple[int, ...]) -> tuple[Piece, ...]:
+    """Return the pieces of equal `shapes` whose rows take turns in the tensor `name`, as columns if they have any."""
+    total = sum(shape[0] for shape in shapes)
+    return tuple(
+        Piece(name, shape, first, total, every=len(shapes), transposed=len(shape) > 1)
+        for first, shape in enumerate(shapes)
+    )
 
 
 def _shared_expert(h: int, mixture: Mixture, block: str) -> Iterator[Rule]:

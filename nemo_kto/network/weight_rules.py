@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,15 @@ Region = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of a Hugging Face tensor, or all of it.
+    """Rows of a Hugging Face tensor, one behind the other or taking turns with others, or all of it.
 
     Attributes:
         name: Name of the tensor; `{layer}` and `{expert}` stand for numbers from 0.
         shape: Shape of the piece.
         first_row: Where it begins in the tensor.
         total_rows: Rows of the tensor; None for those of the piece.
+        every: Its rows are so many apart in the tensor: 1 for neighbours.
+        transposed: Whether the tensor has columns for the rows that are meant here: input channels come first.
         stacked: Number of the matrices that the tensor holds one behind the other, one for each expert; None where it
             is a single matrix.
         place: Which of them this one is.
@@ -39,6 +41,8 @@ class Piece:
     shape: tuple[int, ...]
     first_row: int = 0
     total_rows: int | None = None
+    every: int = 1
+    transposed: bool = False
     stacked: int | None = None
     place: int = 0
     elsewhere: tuple[Piece, ...] = ()
@@ -48,13 +52,23 @@ class Piece:
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         matrices = () if self.stacked is None else (self.stacked,)
-        return (*matrices, self.total_rows or self.shape[0], *self.shape[1:])
+        return (*matrices, *self._turned((self.total_rows or self.shape[0], *self.shape[1:])))
 
     def within(self, region: Region) -> Region:
-        """Return where the block `region` of the piece lies in the tensor."""
+        """Return where the block `region` of the piece lies in the tensor, with what lies between its rows."""
         rows, *rest = region
         matrices = () if self.stacked is None else (slice(self.place, self.place + 1),)
-        return (*matrices, slice(rows.start + self.first_row, rows.stop + self.first_row), *rest)
+        start = rows.start * self.every + self.first_row
+        stop = start if rows.stop == rows.start else (rows.stop - 1) * self.every + self.first_row + 1
+        return (*matrices, *self._turned((slice(start, stop), *rest)))
+
+    def taken_from(self, block: torch.Tensor) -> torch.Tensor:
+        """Return the piece's own of what was read where `within` says."""
+        matrix = block if self.stacked is None else block[0]
+        return (matrix.mT if self.transposed else matrix)[:: self.every]
+
+    def _turned(self, dimensions: tuple[Any, ...]) -> tuple[Any, ...]:
+        return dimensions[::-1] if self.transposed else dimensions
 
     def at(self, layer: int | str, expert: int | str) -> Piece:
         """Return the piece of one layer and expert."""

@@ -83,6 +83,7 @@ class ModelSizes:
         expert_layers: Numbers of those layers, from 0.
         expert_ffn_hidden_size: Channels inside an expert.
         shared_ffn_hidden_size: Channels inside the expert that all tokens go through; 0 without any.
+        expert_biases: Whether experts have biases.
     """
 
     num_layers: int
@@ -93,6 +94,7 @@ class ModelSizes:
     expert_layers: Sequence[int] = ()
     expert_ffn_hidden_size: int = 0
     shared_ffn_hidden_size: int = 0
+    expert_biases: bool = False
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
@@ -179,6 +181,11 @@ def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
         raise ConfigError(
             f"The {sizes.expert_ffn_hidden_size} channels of an expert cannot be divided by the experts' tensor-"
             f"parallel size {tensor}. Set model.expert_tensor_parallel_size to a divisor."
+        )
+    if tensor > 1 and sizes.expert_biases:
+        raise ConfigError(
+            f"The model's experts have biases, which the experts' tensor-parallel size {tensor} would add as many "
+            "times. Set model.expert_tensor_parallel_size=1: each process then has whole experts."
         )
     together = expert * tensor * layout.pipeline
     if layout.world_size % together:

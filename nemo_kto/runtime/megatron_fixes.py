@@ -35,8 +35,8 @@ def route_without_transformer_engine() -> None:
 def keep_less_for_backward() -> None:
     """Let what Megatron's configuration calls fused activations and rotary embeddings be `pointwise`'s; idempotent.
 
-    `bias_activation_fusion` would run functions of `fusions/fused_bias_swiglu.py` that torch.compile translates at
-    their first call, for which a machine needs a compiler; `apply_rope_fusion` needs Transformer Engine (Megatron-Core
+    `bias_activation_fusion` would run functions of `fusions/` that torch.compile translates at their first call, for
+    which a machine needs a compiler; `apply_rope_fusion` needs Transformer Engine (Megatron-Core
     0.16). Without them a feed-forward part keeps five tensors of its inner width, with them three.
     """
     for module in (mlp, shared_experts):
@@ -44,6 +44,7 @@ def keep_less_for_backward() -> None:
         module.bias_geglu_impl = _geglu
     for module in (mlp, experts):
         module.weighted_bias_swiglu_impl = _weighted_swiglu
+        module.weighted_bias_quick_geglu_impl = _weighted_quick_geglu
     rope_utils.fused_apply_rotary_pos_emb = _rotate
 
 
@@ -223,6 +224,18 @@ def _weighted_swiglu(
 
 def _geglu(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return pointwise.geglu(_biased(projected, bias))
+
+
+def _weighted_quick_geglu(
+    projected: torch.Tensor,
+    bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    fp8_input_store: bool = False,
+    linear_offset: float = 0.0,
+    clamp_value: float | None = None,
+) -> torch.Tensor:
+    assert not fp8_input_store, "no option of this package leads here"
+    return pointwise.quick_geglu(_biased(projected, bias), weights, offset=linear_offset, limit=clamp_value)
 
 
 def _biased(projected: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

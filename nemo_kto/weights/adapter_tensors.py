@@ -31,6 +31,14 @@ def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
     }
+    if model.latent is not None:
+        latent, heads = model.latent, model.heads
+        sizes["q_proj"] = (heads * latent.scored, hidden)
+        sizes["o_proj"] = (hidden, heads * latent.values)
+        sizes["kv_a_proj_with_mqa"] = (latent.keys_and_values + latent.rotated, hidden)
+        sizes["kv_b_proj"] = (heads * (latent.plain + latent.values), latent.keys_and_values)
+        if latent.queries is not None:
+            sizes["q_a_proj"], sizes["q_b_proj"] = (latent.queries, hidden), (heads * latent.scored, latent.queries)
     shared = None if model.mixture is None else model.mixture.shared
     for prefix, inner in (("", model.feed_forward), *([(f"{shared.name}-", shared.feed_forward)] if shared else [])):
         sizes |= {f"{prefix}{name}": (inner, hidden) for name in ("gate_proj", "up_proj", "c_fc")}

@@ -51,8 +51,8 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model.hf_config)
-        if source.quantised:
-            _warn_dequantised(source.folder)
+        if source.quantised and source.quantisation is not None:
+            _warn_dequantised(source.folder, source.quantisation.name)
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
@@ -137,11 +137,12 @@ def _without_further_layers(folder: Path, names: list[str], hf_config: Any) -> l
 
 
 @functools.cache
-def _warn_dequantised(folder: Path) -> None:
+def _warn_dequantised(folder: Path, bits: str) -> None:
     if is_global_rank_zero():
         logger.warning(
-            "%s holds matrices in eight bits: they are trained, and exported, as the plain numbers they stand for.",
+            "%s holds matrices in %s: they are trained, and exported, as the plain numbers they stand for.",
             folder,
+            bits,
         )
 
 

@@ -53,9 +53,9 @@ class ShardWriter:
         if sum(map(len, pieces.values())) < matrices * rows:
             return
         parts = [part for _, part in sorted(self._pieces.pop(piece.name).items())]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = _joined(piece, parts)
         dtype = self.dtype_of(piece)
-        tensor = cast(whole, dtype).reshape(piece.tensor_shape).contiguous()
+        tensor = cast(whole, dtype).contiguous()
         if tensor.dtype != dtype and self.too_large is None:
             self.too_large = (piece.name, float(whole.abs().max()))
         file = self.file_of.get(piece.name, "")
@@ -100,6 +100,17 @@ class ShardWriter:
 
     def _unnamed(self, number: int) -> Path:
         return self.folder / f"{number:05d}.partial"
+
+
+def _joined(piece: Piece, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensor that all its parts make up, of which `piece` is one, ordered by matrix and first row."""
+    if piece.every > 1:  # rows that take turns
+        parts = [torch.stack(parts[start : start + piece.every], 1) for start in range(0, len(parts), piece.every)]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    *matrices, rows, columns = piece.tensor_shape if len(piece.shape) > 1 else (*piece.tensor_shape, 1)
+    if piece.transposed:
+        return whole.reshape(*matrices, columns, rows).mT
+    return whole.reshape(piece.tensor_shape)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

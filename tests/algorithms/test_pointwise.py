@@ -1,11 +1,12 @@
 """Norm, gated activation and rotary embedding against the expressions they stand for, in float64, by autograd."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from nemo_kto.algorithms.pointwise import geglu, gelu, rms_norm, rotate, swiglu
+from nemo_kto.algorithms.pointwise import geglu, gelu, quick_geglu, rms_norm, rotate, swiglu
 
 TOKENS, CHANNELS, HEADS = 7, 12, 3
 
@@ -27,6 +28,12 @@ def gelu_expression(values: torch.Tensor) -> torch.Tensor:
 
 def geglu_expression(projected: torch.Tensor) -> torch.Tensor:
     return gelu_expression(projected[..., :CHANNELS]) * projected[..., CHANNELS:]
+
+
+def quick_geglu_expression(projected: torch.Tensor, weights: torch.Tensor, limit: float = 0.75) -> torch.Tensor:
+    """Clamped at a number that bfloat16 has, so that the same numbers are clamped in every dtype."""
+    gate, up = projected[..., :CHANNELS].clamp(max=limit), projected[..., CHANNELS:].clamp(-limit, limit)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1) * weights
 
 
 def rotation_expression(values: torch.Tensor) -> torch.Tensor:
@@ -73,6 +80,16 @@ CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "swiglu of an expert": (swiglu, swiglu_expression, [(TOKENS, 2 * CHANNELS), (TOKENS, 1)]),
     "swiglu of an expert without tokens": (swiglu, swiglu_expression, [(0, 2 * CHANNELS), (0, 1)]),
     "geglu": (geglu, geglu_expression, [(TOKENS, 1, 2 * CHANNELS)]),
+    "clamped": (
+        partial(quick_geglu, offset=1.0, limit=0.75),
+        quick_geglu_expression,
+        [(TOKENS, 2 * CHANNELS), (TOKENS, 1)],
+    ),
+    "not clamped": (
+        partial(quick_geglu, offset=1.0),
+        partial(quick_geglu_expression, limit=torch.inf),
+        [(TOKENS, 2 * CHANNELS), (TOKENS, 1)],
+    ),
     "gelu": (gelu, gelu_expression, [(TOKENS, 1, CHANNELS)]),
     "rotation": (lambda values: rotate(values, TABLE), rotation_expression, [(TOKENS, 1, HEADS, CHANNELS)]),
     "interleaved rotation": (

@@ -11,7 +11,8 @@ import pytest
 
 from tests.waiting import HANG
 
-SLURM = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto" / "slurm"
+REPOSITORY = Path(__file__).resolve().parents[2]
+SLURM = REPOSITORY / "examples" / "nlp" / "kto" / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 
 
@@ -82,3 +83,35 @@ def test_a_stop_has_all_the_time_it_needs(tmp_path: Path) -> None:
     line = "srun: error: n0: task 1: Exited with exit code 75"
     done = run_with_stub(tmp_path, f"echo '{line}' >&2\nsleep 0.5\necho 0: done\nexit 75", grace=0)
     assert done.returncode == 75 and done.stdout.endswith("0: done\n") and done.stderr == f"{line}\n"
+
+
+def test_a_container_sees_what_links_point_to(tmp_path: Path) -> None:
+    """A model in a hub cache is a folder of links to files in another; srun is a stub that prints its arguments."""
+    hub = tmp_path / "hub" / "models--one"
+    snapshot, blobs = hub / "snapshots" / "4c2b", hub / "blobs"
+    for folder in (snapshot, blobs, tmp_path / "stubs"):
+        folder.mkdir(parents=True)
+    (blobs / "93af").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/93af")
+    (tmp_path / "model").symlink_to(snapshot)
+    (tmp_path / "train.jsonl").touch()
+    for name, text in (("srun", "printf '%s\\n' \"$@\""), ("scontrol", "echo node1")):
+        (tmp_path / "stubs" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "stubs" / name).chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path / 'stubs'}:/usr/bin:/bin",
+        "SLURM_JOB_NAME": "gpt_kto",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "CONTAINER": "image.sqsh",
+        "MODEL": str(tmp_path / "model"),
+        "TRAIN": str(tmp_path / "train.jsonl"),
+        "LOG_DIR": str(tmp_path / "log"),
+    }
+    script = ["bash", str(SLURM / "train.sbatch")]
+    done = subprocess.run(script, env=variables, cwd=tmp_path, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("--container-mounts=")]
+    mounted = line.partition("=")[2].split(",")
+    places = [REPOSITORY, tmp_path / "log", tmp_path / "model", snapshot, blobs, tmp_path]
+    assert sorted(mounted) == sorted(f"{place}:{place}" for place in places)

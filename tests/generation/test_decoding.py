@@ -24,9 +24,10 @@ from nemo_kto.errors import DataError
 from nemo_kto.generation import decoding
 from nemo_kto.generation.decoding import Sampling, generate, next_tokens
 from nemo_kto.kto.scoring import RowScorer
-from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams, KeyValueCache
+from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.lora import adapters_off, add_adapters
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.network.model_config import ModelConfig
@@ -50,6 +51,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2-CP2": Layout(world_size=4, pipeline=2, context=2),
     "TP2SP-EP2": Layout(world_size=4, tensor=2, sequence=True, expert=2),
     "PP2-EP2": Layout(world_size=4, pipeline=2, expert=2),
+    "TP2-WHOLE": Layout(world_size=2, tensor=2, sequence=True, expert_tensor=1),
     "CP4": Layout(world_size=4, context=4),  # more ranks than key/value heads
 }
 LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short factors to its long ones
@@ -67,7 +69,12 @@ SPARSE = (
     "granitemoe",
     "glm4_moe",
     "minimax_m2",
+    "deepseek_v3",
+    "deepseek_v3_plain",
+    "glm4_moe_lite",
 )
+BIASED = ("gpt_oss", "gpt_oss_plain")
+"""Mixtures whose experts are not divided."""
 PROMPT_LENGTHS = (9, 1, 24, 58)  # the last two are longer than the sliding windows
 MAX_NEW_TOKENS = 10
 ANSWER_LENGTHS = [10, 10, 10, 6]  # the longest document ends at the last of 64 positions
@@ -257,7 +264,7 @@ def answer_with_adapters(folder: Path, adapter: Path, name: str) -> dict[str, An
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of models made by transformers, and an adapter for one of them made by PEFT."""
     root = tmp_path_factory.mktemp("models")
-    for name in (*DENSE, *SPARSE):
+    for name in (*DENSE, *SPARSE, *BIASED):
         tiny_hf.make_folder(root / name, tiny_hf.families()[name])
     settings = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1)
     adapted = get_peft_model(load_reference(root / "llama"), settings)
@@ -299,6 +306,7 @@ def answered(
 MORE_CASES: list[tuple[str, tuple[str, ...]]] = [
     *((layout, DENSE) for layout in ("ONE", "TP2", "PP2", "VPP2", "TP2SP", "CP2", "DP2", "PP2-CP2", "CP4")),
     *((layout, SPARSE) for layout in ("ONE", "PP2", "TP2SP", "CP2", "DP2", "EP2", "TP2SP-EP2", "PP2-EP2")),
+    *((layout, BIASED) for layout in ("ONE", "PP2", "TP2-WHOLE", "CP2", "CP4", "EP2")),
     ("TP2SP-CP2", ("mistral_window", "qwen3_moe", LENGTH)),
 ]
 
@@ -331,15 +339,15 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
             (
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3"),
+                *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3", "gpt_oss", "deepseek_v3"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),
         ("PP2", ("llama", "mistral_window")),
         ("VPP2", ("llama",)),
         ("TP2SP", ("mistral_window", "qwen3_moe")),
-        ("CP2", ("mistral_window",)),
-        ("EP2", ("qwen3_moe", "qwen2_moe_mixed")),
+        ("CP2", ("mistral_window", "gpt_oss")),
+        ("EP2", ("qwen3_moe", "qwen2_moe_mixed", "deepseek_v3_plain")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )

@@ -14,10 +14,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -83,6 +86,12 @@ GLM4_EXPERTS: dict[str, Any] = {
     "num_mtp_layers": 0,
 }
 
+LATENT: dict[str, Any] = {
+    **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    **{"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"n_group": 1, "topk_group": 1},
+}
+
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -119,6 +128,21 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, {"head_dim": 16, **_TOKENS}),
     "olmo3": (Olmo3Config, {"sliding_window": 4, **_TOKENS}),
     "minimax_m2": (MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_TOKENS}),
+    "deepseek_v3": (  # latent attention, scores with a factor
+        DeepseekV3Config,
+        {
+            **{**LATENT, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+            **{"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, **_TOKENS},
+        },
+    ),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, {**LATENT, "q_lora_rank": None, **_TOKENS}),
+    "gpt_oss": (  # sinks, windows, experts with biases, an activation that is clamped
+        GptOssConfig,
+        {
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 4},
+            **{"swiglu_limit": 1.0, "rope_parameters": YARN, **_TOKENS},
+        },
+    ),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }
@@ -148,11 +172,12 @@ def make_model_folder(
         "tie_word_embeddings": tied,
     }
     config_class, own = KINDS[kind]
-    config = config_class(**sizes, **own)
+    config = config_class(**{**sizes, **own})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for vector in (*model.parameters(), *model.buffers()):
-            if vector.dim() == 1 and not vector.any():  # biases and the like, which would do nothing as they begin
+            # biases and the like, which would do nothing as they begin; of experts together they are matrices
+            if vector.dim() <= 2 and not vector.any():
                 vector.normal_(std=0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

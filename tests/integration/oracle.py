@@ -179,8 +179,10 @@ def oracle(
     balance = LoadBalance(policy) if aux_coeff else None
     group_size = kl_group if kl_group < GLOBAL_BATCH_SIZE else None
     training, validation = batches(root, kl_fraction=kl_fraction, kl_group_size=group_size)
-    matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() == 1]
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    # biases of several experts are vectors that one tensor holds
+    vectors = [p for name, p in trained if p.dim() == 1 or name.endswith("_bias")]
+    matrices = [p for name, p in trained if p.dim() > 1 and not name.endswith("_bias")]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         betas=BETAS,

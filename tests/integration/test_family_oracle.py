@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kto.network.families import family_of
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.projections import projections_of_model
+from nemo_kto.network.projections import projections_of, projections_of_model
 from tests.distributed_harness import free_port
 from tests.integration.assets import (
     KINDS,
@@ -27,7 +27,7 @@ from tests.integration.assets import (
 from tests.integration.oracle import PLAIN, assert_equal, oracle
 
 STEPS = 5
-QUICK = ("biases", "shared", "glm4_moe")
+QUICK = ("biases", "shared", "glm4_moe", "gpt_oss", "deepseek_v3")
 """Kinds of models whose series `make test` compares too."""
 
 kinds = pytest.mark.parametrize(
@@ -102,7 +102,9 @@ def test_five_steps_of_adapters_equal_pefts(
 ) -> None:
     base = make_model_folder(root / kind, kind=kind)
     hf_config = load_hf_config(base)
-    projections = projections_of_model(hf_config)[: None if family_of(hf_config).feed_forward_adapters else 4]
+    projections = projections_of_model(hf_config)
+    if not family_of(hf_config).feed_forward_adapters:
+        projections = projections_of(["attention"], hf_config)
     adapter = make_adapter(tmp_path / "adapter", base, projections)
     prefix = "model__peft__lora_tuning__"
     changes = {

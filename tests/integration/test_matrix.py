@@ -66,6 +66,11 @@ MIXTURE_LAYOUTS = {
     for name in ("one", "dp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "ep2", "ep2_cp2", "tp2sp_ep2", "tp2sp_ep2_whole")
 }
 """Those that each of the other mixtures is tried under."""
+BIASED_LAYOUTS = {
+    name: EXPERT_LAYOUTS[name]
+    for name in ("one", "dp2", "tp2sp_whole", "pp2", "pp2vpp2", "cp2", "ep2", "ep2_cp2", "tp2sp_ep2_whole")
+}
+"""Those of mixtures whose experts have biases, and are not divided."""
 # stages that hold the embedding and the output layer exchange the gradients of what is one matrix
 TIED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "tp2sp", "pp2", "pp2vpp2_dp2_overlap", "tp2pp2", "pp2_cp2")}
 # rotary embeddings that depend on a document's length, which context parallelism cuts; fused tensors
@@ -113,6 +118,12 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "olmo2": ("olmo2", DENSE_LAYOUTS, {}),
     "olmo3": ("olmo3", DENSE_LAYOUTS, {}),
     "minimax_m2": ("minimax_m2", MIXTURE_LAYOUTS, {}),
+    "deepseek_v3": ("deepseek_v3", MIXTURE_LAYOUTS, {}),
+    "deepseek_v3, adapters": ("deepseek_v3", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
+    "glm4_moe_lite": ("glm4_moe_lite", MIXTURE_LAYOUTS, {}),
+    "glm4_moe_lite, adapters": ("glm4_moe_lite", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
+    "gpt_oss": ("gpt_oss", BIASED_LAYOUTS, {}),
+    "gpt_oss, adapters": ("gpt_oss", BIASED_LAYOUTS, EXPERTS_ADAPTERS),
     "olmo2, adapters": ("olmo2", DENSE_LAYOUTS, ADAPTERS),
     "olmo3, adapters": ("olmo3", DENSE_LAYOUTS, ADAPTERS),
     "minimax_m2, adapters": ("minimax_m2", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
@@ -160,6 +171,10 @@ DEFAULT = {
     ("olmo2", "tp2", "kept"),
     ("olmo3", "tp2sp", "kept"),
     ("minimax_m2", "ep2", "kept"),
+    *{("deepseek_v3", name, "kept") for name in ("tp2sp", "cp2")},
+    ("deepseek_v3, adapters", "tp2sp_ep2_whole", "kept"),
+    ("glm4_moe_lite", "ep2", "kept"),
+    *{("gpt_oss", name, "kept") for name in ("tp2sp_whole", "cp2")},
     ("glm4_moe", "tp2sp_ep2_whole", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),

@@ -52,7 +52,7 @@ def run(module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[
     query, key, value = (part[:, None] for part in qkv)
     extras = {"attn_mask_type": AttnMaskType.causal, "attention_bias": None, "packed_seq_params": params}
     output: torch.Tensor = module(query, key, value, None, **extras)
-    assert output.shape == (len(query), 1, HEADS * CHANNELS)
+    assert output.shape == (len(query), 1, HEADS * value.shape[-1])
     return output[:, 0]
 
 
@@ -63,8 +63,12 @@ def expected(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return softmax(q k^T * scale) v over the visible tokens of each document, `[T, heads * channels]`."""
+    """Return softmax(q k^T * scale) v over the visible tokens of each document, `[T, heads * channels]`.
+
+    Sinks are further tokens' scores, `[heads]`, whose share is lost.
+    """
     outputs = []
     for query, key, value in zip(*(part.split(lengths) for part in qkv), strict=True):
         key, value = (part.repeat_interleave(HEADS // GROUPS, dim=1) for part in (key, value))
@@ -72,9 +76,52 @@ def expected(
         scores = scores if cap is None else torch.tanh(scores / cap) * cap
         distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
         hidden = distance < 0 if window is None else (distance < 0) | (distance > window)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : len(query)]
         outputs.append(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
     return torch.cat(outputs)
+
+
+def with_gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return an output and the gradients of its product with random numbers."""
+    factors = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    return [output, *torch.autograd.grad((output * factors).sum(), leaves)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_take_a_share_of_each_heads_softmax(window: int | None) -> None:
+    """Also of documents of one token, which would otherwise have all of itself."""
+    lengths = [7, 1, 12]
+    module = attention(softmax_type="learnable", window_size=None if window is None else (window, 0))
+    assert module.softmax_offset is not None
+    with torch.no_grad():
+        module.softmax_offset.copy_(torch.tensor([-1.0, 0.0, 0.5, 3.0]))
+    qkv = row(lengths)
+    leaves = [*qkv, module.softmax_offset]
+    wanted = expected(qkv, lengths, scale=CHANNELS**-0.5, window=window, sinks=module.softmax_offset)
+    for one, other in zip(
+        with_gradients(run(module, qkv, lengths), leaves), with_gradients(wanted, leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("channels", [3, 13])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_values_may_have_other_channels(channels: int, window: int | None, cap: float | None) -> None:
+    lengths = [7, 1, 12]
+    size = None if window is None else (window, 0)
+    module = attention(softmax_scale=0.4, window_size=size, attention_cap=cap)
+    query, key, _ = row(lengths)
+    value = torch.randn(20, GROUPS, channels, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    qkv = (query, key, value)
+    wanted = expected(qkv, lengths, scale=0.4, window=window, cap=cap)
+    for one, other in zip(
+        with_gradients(run(module, qkv, lengths), [*qkv]), with_gradients(wanted, [*qkv]), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12, 3]])

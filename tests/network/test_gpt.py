@@ -73,7 +73,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
         load_hf_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", "mistral3", "no_such_model", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v2", "mistral3", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
         ConfigError, match=f"{model_type!r} is not supported.*llama, .*mistral, mixtral, .*phi3, qwen2, .*qwen3, "
@@ -250,6 +250,9 @@ def check_construction() -> None:
     check_shard_marks(sizes["glm4_moe"])
     check_shard_marks(sizes["olmo3"])
     check_shard_marks(sizes["minimax_m2"])
+    check_shard_marks(sizes["gpt_oss"])
+    check_shard_marks(sizes["deepseek_v3"])
+    check_shard_marks(sizes["deepseek_v3_plain"])
     check_random_weights(sizes["olmo2"])
     check_experts(sizes["qwen3_moe_mixed"], norms_chosen=False)
     check_experts(sizes["mixtral"], norms_chosen=True)
@@ -325,9 +328,11 @@ def check_shard_marks(config: Any) -> None:
     """Every tensor-parallel weight is marked, or the gradient norm would miss the other ranks' shards."""
     sizes = dimensions_of(config)
     for name, parameter in build(config).named_parameters():
-        whole = ("linear_proj.bias", "linear_fc2.bias", "gate_weight")
+        whole = ("linear_proj.bias", "linear_fc2.bias", "gate_weight", "down_proj.weight", "down_proj.bias")
         of_all_heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and sizes.norms_of_all_heads
         is_whole = ("norm" in name and not of_all_heads) or "router" in name or name.endswith(whole)
+        is_whole &= ".experts." not in name  # their optimizer deals its weights to all ranks
+        assert not (getattr(parameter, "sequence_parallel", False) and ".experts." in name), name
         assert getattr(parameter, "tensor_model_parallel", False) is not is_whole, name
         # every rank of the data-parallel group holds a copy, but of experts
         assert getattr(parameter, "allreduce", True) is (".experts." not in name), name

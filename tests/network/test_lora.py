@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
@@ -50,7 +52,9 @@ LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(world_size=2, tensor=2),
     "TP2SP": Layout(world_size=2, tensor=2, sequence=True),
     "PP2": Layout(world_size=2, pipeline=2),
+    "WHOLE": Layout(world_size=2, tensor=2, sequence=True, expert_tensor=1),
 }
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("llama", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
     # biases, tied embeddings; k has no adapters, the last layer alone has none
@@ -94,10 +98,46 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 experts": ("qwen3_moe_mixed", {"r": 2, "lora_alpha": 3, "target_modules": ["k_proj", "v_proj"]}),
     "granite experts": ("granitemoe_bias", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"]}),
     "minimax": ("minimax_m2", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]}),
+    "latent": (
+        "deepseek_v3",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        },
+    ),
+    "latent keys": ("deepseek_v3_plain", {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "kv_b_proj"]}),
+    "dense latent": (
+        "deepseek_v3_dense",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]},
+    ),
+    "of glm4_moe_lite": ("glm4_moe_lite", {"r": 2, "lora_alpha": 3, "target_modules": ["q_b_proj", "o_proj"]}),
+    "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
-SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax")
+SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
+SPARSE += ("of glm4_moe_lite",)
+BIASED = ("sinks",)
+"""Adapters of mixtures whose experts are not divided."""
+READ_BY_PEFT = [name for name in PEFT if name not in SPARSE + BIASED or Version(peft.__version__) >= Version("0.20")]
+
+
+def case(*values: str) -> Any:
+    """Return the parameters of a test, the last of which is an adapter."""
+    reason = "PEFT 0.19 reads no adapters of mixtures"
+    return pytest.param(*values, marks=pytest.mark.skipif(values[-1] not in READ_BY_PEFT, reason=reason))
+
+
+def suits(layout: str, name: str) -> bool:
+    """Return whether a model can be divided so; Megatron's experts need sequence parallelism beside tensor's."""
+    if name in BIASED:
+        return not layout.startswith("TP2")
+    return layout != "WHOLE" and (layout != "TP2" or name not in SPARSE)
+
+
+NAMES = list(map(case, PEFT))
+CASES = [case(layout, name) for layout in LAYOUTS for name in PEFT if suits(layout, name)]
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -130,10 +170,9 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
-        for name in PEFT:
-            if name in SPARSE and layout == "TP2":
-                continue  # Megatron's experts need sequence parallelism beside tensor parallelism
-            use_adapter(source, results / layout / name, name, LAYOUTS[layout])
+        for name in READ_BY_PEFT:
+            if suits(layout, name):
+                use_adapter(source, results / layout / name, name, LAYOUTS[layout])
 
 
 def use_adapter(source: Path, target: Path, name: str, layout: Layout) -> None:
@@ -192,7 +231,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the models and the adapters that PEFT made for them, logits beside them."""
     folder = tmp_path_factory.mktemp("source")
     families = tiny_hf.families()
-    for name, (family, settings) in PEFT.items():
+    for name in READ_BY_PEFT:
+        family, settings = PEFT[name]
         base = tiny_hf.make_folder(folder / family, families[family])
         torch.save(make_adapter(folder / name, base, settings), folder / f"{name}.pt")
     return folder
@@ -203,17 +243,23 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     """Return a folder with what every layout made of every adapter."""
     folder = tmp_path_factory.mktemp("results")
     run_ranks(use_adapters, 1, source, folder, ["TP1"])
-    run_ranks(use_adapters, 2, source, folder, ["TP2", "TP2SP", "PP2"])
+    run_ranks(use_adapters, 2, source, folder, ["TP2", "TP2SP", "PP2", "WHOLE"])
     return folder
 
 
-CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if layout != "TP2" or name not in SPARSE]
+def expected_logits(source: Path, name: str) -> torch.Tensor:
+    """Return PEFT's logits with an adapter."""
+    tiny_hf.skip_where_wrong(source / PEFT[name][0])
+    logits: torch.Tensor = torch.load(source / f"{name}.pt")
+    return logits
+
+
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
 @every_case
 def test_logits_of_an_imported_adapter_are_pefts(source: Path, results: Path, layout: str, name: str) -> None:
-    logits, expected = torch.load(results / layout / name / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(results / layout / name / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["adapted"], expected, rtol=1e-4, atol=2e-5)
     assert (logits["plain"] - expected).abs().max() > 0.1
 
@@ -226,10 +272,10 @@ def test_an_adapter_comes_back_bit_by_bit(source: Path, results: Path, layout: s
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", NAMES)
 def test_peft_loads_an_exported_adapter_with_the_same_logits(source: Path, results: Path, name: str) -> None:
-    expected = torch.load(source / f"{name}.pt")
-    ours = peft_logits(source / PEFT[name][0], results / "TP2SP" / name / "exported")
+    expected = expected_logits(source, name)
+    ours = peft_logits(source / PEFT[name][0], results / ("WHOLE" if name in BIASED else "TP2SP") / name / "exported")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
@@ -245,7 +291,7 @@ def test_without_trained_or_with_switched_off_adapters_it_is_the_base_model(
 @every_case
 def test_merging_keeps_the_logits_and_is_undone_exactly(source: Path, results: Path, layout: str, name: str) -> None:
     folder = results / layout / name
-    logits, expected = torch.load(folder / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(folder / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["merged"], expected, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(tiny_hf.transformers_logits(folder / "merged"), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(logits["again"], logits["adapted"])

@@ -1,4 +1,4 @@
-"""Folders of GLM-4.5: layers behind the model's own are left out, routers' biases stay in float32."""
+"""Folders of GLM-4.5 and DeepSeek-V3: layers behind the model's own are left out, routers' biases stay in float32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FURTHER = "model.layers.4."  # the model has four: 0 to 3
 
 
 def published(folder: Path, name: str = "glm4_moe") -> Path:
-    """Save a model as GLM-4.5 is published: one more layer in a file of its own, counted in config.json."""
+    """Save a model as these are published: one more layer in a file of its own, counted in config.json."""
     tiny_hf.make_folder(folder, AutoConfig.for_model(**tiny_hf.families()[name].to_dict()))
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -47,7 +47,7 @@ def published(folder: Path, name: str = "glm4_moe") -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     keys = json.loads((folder / "config.json").read_text())
     keys = {key: value for key, value in keys.items() if "mtp" not in key and key != COUNT}
-    (folder / "config.json").write_text(json.dumps({**keys, **({COUNT: 1} if "glm" in name else {})}, indent=1))
+    (folder / "config.json").write_text(json.dumps({**keys, **({COUNT: 1} if name != "qwen3_moe" else {})}, indent=1))
     return folder
 
 
@@ -76,10 +76,10 @@ def convert(source: Path, results: Path) -> list[str]:
     return said
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["glm4_moe", "deepseek_v3"])
+def source(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Return such a folder."""
-    return published(tmp_path_factory.mktemp("glm") / "source")
+    return published(tmp_path_factory.mktemp("glm") / "source", request.param)
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,10 @@ def fused(name: str) -> Callable[[Path], None]:
 
     def make(folder: Path) -> None:
         tiny_hf.make_folder(folder, AutoConfig.for_model(**MODELS[name].to_dict()))
-        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, save_original_format=False)
-        assert any(key.endswith(".experts.gate_up_proj") for key in load_file(folder / "model.safetensors"))
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=False)
+        fused = [key for key, _ in model.named_parameters() if "experts" in key]  # of transformers 5.8 not all are
+        assert fused and set(fused) <= load_file(folder / "model.safetensors").keys()
 
     return make
 
@@ -189,6 +191,7 @@ def other_formats(folder: Path) -> None:
 
 V4_LLAMA3 = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 2.0, "high_freq_factor": 6.5}
 V4_LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 1.7, 2.9, 4.5]}
+V4_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 V5 = ("rope_parameters", "dtype")
 PHI3 = Phi3Config(**SIZES, **_TOKENS)
 FLOAT32 = {"torch_dtype": "float32"}
@@ -216,6 +219,8 @@ ODD: dict[str, Callable[[Path], None]] = {
     "fused_qwen2_moe": fused("qwen2_moe_mixed"),
     "fused_glm4_moe": fused("glm4_moe"),
     "fused_minimax_m2": fused("minimax_m2"),
+    "fused_deepseek_v3": fused("deepseek_v3"),
+    "fused_glm4_moe_lite": fused("glm4_moe_lite"),
     "mixtral_called_mlp": saved(MODELS["mixtral"], tensors=called_mlp),
     # keys that transformers keeps and does not look at in models of these architectures
     "llama_window": saved(
@@ -291,6 +296,23 @@ ODD: dict[str, Callable[[Path], None]] = {
         MODELS["glm4_moe_groups"],
         config={"rope_theta": 1e4, "rope_scaling": None, "num_nextn_predict_layers": 0, **FLOAT32},
         without=(*V5, "num_mtp_layers"),
+    ),
+    "v4_deepseek_v3": saved(
+        MODELS["deepseek_v3"],
+        config={
+            **{"rope_theta": 1e4, "num_nextn_predict_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+            "rope_scaling": {**V4_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+            **{"moe_layer_freq": 1, "ep_size": 1, **FLOAT32},
+        },
+        without=(*V5, "num_mtp_layers", "rope_interleave", "qk_head_dim", "head_dim"),
+    ),
+    "v4_gpt_oss": saved(
+        MODELS["gpt_oss"],
+        config={
+            **{"rope_theta": 1e4, "rope_scaling": {**V4_YARN, "truncate": False}, "experts_per_token": 2},
+            **{"initial_context_length": 16, "head_dim": 16, **FLOAT32},
+        },
+        without=(*V5, "swiglu_alpha"),
     ),
     "v4_olmo3": saved(
         MODELS["olmo3_pattern"],

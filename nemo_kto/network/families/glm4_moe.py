@@ -13,7 +13,11 @@ from nemo_kto.network.weight_rules import Rule
 
 def mixture(hf: Any) -> Mixture | None:
     """Return the mixtures of experts."""
-    sparse_layers = tuple(range(hf.first_k_dense_replace, hf.num_hidden_layers))
+    return mixture_in(hf, tuple(range(hf.first_k_dense_replace, hf.num_hidden_layers)))
+
+
+def mixture_in(hf: Any, sparse_layers: tuple[int, ...]) -> Mixture | None:
+    """Return the mixtures of experts of the layers that have some."""
     if not sparse_layers:
         return None
     return Mixture(
