@@ -150,10 +150,10 @@ def _period(hf_config: PretrainedConfig) -> int:
 
 def _of_depth(hf_config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """Return the configuration with as many layers; what it says of each layer is repeated or cut."""
-    shallow, depth = copy.deepcopy(hf_config), hf_config.num_hidden_layers
+    shallow, depth, period = copy.deepcopy(hf_config), hf_config.num_hidden_layers, _period(hf_config)
     for name, value in vars(hf_config).items():
         if isinstance(value, list) and len(value) == depth:
-            setattr(shallow, name, (value * -(-layers // depth))[:layers])
+            setattr(shallow, name, [value[layer % period] for layer in range(layers)])
     shallow.num_hidden_layers = layers
     return shallow
 

@@ -16,12 +16,21 @@ from nemo_kto.runs import memory
 from nemo_kto.runs.memory import longest_rows, step_memory
 from nemo_kto.runtime.layout import Layout
 
-HIDDEN, INNER, VOCABULARY, LAYERS = 256, 512, 2048, 6
+HIDDEN, INNER, VOCABULARY, LAYERS = 256, 512, 2048, 4
 LAYER = HIDDEN * HIDDEN * 2 + HIDDEN * 128 * 2 + 3 * HIDDEN * INNER + 2 * HIDDEN
 """Parameters: query and output, key and value, the feed-forward part, and two norms."""
 OUTER = 2 * VOCABULARY * HIDDEN + HIDDEN
 """Of embedding, output layer and last norm."""
 
+FULL: dict[str, Any] = {
+    "model__activations_checkpoint_granularity": "full",
+    "model__activations_checkpoint_method": "uniform",
+    "model__activations_checkpoint_num_layers": 1,
+}
+LORA: dict[str, Any] = {
+    "model__peft__peft_scheme": "lora",
+    "model__peft__lora_tuning__target_modules": ["all"],
+}
 ONE = Layout(world_size=1)
 TP2 = Layout(world_size=2, tensor=2, sequence=True)
 
@@ -94,15 +103,9 @@ def test_what_is_held_is_by_the_book(memories: Callable[..., list[Any]]) -> None
 
 
 def test_a_deep_model_follows_from_two_shallow_ones(memories: Callable[..., list[Any]]) -> None:
-    lora = {"model__peft__peft_scheme": "lora", "model__peft__lora_tuning__target_modules": ["all"]}
-    full = {
-        "model__activations_checkpoint_granularity": "full",
-        "model__activations_checkpoint_method": "uniform",
-        "model__activations_checkpoint_num_layers": 1,
-    }
-    cases = [({}, TP2, 1), (lora, ONE, 0), (full, ONE, 0)]
+    cases = [(LORA, TP2, 1), (FULL, ONE, 0)]
     jobs = [
-        (changes, llama(10), layout, rank, every_layer)
+        (changes, llama(6), layout, rank, every_layer)
         for changes, layout, rank in cases
         for every_layer in (True, False)
     ]
@@ -112,16 +115,10 @@ def test_a_deep_model_follows_from_two_shallow_ones(memories: Callable[..., list
 
 
 def test_what_makes_a_step_smaller(memories: Callable[..., list[Any]]) -> None:
-    full = {
-        "model__activations_checkpoint_granularity": "full",
-        "model__activations_checkpoint_method": "uniform",
-        "model__activations_checkpoint_num_layers": 1,
-    }
-    lora = {"model__peft__peft_scheme": "lora", "model__peft__lora_tuning__target_modules": ["all"]}
     plain, recomputed, adapters, float16 = memories(
         ({}, llama(), ONE, 0, True),
-        (full, llama(), ONE, 0, True),
-        (lora, llama(), ONE, 0, True),
+        (FULL, llama(), ONE, 0, True),
+        (LORA, llama(), ONE, 0, True),
         ({"trainer__precision": "16-mixed"}, llama(), ONE, 0, True),
     )
     # a layer's input is kept of each but the one that is computed again
@@ -156,7 +153,7 @@ def test_shallow_models_have_the_layers_of_the_deep_one() -> None:
     assert memory._of_depth(gemma, 12).layer_types == sliding * 2
     assert memory._of_depth(gemma, 30).layer_types == sliding * 5
     assert memory._shallow_depth(KTOConfig(), gemma, 26) == 6
-    assert memory._shallow_depth(KTOConfig(), llama(), 6) == 2
+    assert memory._shallow_depth(KTOConfig(), llama(6), 6) == 2
     assert memory._shallow_depth(KTOConfig(), llama(), 4) is None  # the deeper one would be as deep
     grouped = configured(
         model__activations_checkpoint_granularity="full",
