@@ -109,9 +109,14 @@ def te_general_grouped_gemm(
     *_: Any,
 ) -> Any:
     outs = list(torch.split(out[0], m_splits)) if single_output and not transb else out
-    for first, second, each in zip(a, b, outs, strict=False):
+    for number, (first, second, each) in enumerate(zip(a, b, outs, strict=False)):
+        of_bias = bias[number] if bias else None
+        if of_bias is not None and of_bias.numel() and grad:
+            of_bias.copy_(second.float().sum(0))
         if first.numel() and second.numel():
             result = _product(first, transa, second, transb).reshape(each.shape)
+            if of_bias is not None and of_bias.numel() and not grad:
+                result = result + of_bias.float()
             each.add_(result) if accumulate else each.copy_(result)
         elif each.numel() and not accumulate:
             each.zero_()

@@ -76,8 +76,7 @@ def test_every_family_comes_back_bit_by_bit_and_has_transformers_logits(
     stored, back = tiny_hf.stored_tensors(folder), tiny_hf.stored_tensors(tmp_path / "out")
     assert stored.keys() == back.keys()
     assert all(torch.equal(stored[key], back[key]) for key in stored)
-    # where norms come after, layers are Megatron's own, but for the engine's attention, which takes no float32
-    assert unfused or parts or name.startswith("olmo")
+    assert unfused or parts or name not in ("llama", "mixtral")  # layers of some families are Megatron's own
     torch.testing.assert_close(logits, tiny_hf.transformers_logits(folder), rtol=1e-4, atol=1e-4)
 
 
