@@ -102,6 +102,7 @@ def test_what_is_held_is_by_the_book(memories: Callable[..., list[Any]]) -> None
     assert last.held == pytest.approx(18 * of_stage + 2 * row, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_deep_model_follows_from_two_shallow_ones(memories: Callable[..., list[Any]]) -> None:
     cases = [(LORA, TP2, 1), (FULL, ONE, 0)]
     jobs = [
