@@ -224,8 +224,8 @@ def families() -> dict[str, PretrainedConfig]:
         ),
         "glm4_moe_lite": Glm4MoeLiteConfig(
             **_LATENT,
-            mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-            rope_parameters={"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5},
+            mlp_layer_types=["sparse", "dense", "sparse", "sparse"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 1.0},
         ),
         "deepseek_v3": DeepseekV3Config(
             **{**_LATENT, "num_experts_per_tok": 4, "n_routed_experts": 8, "n_shared_experts": 2},
