@@ -412,9 +412,9 @@ def rows_known(rows: Sequence[Sequence[torch.Tensor]], model: KTOGPTModel) -> Ab
     )
 
 
-def packed_params(lengths: Sequence[int]) -> DocumentParams:
+def packed_params(lengths: Sequence[int], device: torch.device | str = "cpu") -> DocumentParams:
     """Return Megatron's description of a row of documents."""
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     longest = max(lengths)
     return DocumentParams(
         lengths=tuple(lengths),
@@ -427,15 +427,15 @@ def packed_params(lengths: Sequence[int]) -> DocumentParams:
 
 
 def _forward_step(rows: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    row = next(rows)
+    row, device = next(rows), next(model.parameters()).device
     positions = torch.cat([torch.arange(len(document)) for document in row])
     place = parallel.position()
     tokens, positions = (part.chunk(place.cp_group.size())[place.cp_rank] for part in (torch.cat(row), positions))
     hidden = model(
-        input_ids=tokens[None],
-        position_ids=positions[None],
+        input_ids=tokens[None].to(device),
+        position_ids=positions[None].to(device),
         attention_mask=None,
-        packed_seq_params=packed_params([len(document) for document in row]),
+        packed_seq_params=packed_params([len(document) for document in row], device),
     )
     return hidden, _keep
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.errors import KTOError
+from nemo_kto.errors import ConfigError, KTOError
 from nemo_kto.runs.run import prepare
 from nemo_kto.runtime import versions
-from nemo_kto.runtime.versions import TESTED, untested
+from nemo_kto.runtime.versions import TESTED, check_triton, untested
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +89,18 @@ def test_nothing_is_said_of_what_was_tested(monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level(logging.WARNING), pytest.raises(KTOError):
         prepare(KTOConfig())
     assert "Not tested" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("installed", "fits"), [("0.16.1", True), ("0.18.0", True), ("0.18.2", False), ("0.19.2", False)]
+)
+def test_a_megatron_that_wants_triton(monkeypatch: pytest.MonkeyPatch, installed: str, fits: bool) -> None:
+    """As found: 0.18.2 and 0.19.2 import it unasked."""
+    with_versions(monkeypatch, megatron_core=installed)
+    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: None)
+    wanted = f"megatron-core {installed} cannot be imported without triton"
+    with nullcontext() if fits else pytest.raises(ConfigError, match=wanted):
+        check_triton()
 
 
 def test_what_is_not_there_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
