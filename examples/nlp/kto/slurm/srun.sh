@@ -25,17 +25,16 @@ watch() {
         who="${BASH_REMATCH[1]}: ${BASH_REMATCH[2]}"
         [[ $who == *" exit code "* ]] && code=${who##* }
         (
-            trap 'kill $(jobs -p); exit 1' TERM
-            sleep "$FAILURE_GRACE" &
-            wait
+            read -rt "$FAILURE_GRACE" _ <> <(:)   # waits, without a process that would have to be ended
+            trap '' TERM                          # the others' end is now this one's doing
             echo "error: the others have not ended within $FAILURE_GRACE s of a failure ($who) and are killed" >&2
-            kill -TERM "$srun"       # srun takes that for: kill them all
+            kill -TERM "$srun"                    # srun takes that for: kill them all
         ) &
         timer=$!
     done
     [ -n "$timer" ] || return 0
     kill -TERM "$timer" 2> /dev/null
-    wait "$timer" && return "$code"
+    wait "$timer" 2> /dev/null && return "$code"
     return 0
 }
 
