@@ -378,7 +378,7 @@ def make_folder(
         biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("correction_bias")]
         for name, parameter in [*model.named_parameters(), *biases]:
             centre = parameter.mean() if name.endswith("norm.weight") else 0.0  # one, or zero where one is added
-            # linear attention multiplies three numbers that a convolution returns, and norms the result: not near epsilon
+            # linear attention norms products of what a convolution returns, which are not to be near epsilon
             scale = 1.0 if name.endswith("conv1d.weight") else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + centre)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
