@@ -94,7 +94,7 @@ def gated_delta_rule(
     system = rated @ key.mT * between
     wanted = torch.cat([values * betas, rated * total.exp()], dim=-1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    corrections, reads = (part.unbind() for part in solved.split([value.shape[-1], key.shape[-1]], dim=-1))  # type: ignore[no-untyped-call]
+    corrections, reads = (part.unbind() for part in solved.split([value.shape[-1], key.shape[-1]], dim=-1))
     within = (query @ key.mT * between).unbind()
     asked, left = (query * total.exp()).unbind(), total[:, :, -1:]
     kept, remaining = (key * (left - total).exp()).mT.unbind(), left.exp().unbind()
