@@ -24,4 +24,10 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.feed_forward(sizes)
 
 
-FAMILY = replace(qwen3_next.FAMILY, weights=weights, mixture=mixture, further_layers=("mtp_num_hidden_layers",))
+FAMILY = replace(
+    qwen3_next.FAMILY,
+    weights=weights,
+    mixture=mixture,
+    feed_forward_adapters=True,
+    further_layers=("mtp_num_hidden_layers",),
+)

@@ -72,6 +72,7 @@ FAMILY = Family(
     output_gates=True,
     unsupported=unsupported,
     head_norms=qwen3.head_norms,
+    feed_forward_adapters=False,
     partial_rotary=True,
     further_tensors="mtp.",
 )
