@@ -125,7 +125,7 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "gpt_oss": ("gpt_oss", BIASED_LAYOUTS, {}),
     "gpt_oss, adapters": ("gpt_oss", BIASED_LAYOUTS, EXPERTS_ADAPTERS),
     "qwen3_next": ("qwen3_next", MIXTURE_LAYOUTS, {}),
-    "qwen3_next, adapters": ("qwen3_next", MIXTURE_LAYOUTS, ADAPTERS),
+    "qwen3_next, adapters": ("qwen3_next", MIXTURE_LAYOUTS, EXPERTS_ADAPTERS),
     "qwen3_5_moe": ("qwen3_5_moe", MIXTURE_LAYOUTS, {}),
     "qwen3_5": ("qwen3_5", DENSE_LAYOUTS, {}),
     "qwen3_5, adapters": ("qwen3_5", DENSE_LAYOUTS, ADAPTERS),

@@ -120,7 +120,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "r": 2,
             "lora_alpha": 3,
-            "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         },
     ),
     "linear attention": (
