@@ -3,44 +3,57 @@
 #
 #   docker build -t nemo_kto .
 #   docker build -t nemo_kto --build-arg BASE=nvcr.io/nvidia/nemo:<tag> .
-#   docker build -t nemo_kto --build-arg BASE=nvcr.io/nvidia/pytorch:<tag> --build-arg PYTHON=/usr/bin/python3 .
+#   docker build -t nemo_kto --build-arg BASE=nvcr.io/nvidia/pytorch:26.06-py3 --build-arg PYTHON=/usr/bin/python3 .
 #
 # nemo:26.06 holds Python 3.12 in /opt/venv, PyTorch 2.12 and Megatron-Core 0.18; the pytorch images hold no Megatron-Core, and
-# get the tested one. The versions the tests run with are those of constraints.txt; docs/versions.md says what else was tried.
+# get the tested one. The versions the tests run with are those of constraints.txt; docs/versions.md says what else was tried,
+# and how caches, tokens and a clone are mounted.
 ARG BASE=nvcr.io/nvidia/nemo:26.06
 FROM ${BASE}
 
-LABEL org.opencontainers.image.title="nemo_kto" \
+ARG BASE
+LABEL org.opencontainers.image.base.name="${BASE}" \
+      org.opencontainers.image.title="nemo_kto" \
       org.opencontainers.image.description="KTO of language models on Megatron-Core" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# newer bases run as somebody who may not write to their Python; who runs this image is said with `docker run --user`
+# Some bases run as somebody who may not write to their Python. Their user comes back at the end if it is named here
+# (`docker image inspect --format '{{.Config.User}}' <base>` tells it): --build-arg RUN_AS=1000
+ARG RUN_AS=root
 USER root
 ARG PYTHON=/opt/venv/bin/python
 WORKDIR /opt/nemo_kto
 COPY . .
 
 # Of the tested versions, install only the packages that the container lacks, each without its dependencies: nothing that
-# is there is replaced.
+# is there is replaced. PIP_CONSTRAINT, in which pytorch images pin what they were made with, would be in the way of the others.
 RUN ${PYTHON} - > /tmp/missing.txt <<'EOF'
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
-tools = {"torch", "hypothesis", "mypy", "pytest", "pytest-xdist", "execnet", "ruff"}
-for line in open("constraints.txt", encoding="utf-8"):
-    if line.startswith("#"):
-        continue
-    need = Requirement(line)
-    if need.name in tools or (need.marker is not None and not need.marker.evaluate()):
-        continue
+
+def there(name):
     try:
-        version(need.name)
+        return version(name)
     except PackageNotFoundError:
+        return None
+
+
+# beside a numpy 1 the last versions of what wants numpy 2 by now
+beside_numpy_1 = {"ml-dtypes": "==0.5.4", "pandas": "==2.3.3", "pytz": "==2026.2"}
+old = beside_numpy_1 if Version(there("numpy") or "2").major < 2 else {}
+tools = {"torch", "hypothesis", "mypy", "pytest", "pytest-xdist", "execnet", "ruff"}
+lines = [line for line in open("constraints.txt", encoding="utf-8") if not line.startswith("#")]
+needs = {need.name: need for need in map(Requirement, lines) if need.marker is None or need.marker.evaluate()}
+for need in (needs | {name: Requirement(name + pin) for name, pin in old.items()}).values():
+    if need.name not in tools and there(need.name) is None:
         print(f"{need.name}{need.specifier}")
 EOF
 RUN if command -v uv > /dev/null; then install="uv pip install --python ${PYTHON} --no-cache"; \
     else install="${PYTHON} -m pip install --no-cache-dir"; fi; \
+    unset PIP_CONSTRAINT; \
     export UV_BREAK_SYSTEM_PACKAGES=1 PIP_BREAK_SYSTEM_PACKAGES=1; \
     $install --no-deps -r /tmp/missing.txt && $install --no-deps .
 
@@ -68,3 +81,4 @@ if wrong:
 EOF
 
 ENV PATH=/opt/venv/bin:${PATH}
+USER ${RUN_AS}

@@ -29,10 +29,10 @@ setup(
         "einops",  # imported by nemo_toolkit, which does not declare it
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
-        "lightning>=2.4,<2.5",
+        "lightning>=2.4,<2.6",
         "loky>=3.4",
         "matplotlib>=3.8",
-        "megatron-core>=0.16.1,<0.19",
+        "megatron-core>=0.16.1,<0.20",
         "nemo_toolkit[common-only,core]>=3.0.0,<4",
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",

@@ -233,7 +233,8 @@ def _run_script(command: str, overrides: Sequence[str]) -> None:
     def run(config: KTOConfig) -> None:
         from nemo_kto.runs.early import check_early
 
-        stopping.take_signals()  # of a --multirun this is the next one
+        silence_startup_noise()  # of a --multirun this may be another process, which began here
+        stopping.take_signals()  # or the next one in this process
         check_early(config, command)
         if _imported(command, command)(config) is False:
             sys.exit(stopping.STOPPED_EARLY)

@@ -51,3 +51,29 @@ def test_imports_are_silent_and_own_messages_stay():
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Megatron then has nothing to warn of")
 def test_verbose_shows_everything():
     assert "not installed" in run(IMPORTS, NEMO_KTO_VERBOSE="1").stderr
+
+
+ELSEWHERE = """
+from nemo_kto import cli
+from nemo_kto.config import compose
+from nemo_kto.runs import early
+
+silence, cli.silence_startup_noise = cli.silence_startup_noise, lambda: None
+early.check_early = lambda *_: None
+
+def run_configured(run, overrides):
+    cli.silence_startup_noise = silence
+    try:
+        run(None)
+    except AttributeError:  # there is no configuration
+        print("imported")
+
+compose.run_configured = run_configured
+cli.run_script("train", [])
+"""
+
+
+def test_a_run_that_another_process_begins_is_silent_too():
+    """Those of a sweep, which submitit hands to jobs of a cluster: only what is called for each run happens there."""
+    done = run(ELSEWHERE)
+    assert (done.stdout, done.stderr) == ("imported\n", "")

@@ -32,6 +32,7 @@ from nemo_kto.runs.early import check_early
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of
 from nemo_kto.runs.records import sources, tokenization_settings
+from nemo_kto.runtime.versions import TESTED, untested
 
 _SAMPLE = 256
 """Records of each entry of the data that are looked at."""
@@ -100,8 +101,11 @@ def _versions() -> Iterator[Finding]:
             wrong.append(f"{wanted.name} is {there}, where {wanted.specifier} is needed")
     for text in wrong:
         yield Finding("error", "versions", f"{text}. Install with the project's constraints.txt.")
-    for name in ("torch", "megatron-core", "transformers", "lightning"):
-        if not any(text.startswith(f"{name} ") for text in wrong):
+    others = [text for text in untested() if not any(line.split()[0] == text.split()[0] for line in wrong)]
+    for text in others:
+        yield Finding("warning", "versions", f"{text}. It may work; docs/versions.md says what was tried.")
+    for name in TESTED:
+        if not any(text.split()[0] == name for text in (*wrong, *others)):
             yield Finding("ok", "versions", f"{name} {version(name)}")
     if importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.normalization") is None:
         yield Finding("error", "versions", "the package apex is not NVIDIA's, but a web toolkit. Uninstall it.")

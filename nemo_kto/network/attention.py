@@ -242,8 +242,12 @@ def _takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool
     """
     if not query.is_cuda:
         return True
-    suits = query.dtype != torch.float32 and mask is None and query.shape[-1] <= 256
-    return suits and torch.cuda.get_device_capability(query.device)[0] >= 8
+    return suits_flash_attention(query, mask) and torch.cuda.get_device_capability(query.device)[0] >= 8
+
+
+def suits_flash_attention(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether flash attention on CUDA takes such queries, from Ampere on."""
+    return query.dtype != torch.float32 and mask is None and query.shape[-1] <= 256
 
 
 def _whole_rows(

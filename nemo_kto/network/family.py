@@ -305,6 +305,7 @@ class Family:
         partial_rotary: Whether `partial_rotary_factor` says which share of each head's channels is rotated.
         rotary_by_layer_type: Whether `rope_parameters` has an entry for each of `layer_types`.
         rotary_scales_queries: Whether queries have the factors that `llama_4_scaling_beta` asks for.
+        part_of: Models that see images (`model_type`) whose language models may be of this family.
         further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
             tokens at once; transformers computes nothing with them, and here they are left out.
         further_tensors: What the names of their tensors begin with, if not with that of a layer.
@@ -328,6 +329,7 @@ class Family:
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
     rotary_scales_queries: bool = False
+    part_of: tuple[str, ...] = ()
     further_layers: tuple[str, ...] = ()
     further_tensors: str | None = None
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
-from nemo_kto.network.families import WITH_IMAGES, dimensions_of, family_of
+from nemo_kto.network.families import dimensions_of, family_of, parts_of_wholes
 from nemo_kto.network.family import PART_OF, Refusals
 from nemo_kto.network.quantised import quantisation_of
 from nemo_kto.network.stored import has_own_output_layer, has_weights
@@ -58,7 +58,7 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         named = SimpleNamespace(model_type=keys.get("model_type"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
-    if named.model_type not in WITH_IMAGES:
+    if named.model_type not in parts_of_wholes():
         family_of(named, file)  # before transformers: it may not know the architecture either
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -67,16 +67,16 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
     if quantisation_of(keys, file) is not None:
         del config.quantization_config
-    return _language_model_of(config, file) if named.model_type in WITH_IMAGES else config
+    return _language_model_of(config, file) if named.model_type in parts_of_wholes() else config
 
 
 def _language_model_of(whole: PretrainedConfig, file: Path) -> PretrainedConfig:
     """Return the configuration of the language model of one that sees images, with what is said of the whole."""
     config: PretrainedConfig = whole.text_config
-    if config.model_type not in WITH_IMAGES[whole.model_type]:
+    if config.model_type not in parts_of_wholes()[whole.model_type]:
         raise ConfigError(
             f"{file}: the architecture {config.model_type!r} of the language model of {whole.model_type!r} is not "
-            f"supported. Supported are: {', '.join(WITH_IMAGES[whole.model_type])}."
+            f"supported. Supported are: {', '.join(parts_of_wholes()[whole.model_type])}."
         )
     if getattr(config, "quantization_config", None) is None and hasattr(whole, "quantization_config"):
         config.quantization_config = whole.quantization_config
@@ -106,7 +106,9 @@ def check_hf_config(config: PretrainedConfig) -> None:
     family = family_of(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source}: quantised weights cannot be trained. Use the model's unquantised folder.")
-    if getattr(config, "is_heterogeneous", False):
+    # transformers 5.8 knows nothing of it, and would leave it out; in later ones each configuration has it
+    differ = getattr(config, "is_heterogeneous", bool(getattr(config, "per_layer_config", None)))
+    if differ:
         raise ConfigError(f"{source}: per_layer_config is not supported, as layers that differ in size are not.")
     if getattr(config, "transformers_weights", None) is not None:
         raise ConfigError(f"{source}: transformers_weights is not supported. Call the file model.safetensors.")

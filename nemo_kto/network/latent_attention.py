@@ -12,6 +12,7 @@ without a position, `r` with the rotary embedding, `v` of its value.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.pointwise import rotate
 from nemo_kto.network.model_config import ModelConfig
@@ -58,6 +60,21 @@ class WholeLinear(torch.nn.Module):
         """Return `[T/t, 1, outputs]` for `values` `[T/t, 1, inputs]`, and None as Megatron's layers return a bias."""
         # as matrices: see `lora.py`
         return F.linear(values.flatten(0, 1), self.weight, self.bias).unflatten(0, values.shape[:2]), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return Megatron's, with nothing divided."""
+        assert metadata is not None
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state
 
 
 class LatentAttention(Attention):  # type: ignore[misc]

@@ -5,6 +5,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `r` channels of a head t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,14 @@ _CPU = torch.device("cpu")
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     """Return the rotary embedding's parameters, into which transformers has put those of older configurations."""
-    return dict(config.rope_parameters or {})
+    rope = dict(config.rope_parameters or {})
+    if family_of(config).rotary_by_layer_type and "rope_type" in rope:
+        # transformers 5.8 takes what an older configuration says of full attention (OLMo 3) for all layers, and adds
+        # such a default to parameters that have kinds; later ones do as the authors' own code
+        usual = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        kinds = {kind: rope[kind] for kind in config.layer_types if kind in rope}
+        return kinds or {"full_attention": rope, "sliding_attention": usual}
+    return rope
 
 
 def _entries(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
@@ -40,7 +48,7 @@ def unsupported_fields(config: PretrainedConfig) -> Refusals:
     partial = family_of(config).partial_rotary
     for kind, rope in _entries(config).items():
         name = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
-        if "rope_type" not in rope:
+        if "rope_type" not in rope or any(isinstance(value, dict) for value in rope.values()):
             found[name] = (rope, "A rope_type is needed, and one for all layers in most architectures.")
             continue
         if rope["rope_type"] not in SUPPORTED_TYPES:
@@ -131,7 +139,9 @@ class RotaryEmbedding:
 
     def __init__(self, config: PretrainedConfig, head_channels: int) -> None:
         entries = _entries(config)
-        self._kinds = [_Frequencies.of(config, head_channels, kind, rope) for kind, rope in entries.items()]
+        settled = copy.copy(config)
+        settled.rope_parameters = rope_parameters(config)  # which transformers looks up by the kind of layer
+        self._kinds = [_Frequencies.of(settled, head_channels, kind, rope) for kind, rope in entries.items()]
         self.tables_of_layers: tuple[int, ...] | None = None
         if len(entries) > 1:
             self.tables_of_layers = tuple(list(entries).index(kind) for kind in config.layer_types)

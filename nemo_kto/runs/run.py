@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of
@@ -25,6 +27,9 @@ from nemo_kto.runtime import cpu_megatron
 from nemo_kto.runtime.determinism import make_deterministic
 from nemo_kto.runtime.launch import check_reaches, node_count
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.versions import untested
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,8 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
     """
     check_reaches(node_count(config.trainer.num_nodes))
     check_functions(config)
+    if is_global_rank_zero() and (found := untested()):
+        logger.warning("Not tested with what is installed: %s; see docs/versions.md.", ", ".join(found))
     if config.trainer.deterministic:
         make_deterministic()
     accelerator = accelerator_of(config)

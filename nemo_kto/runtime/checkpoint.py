@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -39,12 +40,13 @@ from nemo.utils.callbacks.dist_ckpt_io import (
     AsyncFinalizableCheckpointIO,
     AsyncFinalizerCallback,
 )
+from packaging.version import Version
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kto.errors import CheckpointError, DamagedCheckpointError, DivergenceError, SaveError
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import megatron_fixes, parallel
-from nemo_kto.runtime.checkpoint_folders import is_finished
+from nemo_kto.runtime.checkpoint_folders import is_finished, keeps_common_among_tensors
 from nemo_kto.runtime.checkpoint_manifest import (
     MANIFEST_FILE,
     Entry,
@@ -232,9 +234,14 @@ def _reading(folder: Path) -> Iterator[None]:
     """Execute nothing of a checkpoint, and name it in what goes wrong.
 
     Raises:
-        CheckpointError: It is of another model.
+        CheckpointError: It is of another model, or of a Megatron-Core whose checkpoints the installed one cannot read.
         DamagedCheckpointError: It cannot be read.
     """
+    if Version(megatron_version).release < (0, 19) and keeps_common_among_tensors(folder):
+        raise CheckpointError(
+            f"{folder} was written with Megatron-Core 0.19 or newer, whose checkpoints {megatron_version} "
+            "cannot read. Go on with the version that wrote it."
+        )
     try:
         with nothing_executed():
             yield

@@ -14,7 +14,8 @@ DAMAGED_FOLDER = "damaged_checkpoints"
 
 _UNFINISHED_SUFFIX = "-unfinished"
 _STEP = re.compile(r".*step=(\d+)")  # the last one, should the run's name hold another
-_PARTS = ("metadata.json", ".metadata", "common.pt")
+_PARTS = ("metadata.json", ".metadata")
+_COMMON_PART = "common.pt"
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -40,13 +41,24 @@ def fault_of(checkpoint: Path, *, checksums: bool) -> str | None:
         checkpoint: The folder.
         checksums: Whether its files are read, to compare them with what was written; otherwise only their sizes.
     """
-    missing = next((name for name in _PARTS if not (checkpoint / name).is_file()), None)
-    if missing is not None:
+    missing = next((name for name in (*_PARTS, _COMMON_PART) if not (checkpoint / name).is_file()), None)
+    if missing is not None and not (missing == _COMMON_PART and keeps_common_among_tensors(checkpoint)):
         return f"{missing} is missing"
     link = link_out_of(checkpoint, below=True)
     if link is not None:
         return f"{link.name} is a link out of the checkpoint"
     return first_fault(checkpoint, checksums=checksums)
+
+
+def keeps_common_among_tensors(checkpoint: Path) -> bool:
+    """Return whether a checkpoint keeps what is no tensor as Megatron-Core 0.19 does, rather than in common.pt.
+
+    It is an entry of its index then, which has the name of each.
+    """
+    try:
+        return b"common_state/shard_0_1" in (checkpoint / ".metadata").read_bytes()
+    except OSError:
+        return False
 
 
 def newest_whole(folder: Path, *, checksums: bool = False) -> tuple[Path | None, list[DamagedCheckpointError]]:

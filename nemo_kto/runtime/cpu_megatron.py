@@ -63,11 +63,13 @@ def patch_current_device() -> None:
     Reason: every communication buffer is allocated on `torch.cuda.current_device()` (tensor_parallel/mappings.py,
     pipeline_parallel/p2p_communication.py, distributed/param_and_grad_buffer.py, dist_checkpointing/strategies);
     `torch.cuda.synchronize()` follows each exchange between stages and precedes each save; a tied embedding is moved
-    with `.cuda()` before it is copied to the last stage (models/common/language_module/language_module.py).
-    All three raise on a machine without CUDA.
+    with `.cuda()` before it is copied to the last stage (models/common/language_module/language_module.py). From
+    Megatron-Core 0.19 on, the exchange of gradients asks for the current stream, to let it wait for CUDA graphs, which
+    are not there (distributed/param_and_grad_buffer.py). All of them raise on a machine without CUDA.
     """
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = _nothing
+    torch.cuda.current_stream = _nothing  # type: ignore[assignment]
     torch.Tensor.cuda = _same_tensor  # type: ignore[assignment,method-assign]
 
 

@@ -155,7 +155,7 @@ def _check_stages(layout: Layout, num_layers: int) -> None:
             f"model.pipeline_model_parallel_size={layout.pipeline}. Choose a size that divides them, or set "
             "model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
         )
-    for layers in _stage_sizes(layout, num_layers):
+    for layers in stage_sizes(layout, num_layers):
         if layers % layout.virtual:
             raise ConfigError(
                 f"A pipeline stage's {layers} layers cannot be divided into "
@@ -212,7 +212,7 @@ def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
             )
 
 
-def _stage_sizes(layout: Layout, num_layers: int) -> list[int]:
+def stage_sizes(layout: Layout, num_layers: int) -> list[int]:
     """Return the number of layers of each pipeline stage; `_check_stages` has found that they can be divided."""
     given = {0: layout.first_stage_layers, layout.pipeline - 1: layout.last_stage_layers}
     known = {stage: layers for stage, layers in given.items() if layers is not None}
@@ -222,7 +222,7 @@ def _stage_sizes(layout: Layout, num_layers: int) -> list[int]:
 
 def _stages(layout: Layout, num_layers: int) -> list[list[int]]:
     """Return the layers of each pipeline stage of a checked `layout`, whose chunks take turns."""
-    sizes = _stage_sizes(layout, num_layers)
+    sizes = stage_sizes(layout, num_layers)
     stages: list[list[int]] = [[] for _ in sizes]
     start = 0
     for _ in range(layout.virtual):
@@ -248,7 +248,7 @@ def padded_vocabulary(vocab_size: int, *, multiple: int, tensor_model_parallel_s
 
 def check_recompute_groups(layout: Layout, num_layers: int, group: int) -> None:
     """Raise a ConfigError when groups of `group` layers do not fit into the chunks of a checked `layout`."""
-    for layers in sorted({size // layout.virtual for size in _stage_sizes(layout, num_layers)}):
+    for layers in sorted({size // layout.virtual for size in stage_sizes(layout, num_layers)}):
         if layers % group:
             raise ConfigError(
                 f"model.activations_checkpoint_num_layers={group} does not divide the {layers} layers of a pipeline "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,8 @@ class MegatronStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Restore Megatron's optimizer."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            for group in _saved_groups(state):  # Megatron-Core 0.19 finds a group by its learning rates
+                group.update(self._group_settings())
             optimizer.load_state_dict(state)
             ckpt.separate_step_counters(getattr(optimizer, "_optimizer", optimizer))
             for group in optimizer.param_groups:  # the checkpoint's; a resumed run follows its own configuration
@@ -323,6 +326,16 @@ class MegatronStrategy(DDPStrategy):
             except OSError as error:
                 reason = reason_of(error, folder)
                 logger.warning("%s is not needed any more, but cannot be removed: %s.", folder, reason)
+
+
+def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups of an optimizer's state, in which those of several may be."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from value if key == "param_groups" else _saved_groups(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _saved_groups(value)
 
 
 def _folder(filepath: str | Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,13 +15,21 @@ from typing import Any
 import pytest
 
 from tests.cluster.two_nodes import Job, TwoNodes, install, missing
+from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
+from tests.waiting import HANG
 
 INSTALL = "NEMO_KTO_INSTALL_SLURM"
 """Environment variable: 1 lets Debian's packages be installed."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "examples" / "nlp" / "kto" / "slurm"
+TRAINING = SCRIPTS.with_name("train_gpt_kto.py")
 QUICKSTART = SCRIPTS.with_name("quickstart")
+
+CHANGES = {"exp_manager__create_checkpoint_callback": True, "trainer__kto__save_interval": 3}
+
+OURS = ("pretrained_checkpoint.restore_from_path", "exp_manager.explicit_log_dir", "model.data.data_prefix.train")
+"""What train.sbatch takes from variables."""
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +93,37 @@ def submit(cluster: TwoNodes, tmp_path: Path) -> Callable[..., Job]:
         return cluster.submit(script, *keys, options=(*size, f"--job-name={name}", *options), **values)
 
     return submit
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny model and feedback for it."""
+    folder = tmp_path_factory.mktemp("assets")
+    make_model_folder(folder / "hf")
+    write_feedback(folder / "train.jsonl", number=40, seed=1)
+    return folder
+
+
+def keys(root: Path, log_dir: Path, **changes: Any) -> list[str]:
+    """Return the keys of a short run, those that the script sets left out."""
+    values = settings(root, log_dir, **{**CHANGES, **changes})
+    return [
+        "model.tensor_model_parallel_size=1",
+        *(f"{key}={json.dumps(value)}" for key, value in values.items() if key not in OURS),
+    ]
+
+
+def places(root: Path, log_dir: Path) -> list[str]:
+    """Return those that `keys` leaves out."""
+    files = {"restore_from_path": root / "hf", "explicit_log_dir": log_dir, "train": root / "train.jsonl"}
+    return [f"{key}={files[key.rpartition('.')[2]]}" for key in OURS]
+
+
+@pytest.fixture(scope="session")
+def never_stopped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
+    """Return the series of the run, on two processes that it has started itself."""
+    log_dir = tmp_path_factory.mktemp("whole") / "log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
+    command = [sys.executable, str(TRAINING), *keys(root, log_dir), *places(root, log_dir), "trainer.devices=2"]
+    subprocess.run(command, check=True, timeout=HANG, env={**environment, "OMP_NUM_THREADS": "1"})
+    return read_series(log_dir)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,45 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, program_for
+from tests.cluster.conftest import TRAINING, keys, program_for
 from tests.cluster.two_nodes import Job, TwoNodes
-from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
-from tests.waiting import HANG, wait_until
+from tests.integration.assets import read_series, settings
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-CHANGES = {"exp_manager__create_checkpoint_callback": True, "trainer__kto__save_interval": 3}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_model_folder(folder / "hf")
-    write_feedback(folder / "train.jsonl", number=40, seed=1)
-    return folder
-
-
-def keys(root: Path, log_dir: Path, **changes: Any) -> list[str]:
-    """Return the keys of a short run, those that the script sets left out."""
-    values = settings(root, log_dir, **{**CHANGES, **changes})
-    ours = ("pretrained_checkpoint.restore_from_path", "exp_manager.explicit_log_dir", "model.data.data_prefix.train")
-    return [
-        "model.tensor_model_parallel_size=1",
-        *(f"{key}={json.dumps(value)}" for key, value in values.items() if key not in ours),
-    ]
-
-
-@pytest.fixture(scope="module")
-def never_stopped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
-    """Return the series of the run, on two processes that it has started itself."""
-    log_dir = tmp_path_factory.mktemp("whole") / "log"
-    where = [f"exp_manager.explicit_log_dir={log_dir}", f"pretrained_checkpoint.restore_from_path={root / 'hf'}"]
-    where += [f"model.data.data_prefix.train={root / 'train.jsonl'}", "trainer.devices=2"]
-    script = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
-    command = [sys.executable, str(script), *keys(root, log_dir), *where]
-    subprocess.run(command, check=True, timeout=HANG, env={**environment, "OMP_NUM_THREADS": "1"})
-    return read_series(log_dir)
 
 
 @pytest.fixture
@@ -173,7 +139,7 @@ def test_a_rank_that_is_killed(
 def test_two_jobs_in_one_folder(start: Callable[..., Job], tmp_path: Path) -> None:
     """Of the same name, the second would wait; of another, it is refused, and the first goes on."""
     first = start("step 4")
-    second = start(name="another", MAX_RETRIES="0", program=sys.executable)
+    second = start(name="another", MAX_RETRIES="0", FAILURE_GRACE="5", program=sys.executable)
     second.wait_for("FAILED")
     assert "error: " in second.log() and str(tmp_path / "log") in second.log()
     (tmp_path / "go").touch()
@@ -184,16 +150,13 @@ def test_one_task_starts_the_others(cluster: TwoNodes, root: Path, tmp_path: Pat
     """`sbatch --ntasks=1 --wrap "python ... trainer.devices=2"` trains with two; three tasks are refused."""
     log_dir = tmp_path / "log"
     values = settings(root, log_dir, trainer__kto__max_steps=1, trainer__devices=2, trainer__num_nodes="auto")
-    script = REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
     batch = tmp_path / "wrapped.sh"
     words = " ".join(f"'{key}={json.dumps(value)}'" for key, value in values.items())
-    batch.write_text(f"#!/bin/bash\n{sys.executable} {script} {words}\n")
+    batch.write_text(f"#!/bin/bash\n{sys.executable} {TRAINING} {words}\n")
     job = cluster.submit(batch, options=("--ntasks=1", "--cpus-per-task=2"))
     job.wait_for("COMPLETED")
     assert "2 processes: tensor 1 x pipeline 1 x data 2, started by this command in Slurm's job" in job.log()
-    batch.write_text(f"#!/bin/bash\nsrun --ntasks=3 {sys.executable} {script} {words}\n")
+    batch.write_text(f"#!/bin/bash\nsrun --ntasks=3 {sys.executable} {TRAINING} {words}\n")
     job = cluster.submit(batch, options=("--ntasks=3",))
     job.wait_for("FAILED")
-    assert (
-        "error: Slurm started 3 processes on one node, but trainer.devices x trainer.num_nodes is 2 x 1." in job.log()
-    )
+    assert "error: Slurm started 3 processes, but trainer.devices x trainer.num_nodes is 2 x 1." in job.log()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, SCRIPTS
+from tests.cluster.conftest import CHANGES, SCRIPTS, TRAINING
 from tests.cluster.two_nodes import TwoNodes
 from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
 from tests.waiting import HANG
@@ -23,9 +23,9 @@ def test_the_example(cluster: TwoNodes, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="nemo-kto[submitit] is not installed")
     make_model_folder(tmp_path / "hf")
     write_feedback(tmp_path / "train.jsonl", number=40, seed=1)
-    values = settings(tmp_path, tmp_path / "sweep", trainer__kto__max_steps=2)
+    values = settings(tmp_path, tmp_path / "sweep", trainer__kto__max_steps=2, **CHANGES)
     keys = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "model.optim.lr"]
-    command = [sys.executable, str(REPOSITORY / "examples" / "nlp" / "kto" / "train_gpt_kto.py"), "-m"]
+    command = [sys.executable, str(TRAINING), "-m"]
     command += [f"--config-dir={SCRIPTS}", "--config-name=sweep", "hydra.sweeper.params=null"]
     command += [*(f"hydra.launcher.{setting}" for setting in LAUNCHER), *keys, "model.optim.lr=1e-3,2e-3"]
     for _ in range(2):  # the second time there is nothing left to do
@@ -39,4 +39,6 @@ def test_the_example(cluster: TwoNodes, tmp_path: Path) -> None:
     logs = [file.read_text() for file in (tmp_path / "sweep" / ".submitit").rglob("*_0_log.out")]
     assert sum("data 2, started by Slurm in Slurm's job" in log for log in logs) == 2
     assert sum("The run has taken its 2 steps already" in log for log in logs) == 2
+    errors = [file.read_text() for file in (tmp_path / "sweep" / ".submitit").rglob("*_log.err")]
+    assert not any("Megatron-FSDP" in log or "OneLogger" in log for log in logs) and not any(errors)
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "train.jsonl", "sweep"}

@@ -19,6 +19,7 @@ from nemo_kto.cli import main
 from nemo_kto.commands import doctor, doctor_places
 from nemo_kto.runtime import log_lock, space
 from nemo_kto.runtime.processes import this_process
+from nemo_kto.runtime.versions import TESTED
 from tests.commands.test_checkpoint_commands import make
 from tests.faults.forked_commands import ForkedCommand
 
@@ -123,6 +124,18 @@ def test_packages_that_do_not_fit(run: Callable[..., Any], monkeypatch: pytest.M
     wrong = [text for level, text in of(found, "versions") if level == "error"]
     assert code == 1 and len(wrong) == 2
     assert "where >=99 is needed" in wrong[0] and wrong[1].startswith("no-such-package is missing")
+
+
+def test_packages_that_were_not_tested(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning; one that may not be installed at all is an error, and said once."""
+    monkeypatch.setattr(doctor, "requires", lambda _: ["lightning>=99"])
+    monkeypatch.setattr(doctor, "untested", lambda: ["torch 3.1 (tested: <3)", "lightning 2.9 (tested: <2.6)"])
+    code, found = run()
+    said = of(found, "versions")
+    assert code == 1 and [text.split()[0] for level, text in said if level == "error"] == ["lightning"]
+    (warning,) = [text for level, text in said if level == "warning"]
+    assert warning == "torch 3.1 (tested: <3). It may work; docs/versions.md says what was tried."
+    assert {text.split()[0] for level, text in said if level == "ok"} == set(TESTED) - {"torch", "lightning"}
 
 
 def test_parts_that_a_template_leaves_out_are_told(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ image, nothing that was there may have changed, and the tests that touch models 
 show: CUDA, Transformer Engine, and the packages of the image that this one has nothing to do with.
 
     python tests/container/run.py                          # nvcr.io/nvidia/nemo:26.06
+    python tests/container/run.py --image pytorch-26.06    # nvcr.io/nvidia/pytorch:26.06-py3
     python tests/container/run.py --megatron 0.19.2        # the same with another megatron-core
     python tests/container/run.py -- tests/runtime         # other tests
 """
@@ -22,9 +23,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCK = Path(__file__).with_name("nemo-26.06.txt")
-TESTS = ["tests/network", "tests/weights", "tests/runtime", "tests/integration"]
-NOT_OF_THE_IMAGE = ("hypothesis", "pytest-xdist", "execnet", "sortedcontainers")
+IMAGES = sorted(file.stem for file in Path(__file__).parent.glob("*.txt"))
+TESTS = ["tests/config", "tests/network", "tests/weights", "tests/runtime", "tests/integration"]
+NOT_OF_THE_IMAGE = ("hypothesis", "pytest", "pytest-xdist", "execnet", "sortedcontainers")
 """What the tests need besides; installed without dependencies, as the Dockerfile installs."""
 
 KNOWN_CONFLICTS = {
@@ -41,14 +42,15 @@ KNOWN_CONFLICTS = {
 def main() -> int:
     """Make the environment if need be, run the Dockerfile's commands in it, then the tests; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", choices=IMAGES, default="nemo-26.06", help="what is imitated")
     parser.add_argument("--megatron", help="another version of megatron-core than the image's")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-container", help="the environment")
+    parser.add_argument("--folder", type=Path, help="the environment; default: .venv-container-<image>")
     parser.add_argument("tests", nargs="*", default=TESTS, help="what pytest is given")
     options = parser.parse_args()
-    folder: Path = options.folder.absolute()
+    folder: Path = (options.folder or ROOT / f".venv-container-{options.image}").absolute()
     python = folder / "bin" / "python"
     if not (folder / ".made").exists():
-        make_environment(folder)
+        make_environment(folder, Path(__file__).with_name(f"{options.image}.txt"))
     if options.megatron:
         install(python, "--no-deps", f"megatron-core=={options.megatron}")
     before = versions(python)
@@ -83,17 +85,17 @@ def main() -> int:
     ).returncode
 
 
-def make_environment(folder: Path) -> None:
-    """Make an environment of Python 3.12 with what the image holds."""
+def make_environment(folder: Path, lock: Path) -> None:
+    """Make an environment of Python 3.12 with what the image holds, as a file lists it."""
     interpreter = os.environ.get("PYTHON312") or shutil.which("python3.12")
     if interpreter is None:
         raise SystemExit("error: no python3.12 found; install one, or name it in PYTHON312")
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
-    torch = next(line for line in LOCK.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
-    install(python, torch, "uv")  # with the libraries that it cannot be imported without
-    install(python, "--no-deps", "--requirement", str(LOCK))  # which does not agree with itself everywhere
+    torch = next(line for line in lock.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    install(python, torch)  # with the libraries that it cannot be imported without
+    install(python, "--no-deps", "--requirement", str(lock))  # which does not agree with itself everywhere
     (folder / ".made").touch()
 
 

@@ -46,6 +46,9 @@ def install() -> None:
         setattr(owner, name, value)
     torch.serialization.register_package(1, lambda storage: None, _restored)
     _install_nccl()
+    from tests.cuda_sim import kept_for_backward
+
+    kept_for_backward.install()
 
 
 def _nothing(*arguments: Any, **keywords: Any) -> None:

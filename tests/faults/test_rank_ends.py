@@ -15,7 +15,10 @@ import torch.distributed as dist
 from nemo_kto import stopping
 from nemo_kto.errors import DataError
 from nemo_kto.runtime import watchdog
+from tests.faults.commands import TP2, Command, training
 from tests.faults.forked_ranks import ForkedRanks, Place, said
+
+TRAINING = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
 
 
 def exchange() -> None:
@@ -159,3 +162,14 @@ def goodbye(place: Place) -> None:
 
 def test_no_rank_leaves_before_rank_0(tmp_path: Path) -> None:
     assert [code for code, _ in ForkedRanks(goodbye, 2, tmp_path).ended()] == [75, 75]
+
+
+def test_a_rank_that_ends_before_all_have_met(root: Path, tmp_path: Path) -> None:
+    """The process that has started it does not wait for it for ten minutes."""
+    without = "import os, sys\nif os.environ.get('LOCAL_RANK') == '1':\n    sys.modules['megatron'] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(without)
+    arguments = training(root, tmp_path / "log", script=TRAINING, **TP2)
+    code, _, errors = Command(tmp_path, arguments, PYTHONPATH=str(tmp_path)).end()
+    assert code == 1 and "ModuleNotFoundError: No module named 'megatron.core'" in errors
+    (line,) = [line for line in errors.splitlines() if "error: " in line]
+    assert re.fullmatch(r"error: Rank 1 \(process \d+ of this machine\) was ended with exit code 1\.", line)

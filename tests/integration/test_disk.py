@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from megatron.core import __version__ as megatron_version
+from packaging.version import Version
 
 from nemo_kto.runtime.checkpoint_folders import checkpoints_in, is_finished, newest_whole, step_of
 from tests.distributed_harness import free_port
@@ -211,13 +213,19 @@ def test_the_best_ones_are_kept_as_if_nothing_had_been_tried(troubled: Run, root
 
 # what rank 0 alone writes, while the others wait for it
 
+_MEGATRON = Version(megatron_version).release[:2]
+_COMMON = "megatron.core.dist_checkpointing." + (
+    "strategies.common.TorchCommonSaveStrategy" if _MEGATRON == (0, 16) else "serialization"
+)
 PARTS = {
     "the folder": ("nemo_kto.runtime.checkpoint.ShardedCheckpointIO", "_make_room"),
-    "common.pt": ("megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy", "save_common"),
+    "common.pt": (_COMMON, "save_common"),
     ".metadata": ("torch.distributed.checkpoint.FileSystemWriter", "finish"),
     "metadata.json": ("megatron.core.dist_checkpointing.serialization", "save_config"),
     "manifest.json": ("nemo_kto.runtime.checkpoint", "write_manifest"),
 }
+if _MEGATRON >= (0, 19):
+    del PARTS["common.pt"]  # it is written as tensors are
 
 
 class WithoutRoom:
@@ -260,17 +268,17 @@ def _found(place: str) -> Any:
 
 def test_no_rank_waits_for_one_that_cannot_write(troubled: Run, tmp_path: Path) -> None:
     """Each part in turn; two in a row, as the third would end the run."""
-    parts = dict(zip((1, 2, 4, 5, 7), PARTS, strict=True))
+    parts = dict(zip((1, 2, 4, 5, 7), PARTS, strict=False))
     answers = troubled(2, NOTHING, WithoutRoom(parts), **TP2, trainer__kto__max_steps=8)
     assert [answer["error"] for answer in answers] == [None, None]
     assert [step_of(Path(text.split()[2])) for text in answers[0]["said"]] == list(parts)
     assert all("could not be written: " in text for text in answers[0]["said"])
-    assert answers[0]["whole"] == last(0, 0, 0, 3, 3, 3, 6, 6)
+    assert answers[0]["whole"] == last(0, 0, 0, 3, 3, 3, 6, 6 if "common.pt" in PARTS else 7)
     assert newest_whole(tmp_path / "log" / "checkpoints", checksums=True)[0] is not None
 
 
 def test_the_last_one_is_tried_again(troubled: Run, tmp_path: Path) -> None:
-    answers = troubled(2, NOTHING, WithoutRoom({1: "common.pt"}), **TP2, trainer__kto__max_steps=1)
+    answers = troubled(2, NOTHING, WithoutRoom({1: "metadata.json"}), **TP2, trainer__kto__max_steps=1)
     assert [answer["error"] for answer in answers] == [None, None]
     assert "It is the last one of the run, and is tried again in" in answers[0]["said"][0]
     assert newest_whole(tmp_path / "log" / "checkpoints", checksums=True)[0] is not None

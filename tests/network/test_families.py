@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -16,7 +17,7 @@ from nemo_kto.network import families
 from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, sizes_of_folder
 from nemo_kto.network.family import Family
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.rotary import RotaryEmbedding
+from nemo_kto.network.rotary import RotaryEmbedding, unsupported_fields
 from nemo_kto.network.weight_rules import Piece, expected_shapes, stacked
 from tests.network import tiny_hf
 
@@ -117,13 +118,30 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path, name: str, field: str
 def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
     """Return transformers' cosines and sines `[length, r / 2]` each, side by side, of a document of some length."""
     rotary, positions = AutoModelForCausalLM.from_config(config).model.rotary_emb, torch.arange(length)[None]
-    kinds = [{"layer_type": kind} for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [{}]
+    kinds = [{}]
+    if isinstance(rotary.rope_type, dict):
+        kinds = [{"layer_type": kind} for kind in sorted(rotary.rope_type)]
     tables = []
     for kind in kinds:
         cos, sin = rotary(torch.zeros(1), positions, **kind)
         half = cos.shape[-1] // (1 if config.model_type == "gpt_oss" else 2)  # which has each angle once
         tables.append(torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1))
     return torch.stack(tables)
+
+
+@pytest.mark.parametrize("keeps_kinds", [False, True])
+def test_what_olmo3_says_of_full_attention_is_not_taken_for_all_layers(keeps_kinds: bool) -> None:
+    """transformers 5.8 keeps an older configuration's parameters as they are, and adds a default to newer ones'."""
+    right, old = copy.deepcopy(MODELS["olmo3"]), copy.deepcopy(MODELS["olmo3"])
+    kinds = {kind: right.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")}
+    kinds["sliding_attention"] = {"rope_type": "default", "rope_theta": kinds["full_attention"]["rope_theta"]}
+    right.rope_parameters = kinds
+    old.rope_parameters = {**kinds, **kinds["sliding_attention"]} if keeps_kinds else kinds["full_attention"]
+    rows = torch.arange(16), torch.full((16,), 16)
+    ours, expected = (RotaryEmbedding(each, dimensions_of(each).head_channels) for each in (old, right))
+    assert torch.equal(ours.table(*rows), expected.table(*rows))
+    assert ours.tables_of_layers == expected.tables_of_layers == (1, 1, 1, 0)
+    assert unsupported_fields(old) == {}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +158,7 @@ def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:
 def test_rotary_embedding_is_transformers(name: str) -> None:
     """Two documents in a row; with longrope the first, of 16 tokens, has the short factors, the second the long."""
     config = MODELS[name]
+    tiny_hf.skip_where_wrong(config)
     positions = torch.cat([torch.arange(16), torch.arange(17)])
     lengths = torch.tensor([16] * 16 + [17] * 17)
     rotary = RotaryEmbedding(config, dimensions_of(config).head_channels)

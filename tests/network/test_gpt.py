@@ -73,7 +73,7 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
         load_hf_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v2", "mistral3", "no_such_model", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v2", "llama4", "no_such_model", None])
 def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path, model_type: str | None) -> None:
     with pytest.raises(
         ConfigError, match=f"{model_type!r} is not supported.*llama, .*mistral, mixtral, .*phi3, qwen2, .*qwen3, "

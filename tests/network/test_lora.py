@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
@@ -135,6 +137,13 @@ SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "
 SPARSE += ("of glm4_moe_lite", "gates", "experts and gates")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
+READ_BY_PEFT = [name for name in PEFT if name not in SPARSE + BIASED or Version(peft.__version__) >= Version("0.20")]
+
+
+def case(*values: str) -> Any:
+    """Return the parameters of a test, the last of which is an adapter."""
+    reason = "PEFT 0.19 reads no adapters of mixtures"
+    return pytest.param(*values, marks=pytest.mark.skipif(values[-1] not in READ_BY_PEFT, reason=reason))
 
 
 def suits(layout: str, name: str) -> bool:
@@ -144,7 +153,8 @@ def suits(layout: str, name: str) -> bool:
     return layout != "WHOLE" and (layout != "TP2" or name not in SPARSE)
 
 
-CASES = [(layout, name) for layout in LAYOUTS for name in PEFT if suits(layout, name)]
+NAMES = list(map(case, PEFT))
+CASES = [case(layout, name) for layout in LAYOUTS for name in PEFT if suits(layout, name)]
 
 
 def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Tensor:
@@ -177,8 +187,8 @@ def use_adapters(source: Path, results: Path, layouts: list[str]) -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel.initialize(LAYOUTS[layout], seed=1)
-        for name in PEFT:
-            if (layout, name) in CASES:
+        for name in READ_BY_PEFT:
+            if suits(layout, name):
                 use_adapter(source, results / layout / name, name, LAYOUTS[layout])
 
 
@@ -238,7 +248,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the models and the adapters that PEFT made for them, logits beside them."""
     folder = tmp_path_factory.mktemp("source")
     families = tiny_hf.families()
-    for name, (family, settings) in PEFT.items():
+    for name in READ_BY_PEFT:
+        family, settings = PEFT[name]
         base = tiny_hf.make_folder(folder / family, families[family])
         torch.save(make_adapter(folder / name, base, settings), folder / f"{name}.pt")
     return folder
@@ -253,12 +264,19 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
     return folder
 
 
+def expected_logits(source: Path, name: str) -> torch.Tensor:
+    """Return PEFT's logits with an adapter."""
+    tiny_hf.skip_where_wrong(source / PEFT[name][0])
+    logits: torch.Tensor = torch.load(source / f"{name}.pt")
+    return logits
+
+
 every_case = pytest.mark.parametrize(("layout", "name"), CASES)
 
 
 @every_case
 def test_logits_of_an_imported_adapter_are_pefts(source: Path, results: Path, layout: str, name: str) -> None:
-    logits, expected = torch.load(results / layout / name / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(results / layout / name / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["adapted"], expected, rtol=1e-4, atol=2e-5)
     assert (logits["plain"] - expected).abs().max() > 0.1
 
@@ -271,9 +289,9 @@ def test_an_adapter_comes_back_bit_by_bit(source: Path, results: Path, layout: s
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", NAMES)
 def test_peft_loads_an_exported_adapter_with_the_same_logits(source: Path, results: Path, name: str) -> None:
-    expected = torch.load(source / f"{name}.pt")
+    expected = expected_logits(source, name)
     ours = peft_logits(source / PEFT[name][0], results / ("WHOLE" if name in BIASED else "TP2SP") / name / "exported")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
@@ -290,7 +308,7 @@ def test_without_trained_or_with_switched_off_adapters_it_is_the_base_model(
 @every_case
 def test_merging_keeps_the_logits_and_is_undone_exactly(source: Path, results: Path, layout: str, name: str) -> None:
     folder = results / layout / name
-    logits, expected = torch.load(folder / "logits.pt"), torch.load(source / f"{name}.pt")
+    logits, expected = torch.load(folder / "logits.pt"), expected_logits(source, name)
     torch.testing.assert_close(logits["merged"], expected, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(tiny_hf.transformers_logits(folder / "merged"), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(logits["again"], logits["adapted"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_kto.errors import CheckpointError
-from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, own_writer, separate_step_counters
+from nemo_kto.errors import CheckpointError, DamagedCheckpointError
+from nemo_kto.runtime import checkpoint
+from nemo_kto.runtime.checkpoint import ShardedCheckpointIO, load_common, own_writer, separate_step_counters
 from nemo_kto.runtime.checkpoint_folders import is_finished, newest_whole, step_of
 
 
@@ -52,6 +53,21 @@ def test_names_without_a_step_are_refused(tmp_path: Path) -> None:
 def test_loading_what_is_unfinished_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
         ShardedCheckpointIO().load_checkpoint(make(tmp_path, "run-step=8-last", metadata=False))
+
+
+def test_a_newer_megatrons_checkpoint_is_told_from_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, "run-step=8-last")
+    (folder / ".metadata").write_bytes(b"common_state/shard_0_1")
+    monkeypatch.setattr(checkpoint, "megatron_version", "0.18.2")
+    wanted = "Megatron-Core 0.19 or newer, whose checkpoints 0.18.2 cannot read"
+    with pytest.raises(CheckpointError, match=wanted) as told:
+        load_common(folder)
+    assert not isinstance(told.value, DamagedCheckpointError)
+    monkeypatch.setattr(checkpoint, "megatron_version", "0.19.0rc1")
+    with pytest.raises(DamagedCheckpointError):
+        load_common(folder)
 
 
 def test_removal_starts_with_what_makes_it_look_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

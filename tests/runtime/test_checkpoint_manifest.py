@@ -109,6 +109,18 @@ def test_a_checkpoint_of_a_version_that_wrote_no_manifest(checkpoint: Path) -> N
     assert fault_of(checkpoint, checksums=False) == "common.pt is missing"
 
 
+def test_a_checkpoint_of_a_megatron_that_writes_no_common_part(checkpoint: Path) -> None:
+    """From 0.19 on it is an entry of the index."""
+    (checkpoint / ".metadata").write_bytes(b"... X\x18\x00\x00\x00common_state/shard_0_1 ...")
+    write_manifest(checkpoint, {})
+    (checkpoint / "common.pt").unlink()
+    assert fault_of(checkpoint, checksums=False) == "common.pt is missing"  # it is one of those in the manifest
+    write_manifest(checkpoint, {})
+    assert fault_of(checkpoint, checksums=True) is None
+    (checkpoint / MANIFEST_FILE).unlink()
+    assert fault_of(checkpoint, checksums=True) is None
+
+
 def test_the_newest_whole_one_is_chosen_whatever_it_is_called(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     names = ["run-step=2-val_loss=0.5000", "run-step=4-last", "run-step=4-val_loss=0.4000", "run-step=10-last"]

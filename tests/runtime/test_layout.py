@@ -80,6 +80,8 @@ EXPERTS = ModelSizes(
 )
 def test_experts_can_be_divided(layout: Layout) -> None:
     check_layout(layout, EXPERTS)
+    if layout.expert_tensor_size == 1:
+        check_layout(layout, replace(EXPERTS, expert_biases=True))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,11 @@ def test_experts_can_be_divided(layout: Layout) -> None:
             Layout(world_size=8, tensor=4, sequence=True),
             replace(EXPERTS, shared_ffn_hidden_size=10),
             "10 units of the shared expert .*tensor_model_parallel_size=4",
+        ),
+        (
+            Layout(world_size=2, tensor=2, sequence=True),
+            replace(EXPERTS, expert_biases=True),
+            "experts have biases, .* size 2 .*Set model.expert_tensor_parallel_size=1",
         ),
         (Layout(world_size=6, expert=4), EXPERTS, "6 processes .*expert_model_parallel_size=4 .* = 4. Use"),
         (Layout(world_size=4, tensor=2, sequence=True, expert=4), EXPERTS, "4 processes .* size 2 .* = 8"),

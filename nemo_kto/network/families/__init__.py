@@ -5,6 +5,7 @@ A new file is a new family: nothing else has to name it. Start with `llama.py`, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import pkgutil
@@ -17,9 +18,6 @@ from nemo_kto.network.family import Dimensions, Family
 from nemo_kto.runtime.layout import ModelSizes
 
 SUPPORTED_MODEL_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-WITH_IMAGES = {"gemma3": ("gemma3_text",), "mistral3": ("ministral3", "mistral")}
-"""Models that see images -> what their language models may be, which are a part of them (`text_config`)."""
 
 
 def family_of(hf: Any, source: str | Path = "") -> Family:
@@ -35,10 +33,25 @@ def family_of(hf: Any, source: str | Path = "") -> Family:
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             f"{source or 'The model'}: the architecture {hf.model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}; of {' and '.join(WITH_IMAGES)} the language model."
+            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}; of {' and '.join(parts_of_wholes())} the language "
+            "model."
         )
-    family: Family = importlib.import_module(f"{__name__}.{hf.model_type}").FAMILY
+    return _family(hf.model_type)
+
+
+def _family(name: str) -> Family:
+    family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
     return family
+
+
+@functools.cache
+def parts_of_wholes() -> dict[str, tuple[str, ...]]:
+    """Return the models that see images -> what their language models (`text_config`) may be."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in SUPPORTED_MODEL_TYPES:
+        for whole in _family(name).part_of:
+            found[whole] = (*found.get(whole, ()), name)
+    return dict(sorted(found.items()))
 
 
 def dimensions_of(hf: Any) -> Dimensions:
@@ -53,7 +66,7 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
     """
     try:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if keys.get("model_type") in WITH_IMAGES:
+        if keys.get("model_type") in parts_of_wholes():
             keys = keys["text_config"]
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
         sizes = dimensions_of(hf).divided

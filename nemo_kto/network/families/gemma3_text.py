@@ -13,4 +13,6 @@ def fields(hf: Any) -> dict[str, Any]:
     return {**gemma2.fields(hf), "attention_cap": None}
 
 
-FAMILY = replace(gemma2.FAMILY, fields=fields, head_norms=qwen3.head_norms, rotary_by_layer_type=True)
+FAMILY = replace(
+    gemma2.FAMILY, fields=fields, head_norms=qwen3.head_norms, rotary_by_layer_type=True, part_of=("gemma3",)
+)

@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: DeepSeek-V3 whose dense layers are named, with a rotary embedding of a share of its channels."""
+"""GLM-4.7-Flash: DeepSeek-V3 whose dense layers are named one by one."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def mixture(hf: Any) -> Mixture | None:
     return glm4_moe.mixture_in(hf, tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse"))
 
 
-FAMILY = replace(deepseek_v3.FAMILY, mixture=mixture, partial_rotary=True)
+FAMILY = replace(deepseek_v3.FAMILY, mixture=mixture)

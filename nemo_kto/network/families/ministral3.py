@@ -19,4 +19,4 @@ def unsupported(hf: Any) -> Refusals:
     return found
 
 
-FAMILY = replace(mistral.FAMILY, unsupported=unsupported, rotary_scales_queries=True)
+FAMILY = replace(mistral.FAMILY, unsupported=unsupported, rotary_scales_queries=True, part_of=("mistral3",))

@@ -1,0 +1,116 @@
+"""What a dry run says of a step's memory is what trainings on the simulated device have taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nemo_kto.runtime.layout import Layout
+from tests.cuda_sim.test_same_series import BF16, LORA, RECOMPUTE, TP2_SP
+from tests.distributed_harness import free_port
+from tests.integration.assets import WORDS, make_tokenizer, settings, train_on_rank
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+PP2 = {"model__pipeline_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model whose activations are many times what a process holds besides, and feedback."""
+    folder = tmp_path_factory.mktemp("larger")
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(**SIZES, eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    text = " ".join(WORDS * 5)
+    with (folder / "train.jsonl").open("w") as stream:
+        for number in range(16):
+            record = {"prompt": f"{WORDS[number]} {text}", "completion": f" {text}", "label": number % 2 == 0}
+            stream.write(json.dumps(record) + "\n")
+    return folder
+
+
+class Meter(Callback):
+    """Reads the device's count in the second step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        if trainer.global_step == 1:
+            lengths = iter([(prompt.numel(), response.numel()) for prompt, response in batch.samples])
+            self.found["rows"] = [[next(lengths) for _ in range(size)] for size in batch.row_sizes]
+            self.found["held"] = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            self.found["peak"] = torch.cuda.max_memory_allocated()
+
+
+def measured(port: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return what a training takes on this rank, and the micro-batches it was measured with."""
+    meter = Meter()
+    train_on_rank(port, overrides, callbacks=[meter])
+    return meter.found
+
+
+def predicted(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> Any:
+    """Return what a dry run finds."""
+    from omegaconf import OmegaConf
+
+    from nemo_kto.config.compose import parse_config
+    from nemo_kto.network.hf_config import load_hf_config
+    from nemo_kto.runs.memory import step_memory
+
+    torch.distributed.destroy_process_group()  # the harness's
+    raw = OmegaConf.create({})
+    for key, value in overrides.items():
+        OmegaConf.update(raw, key, value)
+    config = parse_config(raw)
+    hf_config = load_hf_config(overrides["pretrained_checkpoint.restore_from_path"])
+    return step_memory(config, hf_config, layout, rank, rows=rows, every_layer=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        pytest.param(Layout(world_size=1), BF16, id="bf16"),
+        pytest.param(Layout(world_size=1), {**BF16, **LORA, **RECOMPUTE}, id="bf16 LoRA recompute"),
+        pytest.param(Layout(world_size=1), {"model__kto__reference__mode": "resident"}, id="float32 resident"),
+        pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **TP2_SP}, id="bf16 TP2 SP"),
+        pytest.param(Layout(world_size=2, pipeline=2), {**BF16, **PP2}, id="bf16 PP2"),
+        pytest.param(Layout(world_size=2), BF16, id="bf16 DP2"),
+    ],
+)
+def test_a_training_takes_what_a_dry_run_says(
+    assets: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, layout: Layout, changes: dict[str, Any]
+) -> None:
+    values = settings(
+        assets,
+        tmp_path,
+        trainer__accelerator="gpu",
+        trainer__kto__max_steps=2,
+        model__micro_batch_size=2,
+        model__data__seq_length=256,
+        **changes,
+    )
+    for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
+        (dry,) = run_ranks(predicted, 1, values, layout, rank, found["rows"])
+        # the batch and what is logged are the device's as well
+        assert dry.held == pytest.approx(found["held"], abs=2**16)
+        assert dry.peak == pytest.approx(found["peak"], rel=0.005)
