@@ -30,4 +30,5 @@ FAMILY = replace(
     mixture=mixture,
     feed_forward_adapters=True,
     further_layers=("mtp_num_hidden_layers",),
+    part_of=("qwen3_5",),
 )
