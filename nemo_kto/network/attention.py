@@ -145,7 +145,7 @@ class DocumentAttention(MegatronModule):
             if cache is not None:
                 cache.start(self.layer_number, key, value)
         if self.cp_group is not None:
-            output = _own_tokens(output, self.cp_group)
+            output = own_tokens(output, self.cp_group)
         return output.reshape(output.shape[0], 1, -1)
 
     def _sinks(self) -> torch.Tensor | None:
@@ -273,7 +273,7 @@ def _whole_rows(
     return [part.unflatten(1, (-1, own.shape[-1])) for part, own in zip(parts, (query, key, value), strict=True)]
 
 
-def _own_tokens(output: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def own_tokens(output: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `[T/c, a, d]`, this rank's tokens of all heads, from `[T, a/c, d]`: one all-to-all over `group`."""
     received = all_to_all(group, output.unflatten(0, (group.size(), -1)))  # [c, T/c, a/c, d]
     return received.transpose(0, 1).flatten(1, 2)

@@ -117,6 +117,32 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """The layers of linear attention in a model, and its sizes, see `delta_net.py`.
+
+    Attributes:
+        layers: Their numbers, from 0.
+        key_heads: Heads of queries and keys.
+        value_heads: Heads of values, so many for each key head.
+        key_channels: Channels of a query and of a key.
+        value_channels: Channels of a value.
+        window: Tokens that the convolution before it sees.
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_channels: int
+    value_channels: int
+    window: int
+
+    @property
+    def values_of_key_head(self) -> int:
+        """Channels of all values that belong to a key head."""
+        return self.value_heads // self.key_heads * self.value_channels
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dimensions:
     """The sizes of a model, and which of the smaller parts it has.
 
@@ -135,6 +161,8 @@ class Dimensions:
         norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
         mixture: The mixtures of experts; None for a dense model.
         latent: Sizes of latent attention; None for the usual one.
+        delta: The layers of linear attention, in the place of the usual one; None for no such layer.
+        output_gates: Whether each head of the usual attention has a gate, which comes from the projection of queries.
     """
 
     layers: int
@@ -151,6 +179,14 @@ class Dimensions:
     norms_of_all_heads: bool
     mixture: Mixture | None
     latent: Latent | None = None
+    delta: Delta | None = None
+    output_gates: bool = False
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with attention that is not linear."""
+        linear = () if self.delta is None else self.delta.layers
+        return tuple(layer for layer in range(self.layers) if layer not in linear)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -171,6 +207,7 @@ class Dimensions:
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
             expert_biases=mixture is not None and mixture.biased,
+            linear_key_heads=0 if self.delta is None else self.delta.key_heads,
             shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
         )
 
@@ -237,6 +274,11 @@ def _no(hf: Any) -> bool:
     return False
 
 
+def _intermediate_size(hf: Any) -> int:
+    size: int = hf.intermediate_size
+    return size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of models.
@@ -246,10 +288,13 @@ class Family:
         fields: Returns the fields of `ModelConfig` that differ from Llama's.
         mixture: Returns the mixtures of experts; None for a dense model.
         latent: Returns the sizes of latent attention; None for the usual one.
+        delta: Returns the layers of linear attention; None for no such layer.
+        output_gates: Whether each head of the usual attention has a gate, which comes from the projection of queries.
         unsupported: Returns what cannot be expressed here.
         biases: Returns which linear layers have a bias.
         activation: The activation of its feed-forward parts, as `ACTIVATIONS` has it; None for the one that a field
             names.
+        feed_forward: Returns the channels inside a dense feed-forward part.
         layer_norms: Whether its norms are LayerNorms.
         head_norms: Returns whether queries and keys are normed.
         norms_of_all_heads: Whether over the channels of all heads together, rather than head by head.
@@ -263,15 +308,19 @@ class Family:
         part_of: Models that see images (`model_type`) whose language models may be of this family.
         further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
             tokens at once; transformers computes nothing with them, and here they are left out.
+        further_tensors: What the names of their tensors begin with, if not with that of a layer.
     """
 
     weights: Callable[[Dimensions], Iterable[Rule]]
     fields: Callable[[Any], dict[str, Any]] = _nothing
     mixture: Callable[[Any], Mixture | None] = _none
     latent: Callable[[Any], Latent | None] = _none
+    delta: Callable[[Any], Delta | None] = _none
+    output_gates: bool = False
     unsupported: Callable[[Any], Refusals] = unlike_llama
     biases: Callable[[Any], Biases] = biases_of_fields
     activation: str | None = None
+    feed_forward: Callable[[Any], int] = _intermediate_size
     layer_norms: bool = False
     head_norms: Callable[[Any], bool] = _no
     norms_of_all_heads: bool = False
@@ -282,13 +331,14 @@ class Family:
     rotary_scales_queries: bool = False
     part_of: tuple[str, ...] = ()
     further_layers: tuple[str, ...] = ()
+    further_tensors: str | None = None
 
     def dimensions(self, hf: Any) -> Dimensions:
         """Return the sizes of a model."""
         return Dimensions(
             layers=hf.num_hidden_layers,
             hidden=hf.hidden_size,
-            feed_forward=hf.intermediate_size,
+            feed_forward=self.feed_forward(hf),
             heads=hf.num_attention_heads,
             groups=hf.num_key_value_heads or hf.num_attention_heads,
             head_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
@@ -300,6 +350,8 @@ class Family:
             norms_of_all_heads=self.norms_of_all_heads,
             mixture=self.mixture(hf),
             latent=self.latent(hf),
+            delta=self.delta(hf),
+            output_gates=self.output_gates,
         )
 
     def rules(self, hf: Any) -> list[Rule]:

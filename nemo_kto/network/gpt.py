@@ -31,6 +31,8 @@ from nemo_kto.runtime.layout import Layout, padded_vocabulary
 
 _NORM = re.compile(r"norm(_weight|\.weight)$")
 """What the names of the weights of norms end with."""
+_PLAIN_NORM = "gated_norm_weight"
+"""That of linear attention, to which one is not added where it is to others."""
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -249,7 +251,8 @@ def initialize_weights(model: KTOGPTModel, *, seed: int, std: float) -> None:
     for leaf in sharded_leaves(model):
         layout = match(rules, leaf.key).layout
         if len(leaf.global_shape) == 1:
-            leaf.data.fill_(norm if _NORM.search(leaf.key) else 0.0)
+            plain = 1.0 if leaf.key.endswith(_PLAIN_NORM) else norm
+            leaf.data.fill_(plain if _NORM.search(leaf.key) else 0.0)
             continue
         generator = tensor_generator(seed, leaf.key)
         full = torch.randn(leaf.global_shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)

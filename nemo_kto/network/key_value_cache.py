@@ -1,4 +1,4 @@
-"""Keys and values of documents that go on, for passes that compute their newest tokens only.
+"""What is kept of documents that go on, for passes that compute their newest tokens only.
 
 Tensor legend: `T` tokens of a packed row, `b` documents whose keys and values are kept, `m` tokens of the longest of
 them, `g` key/value heads of this rank, `d` channels of a head, of a key and of a value.
@@ -18,12 +18,15 @@ _MORE_ROOM = 64
 class KeyValueCache:
     """Keys and values of a row's documents, kept so that a document can go on by computing its newest token only.
 
+    A layer of linear attention keeps states instead, see `hold`.
+
     The first pass takes whole documents, every later one the newest token of each. What comes in a row behind the `b`
     documents only fills it up; nothing of it is kept. With context parallelism each rank has its heads of all tokens.
     """
 
     def __init__(self) -> None:
-        self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys and values [b, g, room, d]
+        # layer -> keys and values [b, g, room, d], or states
+        self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._lengths: list[int] = []
         self._newest = torch.empty(0, dtype=torch.int64)
 
@@ -36,6 +39,19 @@ class KeyValueCache:
         """Forget all documents but those with these numbers, ascending, counted from 0 in the row."""
         chosen = torch.tensor(documents, dtype=torch.int64, device=self._newest.device)
         self._stored = {layer: (keys[chosen], values[chosen]) for layer, (keys, values) in self._stored.items()}
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self._lengths)
+
+    def hold(self, layer: int, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Keep a layer's states of all documents, `[b, ...]` each, in the place of those before."""
+        self._stored[layer] = states
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `hold` was last given for the layer, of the documents that are left."""
+        return self._stored[layer]
 
     def holds(self, layer: int) -> bool:
         """Return whether the layer with this number has had its first pass."""

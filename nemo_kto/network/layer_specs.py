@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_kto.errors import ConfigError
 from nemo_kto.network import moe
 from nemo_kto.network.attention import DocumentAttention
+from nemo_kto.network.delta_net import GatedDeltaNet
 from nemo_kto.network.latent_attention import LatentAttention
 from nemo_kto.network.layers import FamilyAttention, FamilyLayer
 from nemo_kto.network.model_config import ModelConfig
@@ -42,12 +43,22 @@ def block_spec(
         norm = TENorm
     first = get_transformer_layer_offset(config, vp_stage=chunk)
     last = first + get_num_layers_to_build(config, vp_stage=chunk)
-    experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)[first:last]]
-    layers = {
-        number: _layer_spec(config, use_transformer_engine, number, unfused=unfused, by_document=by_document)
-        for number in set(experts)
-    }
-    return TransformerBlockSubmodules(layer_specs=[layers[number] for number in experts], layer_norm=norm)
+    experts = [config.num_moe_experts if has_experts else None for has_experts in moe.pattern(config)]
+    linear = () if config.delta is None else config.delta.layers
+    kinds = [(experts[layer], layer in linear) for layer in range(first, last)]
+    layers = {}
+    for number, is_linear in set(kinds):
+        layer = _layer_spec(config, use_transformer_engine, number, unfused=unfused, by_document=by_document)
+        if is_linear:
+            _make_linear(layer)
+        layers[number, is_linear] = layer
+    return TransformerBlockSubmodules(layer_specs=[layers[kind] for kind in kinds], layer_norm=norm)
+
+
+def _make_linear(layer: ModuleSpec) -> None:
+    """Put linear attention in the place of a layer's own, with the norm before it on its own."""
+    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet)
+    del layer.submodules.sharded_state_dict_keys_map["input_layernorm."]
 
 
 def _layer_spec(
@@ -65,7 +76,8 @@ def _layer_spec(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
     # Transformer Engine's linear layers have the norm inside that is before them
-    if engine is not None and not unfused and config.norms_before and config.latent is None:
+    fused = not unfused and config.norms_before and config.latent is None and config.delta is None
+    if engine is not None and fused:
         layer = engine
     else:
         layer = _unfused_layer(config, num_experts, engine)
@@ -102,7 +114,7 @@ def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleS
 
 
 def attends_by_document(config: ModelConfig, use_transformer_engine: bool) -> bool:
-    """Return whether attention is `DocumentAttention`.
+    """Return whether attention is `DocumentAttention`; linear attention then gets the lengths of documents too.
 
     None of Transformer Engine's kernels takes packed rows in float32, or with sinks; its context parallelism wants
     another order of tokens; it has no caps. Latent attention has keys that all heads share.
@@ -114,6 +126,7 @@ def attends_by_document(config: ModelConfig, use_transformer_engine: bool) -> bo
         or config.attention_cap is not None
         or config.softmax_type != "vanilla"
         or config.latent is not None
+        or config.delta is not None
     )
 
 

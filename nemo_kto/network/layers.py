@@ -64,10 +64,33 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]
         found: Biased = super().forward(*args, rotary_pos_emb=tables, **kwargs)
         return found
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """Return queries `[T, 1, a, d]`, keys and values `[T, 1, g, d]`."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return query, key, value.contiguous() if self._separate_values else value
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Return queries `[T, 1, a, d]`, keys and values `[T, 1, g, d]`, and gates `[T, 1, a, d]` if it has any."""
+        if self.config.attention_output_gate:
+            query, key, value, *gates = self._with_gates(hidden_states)
+        else:
+            query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        return query, key, value.contiguous() if self._separate_values else value, *gates
+
+    def _with_gates(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what `get_query_key_value_tensors` does, of heads whose gates are behind their queries.
+
+        Megatron's way has all queries of a group first, as no projection of Hugging Face has them.
+        """
+        mixed, _ = self.linear_qkv(hidden_states)
+        channels, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        asked = 2 * self.num_attention_heads_per_partition // groups * channels
+        queries, key, value = mixed.unflatten(-1, (groups, -1)).split([asked, channels, channels], dim=-1)
+        query, gate = queries.unflatten(-1, (-1, 2 * channels)).flatten(2, 3).chunk(2, dim=-1)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value, gate
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return `x` `[T, 1, a d]` times the sigmoid of its gate; Megatron compiles that, with gradients otherwise."""
+        return (x * gate.flatten(2).float().sigmoid()).to(x.dtype)
 
 
 class FamilyLayer(TransformerLayer):  # type: ignore[misc]

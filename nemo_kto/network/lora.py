@@ -42,7 +42,14 @@ from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
 from nemo_kto.network.latent_attention import WholeLinear
-from nemo_kto.network.projections import LoRASettings, linear_layers, linear_of, parts_of, place_in_layer
+from nemo_kto.network.projections import (
+    LoRASettings,
+    has_projection,
+    linear_layers,
+    linear_of,
+    parts_of,
+    place_in_layer,
+)
 from nemo_kto.network.sharded import sharded_leaves
 
 
@@ -252,7 +259,11 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
         if number not in settings.layers:
             continue
         for name, parts in linear_layers(model.hf_config).items():
-            chosen = [projection for projection in settings.projections if linear_of(projection, sizes) == name]
+            chosen = [
+                projection
+                for projection in settings.projections
+                if linear_of(projection, sizes) == name and has_projection(projection, number, sizes)
+            ]
             if chosen:
                 places, names = zip(*(place_in_layer(projection, number, sizes) for projection in chosen), strict=True)
                 linear = layer.get_submodule(places[0])
@@ -296,7 +307,8 @@ def _adapt(
     if "k_proj" in parts:  # Megatron keeps each key/value head with those of its queries
         linear._groups = config.num_query_groups // tp_size
         per_group = config.num_attention_heads // config.num_query_groups
-        rows = {"q_proj": per_group * config.kv_channels, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
+        per_query = config.kv_channels * (2 if config.attention_output_gate else 1)
+        rows = {"q_proj": per_group * per_query, "k_proj": config.kv_channels, "v_proj": config.kv_channels}
     linear._parts = tuple(rows.items())
     linear._switch, linear._settings = switch, settings
     linear._sharded_dim = {}

@@ -82,6 +82,8 @@ def _architecture(hf: PretrainedConfig, family: Family, sizes: Dimensions) -> di
         "num_query_groups": sizes.groups,
         "kv_channels": sizes.head_channels if sizes.latent is None else sizes.latent.values,
         "latent": sizes.latent,
+        "delta": sizes.delta,
+        "attention_output_gate": sizes.output_gates,
         "normalization": "LayerNorm" if family.layer_norms else "RMSNorm",
         "layernorm_epsilon": getattr(hf, "rms_norm_eps", None),
         "qk_layernorm": sizes.head_norms and not sizes.norms_of_all_heads,

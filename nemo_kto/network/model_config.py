@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_kto.network.family import Latent
+from nemo_kto.network.family import Delta, Latent
 
 
 @dataclass
@@ -26,6 +26,7 @@ class ModelConfig(TransformerConfig):
         logits_multiplier: What the products of hidden states and output layer are multiplied with.
         logits_cap: Largest logit after that, see `algorithms.logprobs.LogitShape`; None for no cap.
         latent: Sizes of latent attention, see `latent_attention.py`; None for the usual one.
+        delta: The layers of linear attention, see `delta_net.py`; None for no such layer.
         attention_cap: Largest score of attention, see `algorithms.attention.Scoring`; None for no cap.
         rotary_scales_queries: Whether the rotary embedding has a table for keys and one for queries, with a factor.
         rotary_tables: Which of the tables of its rotary embedding each layer takes, see `RotaryEmbedding`; None where
@@ -42,6 +43,7 @@ class ModelConfig(TransformerConfig):
     logits_multiplier: float = 1.0
     logits_cap: float | None = None
     latent: Latent | None = None
+    delta: Delta | None = None
     attention_cap: float | None = None
     rotary_scales_queries: bool = False
     rotary_tables: tuple[int, ...] | None = None

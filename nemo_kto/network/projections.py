@@ -83,6 +83,17 @@ def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str,
     return linear.replace("mlp.", "mlp.shared_experts."), f"{mixture.shared.name}-{projection}"
 
 
+def has_projection(projection: str, layer: int, sizes: Dimensions) -> bool:
+    """Return whether a layer has a projection of the model's; one of linear attention has none for attention."""
+    return not LINEAR_OF[projection].startswith("self_attention.") or layer in sizes.attention_layers
+
+
+def layers_with(projections: Iterable[str], hf_config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the numbers of the layers, from 0, that have any of these projections of a model."""
+    sizes, names = dimensions_of(hf_config), list(projections)
+    return tuple(layer for layer in range(sizes.layers) if any(has_projection(name, layer, sizes) for name in names))
+
+
 def linear_layers(hf_config: PretrainedConfig) -> dict[str, tuple[str, ...]]:
     """Return Megatron's linear layers of a transformer layer -> the parts their rows are made of, in their order."""
     layers: dict[str, tuple[str, ...]] = {}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_kto.network.family import Dimensions, Mixture
-from nemo_kto.network.weight_rules import FusedQKV, PaddedVocab, Piece, Rule, stacked
+from nemo_kto.network.weight_rules import ByHead, PaddedVocab, Piece, Rule, stacked
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -43,12 +43,14 @@ def attention(sizes: Dimensions, *, norm: str | None = "input_layernorm", fused:
             three, `q_proj`, `k_proj` and `v_proj`.
     """
     h, d = sizes.hidden, sizes.head_channels
-    queries, keys = sizes.heads * d, sizes.groups * d
-    layout, layers = FusedQKV(sizes.heads // sizes.groups, d), range(sizes.layers)
+    queries, keys, layers = sizes.heads * d, sizes.groups * d, sizes.attention_layers
+    # a head's gate is behind its query
+    asked = 2 * queries if sizes.output_gates else queries
+    layout = ByHead((asked // sizes.groups, d, d))
     ours, theirs = _OURS + "self_attention.", _THEIRS + "self_attn."
 
     def projection(suffix: str, *columns: int) -> tuple[Piece, ...]:
-        shapes = [(rows, *columns) for rows in (queries, keys, keys)]
+        shapes = [(rows, *columns) for rows in (asked, keys, keys)]
         if fused is not None:
             return stacked(f"{theirs}{fused}.{suffix}", *shapes)
         return tuple(Piece(f"{theirs}{part}_proj.{suffix}", shape) for part, shape in zip("qkv", shapes, strict=True))
@@ -88,6 +90,41 @@ def latent_attention(sizes: Dimensions) -> Iterator[Rule]:
     yield _one(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight", layers, compressed)
     yield from linear("linear_kv_up_proj", "kv_b_proj", sizes.heads * (latent.plain + latent.values), compressed)
     yield from linear("linear_proj", "o_proj", h, sizes.heads * latent.values, biased=sizes.biases.output)
+
+
+def delta_net(sizes: Dimensions, *, by_head: bool) -> Iterator[Rule]:
+    """Yield the rules of the layers of linear attention, with the norm before it.
+
+    Args:
+        sizes: Of the model.
+        by_head: Whether the projections are two, which have the rows of each key head together, rather than four.
+    """
+    delta = sizes.delta
+    if delta is None:
+        return
+    layers, h, place = delta.layers, sizes.hidden, _THEIRS + "linear_attn."
+    keys, values, shared = delta.key_channels, delta.values_of_key_head, delta.value_heads // delta.key_heads
+
+    def pieces(name: str, *rows: int, columns: tuple[int, ...] = (h,)) -> tuple[Piece, ...]:
+        return stacked(f"{place}{name}.weight", *((delta.key_heads * each, *columns) for each in rows))
+
+    rows: tuple[int, ...]
+    if by_head:
+        rows = (2 * keys + 2 * values, 2 * shared)
+        inputs = (*pieces("in_proj_qkvz", rows[0]), *pieces("in_proj_ba", rows[1]))
+    else:
+        rows = (keys, keys, values, values, shared, shared)
+        alone = zip("zba", rows[3:], strict=True)
+        inputs = (*pieces("in_proj_qkv", *rows[:3]), *(pieces(f"in_proj_{name}", each)[0] for name, each in alone))
+    yield from _norm("input_layernorm.", "input_layernorm", layers, h, biased=False)
+    ours = _OURS + "self_attention."
+    yield Rule(f"{ours}in_proj.weight", inputs, ByHead(rows), layers)
+    seen = (keys, keys, values)
+    yield Rule(f"{ours}conv_weight", pieces("conv1d", *seen, columns=(1, delta.window)), ByHead(seen), layers)
+    for name in ("A_log", "dt_bias"):
+        yield _one(f"self_attention.{name}", f"linear_attn.{name}", layers, delta.value_heads)
+    yield _one("self_attention.gated_norm_weight", "linear_attn.norm.weight", layers, delta.value_channels)
+    yield _one("self_attention.out_proj.weight", "linear_attn.out_proj.weight", layers, h, delta.key_heads * values)
 
 
 def sinks(sizes: Dimensions) -> Iterator[Rule]:

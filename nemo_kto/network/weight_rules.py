@@ -193,43 +193,35 @@ class PaddedVocab:
 
 
 @dataclass(frozen=True)
-class FusedQKV:
-    """Query, key and value projections `[a*d, ...]`, `[g*d, ...]`, `[g*d, ...]`.
+class ByHead:
+    """Tensors whose rows belong to heads; Megatron keeps those of each head of a kind together.
 
-    Megatron keeps the rows of each key/value head together with those of its query heads:
-    q..q k v | q..q k v | ..., one part per key/value head.
+    So queries, keys and values become q..q k v | q..q k v | ..., one part per key/value head with its query heads.
 
     Attributes:
-        queries_per_group: a / g.
-        head_dim: d.
+        rows: Rows that each of the tensors has for a head.
     """
 
-    queries_per_group: int
-    head_dim: int
-
-    def _heads(self) -> list[int]:
-        return [self.queries_per_group, 1, 1]
+    rows: tuple[int, ...]
 
     def read(self, pieces: Sequence[Piece], region: Region, reader: Reader) -> torch.Tensor:
-        """Return the block, which holds whole key/value heads, reading those heads of the three pieces."""
+        """Return the block, which holds whole heads, reading the rows of those heads of the pieces."""
         import torch  # weights are moved, a configuration is not judged
 
         rows, *rest = region
-        per_group = sum(self._heads()) * self.head_dim
-        first, last = rows.start // per_group, rows.stop // per_group
-        assert (first * per_group, last * per_group) == (rows.start, rows.stop), (region, per_group)
+        of_head = sum(self.rows)
+        first, last = rows.start // of_head, rows.stop // of_head
+        assert (first * of_head, last * of_head) == (rows.start, rows.stop), (region, of_head)
         parts = []
-        for piece, heads in zip(pieces, self._heads(), strict=True):
-            size = heads * self.head_dim
+        for piece, size in zip(pieces, self.rows, strict=True):
             part = reader(piece, (slice(first * size, last * size), *rest))
             parts.append(part.reshape(last - first, size, *part.shape[1:]))
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def split(self, full: torch.Tensor) -> list[torch.Tensor]:
-        """Return query, key and value projection."""
-        sizes = [heads * self.head_dim for heads in self._heads()]
-        grouped = full.reshape(-1, sum(sizes), *full.shape[1:])
-        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]  # type: ignore[no-untyped-call]
+        """Return the tensors."""
+        by_head = full.reshape(-1, sum(self.rows), *full.shape[1:])
+        return [part.flatten(0, 1) for part in by_head.split(self.rows, dim=1)]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

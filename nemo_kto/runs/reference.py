@@ -17,9 +17,9 @@ from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
 from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.projections import LoRASettings, projections_of
+from nemo_kto.network.projections import LoRASettings, layers_with, projections_of
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.weights.folder import weights_digest
+from nemo_kto.weights.folder import listed, weights_digest
 from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
 
@@ -56,9 +56,17 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
         raise ConfigError(
             f"model.peft.lora_tuning.layer_selection={lora.layer_selection} must name layers from 1 to {num_layers}."
         )
+    projections = projections_of(lora.target_modules, hf_config)
+    layers = layers_with(projections, hf_config)
+    without = [str(layer) for layer in chosen if layer - 1 not in layers]
+    if without and lora.layer_selection is not None:
+        raise ConfigError(
+            f"model.peft.lora_tuning.layer_selection={lora.layer_selection}: {listed(without, 'layers')} have linear "
+            f"attention, and so none of {listed(projections)}. Leave them out."
+        )
     settings = LoRASettings(
-        projections=projections_of(lora.target_modules, hf_config),
-        layers=tuple(sorted({layer - 1 for layer in chosen})),
+        projections=projections,
+        layers=tuple(layer for layer in layers if layer + 1 in chosen),
         rank=lora.adapter_dim,
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,
         rslora=lora.rslora,

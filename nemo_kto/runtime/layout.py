@@ -84,6 +84,7 @@ class ModelSizes:
         expert_ffn_hidden_size: Channels inside an expert.
         shared_ffn_hidden_size: Channels inside the expert that all tokens go through; 0 without any.
         expert_biases: Whether experts have biases.
+        linear_key_heads: Key heads of linear attention; 0 without any.
     """
 
     num_layers: int
@@ -95,6 +96,7 @@ class ModelSizes:
     expert_ffn_hidden_size: int = 0
     shared_ffn_hidden_size: int = 0
     expert_biases: bool = False
+    linear_key_heads: int = 0
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:
@@ -110,6 +112,7 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
     for name, value in (
         ("attention heads", sizes.num_attention_heads),
         ("key/value heads (query groups)", sizes.num_query_groups),
+        ("key heads of linear attention", sizes.linear_key_heads),
         ("feed-forward units", sizes.ffn_hidden_size),
         ("units of the shared expert", sizes.shared_ffn_hidden_size),
     ):
@@ -118,12 +121,16 @@ def check_layout(layout: Layout, sizes: ModelSizes) -> None:
                 f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor}. "
                 f"Choose a tensor-parallel size that divides {value}."
             )
-    if sizes.num_attention_heads % (layout.tensor * layout.context):
-        raise ConfigError(
-            f"The model's {sizes.num_attention_heads} attention heads cannot be divided by model.tensor_model_parallel"
-            f"_size={layout.tensor} x model.context_parallel_size={layout.context}: context-parallel ranks share the "
-            "heads that tensor parallelism leaves to each. Choose a smaller context-parallel size."
-        )
+    for name, value in (
+        ("attention heads", sizes.num_attention_heads),
+        ("key heads of linear attention", sizes.linear_key_heads),
+    ):
+        if value % (layout.tensor * layout.context):
+            raise ConfigError(
+                f"The model's {value} {name} cannot be divided by model.tensor_model_parallel_size={layout.tensor} x "
+                f"model.context_parallel_size={layout.context}: context-parallel ranks share the heads that tensor "
+                "parallelism leaves to each. Choose a smaller context-parallel size."
+            )
     _check_stages(layout, sizes.num_layers)
     _check_experts(layout, sizes)
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, parts_of, place_in_layer
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, has_projection, parts_of, place_in_layer
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,7 +26,7 @@ def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
     hidden = model.hidden
     queries, keys = model.heads * model.head_channels, model.groups * model.head_channels
     sizes = {
-        "q_proj": (queries, hidden),
+        "q_proj": (2 * queries if model.output_gates else queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
@@ -51,6 +51,8 @@ def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, t
     sizes, model, prefix = linear_sizes(hf), dimensions_of(hf), prefix_of(hf)
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, projection in itertools.product(settings.layers, settings.projections):
+        if not has_projection(projection, layer, model):
+            continue
         linear, name = place_in_layer(projection, layer, model)
         for matrix in ("lora_a", "lora_b"):
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"

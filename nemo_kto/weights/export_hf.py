@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from nemo_kto.errors import CheckpointError
+from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.sharded import Leaf, sharded_leaves
@@ -109,7 +110,12 @@ class _Plan:
             self._source, self._form = companions, stored_form(companions)
         if whole_of(self._hf_config) is not None:
             self._rest = self._rest_of_whole()
-            own = (name for name in self._file_of if not is_of_language_model(name))
+            further = family_of(self._hf_config).further_tensors
+            own = (
+                name
+                for name in self._file_of
+                if not is_of_language_model(name) and not (further and name.startswith(further))
+            )
             self._passed_on = sorted(own, key=lambda name: (self._file_of[name], name))
         self._new.start()
         self._writer = self._writer_of(max_shard_bytes)

@@ -127,12 +127,17 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
 
 def _without_further_layers(folder: Path, names: list[str], hf_config: Any) -> list[str]:
     """Return the names without those of layers that are left out of the model, which is said once."""
-    if not family_of(hf_config).further_layers:
+    family, of_model = family_of(hf_config), hf_config.num_hidden_layers
+    if family.further_tensors is not None:
+        further = {name for name in names if name.startswith(family.further_tensors)}
+        where = f"whose names begin with {family.further_tensors}"
+    elif family.further_layers:
+        further = {name for name in names if (found := _LAYER.search(name)) and int(found[1]) >= of_model}
+        where = f"of layers from number {of_model} on"
+    else:
         return names
-    of_model = hf_config.num_hidden_layers
-    further = {name for name in names if (found := _LAYER.search(name)) and int(found[1]) >= of_model}
     if further:
-        _warn_left_out(folder, of_model, len(further))
+        _warn_left_out(folder, where, len(further))
     return [name for name in names if name not in further]
 
 
@@ -159,14 +164,14 @@ def _warn_passed_on(folder: Path, whole: str, tensors: int) -> None:
 
 
 @functools.cache
-def _warn_left_out(folder: Path, layers: int, tensors: int) -> None:
+def _warn_left_out(folder: Path, where: str, tensors: int) -> None:
     if is_global_rank_zero():
         logger.warning(
-            "%s: the %d tensors of layers from number %d on, which guess several tokens at once, are left out, as in "
-            "transformers; what is exported has none, and says so in its config.json.",
+            "%s: the %d tensors %s, which guess several tokens at once, are left out, as in "
+            "transformers; what is exported has none, and its config.json counts none.",
             folder,
             tensors,
-            layers,
+            where,
         )
 
 

@@ -115,14 +115,16 @@ def write_config(
     is_quantised = fields.get(quantised.FIELD) is not None
     if is_quantised:
         del fields[quantised.FIELD]
-    changes |= {name: 0 for name in family_of(config).further_layers if fields.get(name)}  # they are left out
+    text = fields if whole_of(config) is None else fields["text_config"]
+    left_out = {name: 0 for name in family_of(config).further_layers if text.get(name)}
+    text |= left_out
     if dtype is not None and configured_dtype(config) != dtype:
         # transformers 5 reads either, 4 the longer one
         keys = [key for key in ("torch_dtype", "dtype") if key in fields] or ["torch_dtype"]
         changes |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     if whole_of(config) is not None:
         _change_parts(fields, changes)
-    if changes or is_quantised or source is None:
+    if changes or left_out or is_quantised or source is None:
         target.write_text(json.dumps({**fields, **changes}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

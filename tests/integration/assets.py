@@ -35,8 +35,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -92,6 +95,14 @@ LATENT: dict[str, Any] = {
     **{"n_group": 1, "topk_group": 1},
 }
 
+DELTA: dict[str, Any] = {  # linear attention, but for one layer
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"head_dim": 16, "layer_types": [*["linear_attention"] * 2, "full_attention", "linear_attention"]},
+    # its outputs are small where a query and a document's first keys hardly agree, and the norm behind would make much
+    # of their rounding
+    "rms_norm_eps": 1e-2,
+}
+
 # the shorter documents of the feedback have the short factors, the longer ones the long
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -143,6 +154,9 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             **{"swiglu_limit": 1.0, "rope_parameters": YARN, **_TOKENS},
         },
     ),
+    "qwen3_next": (Qwen3NextConfig, {**DELTA, **SHARED, "mlp_only_layers": [1], **_TOKENS}),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, {**DELTA, **SHARED, **_TOKENS}),
+    "qwen3_5": (Qwen3_5TextConfig, {**DELTA, **_TOKENS}),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }

@@ -27,7 +27,7 @@ from tests.integration.assets import (
 from tests.integration.oracle import PLAIN, assert_equal, oracle
 
 STEPS = 5
-QUICK = ("biases", "shared", "glm4_moe", "gpt_oss", "deepseek_v3")
+QUICK = ("biases", "shared", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
 """Kinds of models whose series `make test` compares too."""
 
 kinds = pytest.mark.parametrize(

@@ -112,12 +112,29 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 2, "lora_alpha": 3, "target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]},
     ),
     "of glm4_moe_lite": ("glm4_moe_lite", {"r": 2, "lora_alpha": 3, "target_modules": ["q_b_proj", "o_proj"]}),
+    "experts and gates": (
+        "qwen3_5_moe_text",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj", "up_proj"]},
+    ),
+    # layers with and without linear attention, a query's gate, layers of experts and a dense one
+    "gates": (
+        "qwen3_next_mixed",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        },
+    ),
+    "linear attention": (
+        "qwen3_5_text",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "gate_proj", "down_proj"]},
+    ),
     "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
-SPARSE += ("of glm4_moe_lite",)
+SPARSE += ("of glm4_moe_lite", "gates", "experts and gates")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 READ_BY_PEFT = [name for name in PEFT if name not in SPARSE + BIASED or Version(peft.__version__) >= Version("0.20")]

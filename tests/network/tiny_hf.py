@@ -37,8 +37,11 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -108,6 +111,17 @@ _QWEN2_EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
+}
+_DELTA: dict[str, Any] = {
+    **_NO_TOKENS,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    # its outputs are small where a query and a document's first keys hardly agree, and the norm behind would make much
+    # of their rounding
+    "rms_norm_eps": 1e-2,
 }
 
 
@@ -295,6 +309,37 @@ def families() -> dict[str, PretrainedConfig]:
             attention_bias=False,
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        "qwen3_next": Qwen3NextConfig(
+            **SIZES,
+            **_DELTA,
+            **_QWEN2_EXPERTS,
+            norm_topk_prob=True,
+            layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        ),
+        "qwen3_next_mixed": Qwen3NextConfig(
+            **SIZES,
+            **{**_DELTA, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 2, "head_dim": 32},
+            **_QWEN2_EXPERTS,
+            norm_topk_prob=False,
+            mlp_only_layers=[1],
+            layer_types=["full_attention", "linear_attention"] * 2,
+            attention_bias=True,
+            rope_parameters={**_YARN, "partial_rotary_factor": 0.5},
+            tie_word_embeddings=True,
+        ),
+        "qwen3_5_moe_text": Qwen3_5MoeTextConfig(
+            **{key: size for key, size in SIZES.items() if key != "intermediate_size"},
+            **_DELTA,
+            **_QWEN2_EXPERTS,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        ),
+        "qwen3_5_text": Qwen3_5TextConfig(**SIZES, **_DELTA),
+        "qwen3_5_text_tied": Qwen3_5TextConfig(
+            **SIZES,
+            **{**_DELTA, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 3},
+            layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            tie_word_embeddings=True,
         ),
         "phi3": Phi3Config(**SIZES, **_PHI3, sliding_window=7),
         "phi3_partial": Phi3Config(

@@ -15,12 +15,14 @@ from nemo_kto.network.weight_rules import Rule
 def mixture(hf: Any) -> Mixture | None:
     """Return the mixtures of experts, which are where those of Qwen3-MoE are."""
     found = qwen3_moe.mixture(hf)
-    if found is None:
-        return None
-    shared = SharedExpert(
+    return None if found is None else replace(found, shared=shared_expert(hf))
+
+
+def shared_expert(hf: Any) -> SharedExpert:
+    """Return the expert of each mixture that all tokens go through."""
+    return SharedExpert(
         name="shared_expert", feed_forward=hf.shared_expert_intermediate_size, gate="shared_expert_gate"
     )
-    return replace(found, shared=shared)
 
 
 def biases(hf: Any) -> Biases:
