@@ -10,7 +10,9 @@ others are from one device is the greatest relative distance over all steps: rou
 percent or so in bfloat16, where it is the distance of two roundings. A layout that is wrong shows in the gradient norm
 first. Layouts do not run at the same time, so seconds can differ by what else the machine does; they are medians
 without the first steps. Memory is the greatest that the device's allocator has given out, of the fullest rank; on a
-CPU the resident set. "Layers" says whose they are: Transformer Engine's (TE), or this project's own.
+CPU the resident set. Beside it stands what a dry run of the step expects of the allocator (`nemo_kto.runs.memory`),
+which takes no mixtures: nobody knows where a router sends tokens. "Layers" says whose they are: Transformer Engine's
+(TE), or this project's own.
 """
 
 from __future__ import annotations
@@ -32,13 +34,28 @@ from common import SHAPES, make_config, make_model, peak_bytes, publish, reset_p
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_kto.commands.train import train
+from nemo_kto.config.schema import KTOConfig
+from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.quiet import silence_loaded_packages
+from nemo_kto.runs.layout import requested_layout
+from nemo_kto.runs.memory import step_memory
 
 WARMUP_STEPS = 2
 FAILED = "failed"
-MEASURED = ("layers", "first loss", "loss, farthest", "gradient norm, farthest", "step, s", "memory, GiB")
+MEASURED = (
+    "layers",
+    "first loss",
+    "loss, farthest",
+    "gradient norm, farthest",
+    "step, s",
+    "memory, GiB",
+    "dry run, GiB",
+)
 """Columns of the tables."""
 GLOBAL_BATCH_SIZE = 8
+PROMPT, RESPONSE = 256, 256
+"""Tokens of every document, of which the last is the end."""
 
 EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 """What makes a mixture of a shape."""
@@ -84,6 +101,9 @@ def main() -> None:
     options = parse_arguments()
     if options.run:
         return run_layout(json.loads(options.run))
+    if options.expect:
+        print(json.dumps(expected_memory(json.loads(options.expect))))
+        return None
     with tempfile.TemporaryDirectory() as name:
         failed = 0
         for kind, layouts, more in (("dense", DENSE, {}), ("experts", MIXTURES, EXPERTS)):
@@ -91,7 +111,8 @@ def main() -> None:
             sizes = SHAPES[options.shape] | more
             make_model(folder / "hf", **sizes)
             number = options.steps * GLOBAL_BATCH_SIZE
-            write_feedback(folder / "train.jsonl", number, vocab_size=sizes["vocab_size"])
+            lengths = {"prompt": (PROMPT, PROMPT), "response": (RESPONSE - 1, RESPONSE - 1)}
+            write_feedback(folder / "train.jsonl", number, vocab_size=sizes["vocab_size"], **lengths)
             rows = [row for precision in options.precision for row in table(folder, layouts, precision, options)]
             publish(f"layouts-{kind}", rows, settings=vars(options))
             failed += sum(row[MEASURED[1]] == FAILED for row in rows)
@@ -107,7 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--shape", default="body-heavy, 155 M", choices=SHAPES)
     parser.add_argument("--precision", nargs="+", default=["32", "bf16-mixed"] if gpus else ["32"])
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    for name in ("--run", "--expect"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -136,10 +158,18 @@ def measure(folder: Path, layout: dict[str, Any], devices: int, precision: str, 
     """Return what each rank of a run has found; nothing if it has failed, which it has said why."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         asked = {"folder": str(folder), "out": out, "layout": layout, "devices": devices, "steps": steps}
-        arguments = [sys.executable, __file__, "--run", json.dumps({**asked, "precision": precision})]
-        if subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+        text = json.dumps({**asked, "precision": precision})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if subprocess.run([sys.executable, __file__, "--run", text], env=environment).returncode:
             return []
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(out).glob("rank*.json"))]
+        blind = environment | {"CUDA_VISIBLE_DEVICES": ""}  # a dry run wants no device
+        said = subprocess.run(
+            [sys.executable, __file__, "--expect", text], env=blind, stdout=subprocess.PIPE, check=True
+        )
+        expected = {"expected": json.loads(said.stdout.splitlines()[-1])}
+        return [
+            expected | json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(out).glob("rank*.json"))
+        ]
 
 
 def table_row(name: str, precision: str, found: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, str]:
@@ -154,6 +184,7 @@ def table_row(name: str, precision: str, found: list[dict[str, Any]], alone: lis
         MEASURED[3]: f"{farthest(found[0]['grad_norm'], alone[0]['grad_norm']):.1e}",
         MEASURED[4]: f"{statistics.median(found[0]['seconds'][WARMUP_STEPS:]):.3f}",
         MEASURED[5]: f"{max(rank['memory'] for rank in found) / 2**30:.2f}",
+        MEASURED[6]: "" if found[0]["expected"] is None else f"{found[0]['expected'] / 2**30:.2f}",
     }
 
 
@@ -166,7 +197,25 @@ def run_layout(asked: dict[str, Any]) -> None:
     """Train, as one rank of a run; the launcher starts the others with the same command line."""
     silence_loaded_packages()
     logging.getLogger("nemo_kto").setLevel(logging.WARNING)
-    config = make_config(Path(asked["folder"]), global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1)
+    train(configured(asked), callbacks=[Noting(Path(asked["out"]))])
+
+
+def expected_memory(asked: dict[str, Any]) -> int | None:
+    """Return the bytes that the fullest rank should take; None of a mixture."""
+    silence_loaded_packages()
+    config = configured(asked)
+    hf_config = load_hf_config(Path(asked["folder"], "hf"))
+    layout = requested_layout(config, asked["devices"])
+    if dimensions_of(hf_config).mixture is not None:
+        return None
+    rows = [[(PROMPT, RESPONSE)]] * (GLOBAL_BATCH_SIZE // layout.data)
+    first_ranks = range(0, layout.world_size, layout.world_size // layout.pipeline)
+    return max(step_memory(config, hf_config, layout, rank, rows=rows, every_layer=True).peak for rank in first_ranks)
+
+
+def configured(asked: dict[str, Any]) -> KTOConfig:
+    """Return the configuration of a run."""
+    config: KTOConfig = make_config(Path(asked["folder"]), global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1)
     config.exp_manager.explicit_log_dir = str(Path(asked["out"], "log"))
     config.trainer.devices = asked["devices"]
     config.trainer.precision = asked["precision"] if "-" in asked["precision"] else int(asked["precision"])
@@ -175,7 +224,7 @@ def run_layout(asked: dict[str, Any]) -> None:
     config.model.optim.sched.warmup_steps = 0
     for name, value in asked["layout"].items():
         setattr(config.model, SHORT[name], value)
-    train(config, callbacks=[Noting(Path(asked["out"]))])
+    return config
 
 
 class Noting(Callback):
