@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 COMMON: dict[str, Any] = {
     "trainer__devices": 2,
+    "trainer__timeout_minutes": 3,  # one whose companion was killed before they met waits for as long
     "trainer__kto__max_steps": STEPS,
     "trainer__kto__save_interval": 2,
     "trainer__kto__val_check_interval": 3,

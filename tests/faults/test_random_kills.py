@@ -32,10 +32,15 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(assets: Path, tmp_path: Pa
 
 def test_a_process_that_writes_a_checkpoint_is_killed(assets: Path, tmp_path: Path) -> None:
     """The run says so and goes on, as the next save may succeed; it does not wait for what is gone."""
-    trial = Kills("DP2", assets, tmp_path)
-    trial.round(0, random.Random(1), kinds=["helper"])
-    assert trial.notes["killed: helper"] >= 1
-    said = [note for note in trial.notes if "was ended by SIGKILL, as the system does when memory runs out" in note]
+    trial, said = Kills("DP2", assets, tmp_path), []
+    for number in range(5):  # one that has written all it had to is missed by nobody
+        trial.round(number, random.Random(number + 1), kinds=["helper"])
+        assert trial.notes["killed: helper"] >= 1
+        said = [
+            note for note in trial.notes if "was ended by SIGKILL, as the system does when memory runs out" in note
+        ]
+        if said:
+            break
     assert said and all("training goes on: the next save comes as planned" in note for note in said)
 
 
@@ -52,7 +57,8 @@ def test_nothing_is_left_open(assets: Path, tmp_path: Path, run_ranks: Callable[
     (looks,) = run_ranks(train_and_look, 1, 0, assets, tmp_path)
     assert [one["step"] for one in looks] == list(range(5, 35, 5))
     for name in ("files", "threads", "processes"):
-        assert max(one[name] for one in looks[3:]) <= max(one[name] for one in looks[:3]), (name, looks)
+        # the least: for a moment a save holds a file more
+        assert min(one[name] for one in looks[3:]) <= min(one[name] for one in looks[:3]), (name, looks)
 
 
 def test_what_grows_is_seen() -> None:
