@@ -7,6 +7,7 @@ its process groups, patches, processes of the checkpoint writer) ends with its p
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,15 @@ Rank = tuple[Any, Connection]
 
 class RankFailure(AssertionError):
     """A rank raised; the message holds its traceback."""
+
+
+def heard(level: int = logging.NOTSET, *, logger: str = "nemo_kto") -> list[str]:
+    """Return the list that everything goes to which the log says from now on, on this rank; for a job of its own."""
+    said: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    return said
 
 
 class RankServer:

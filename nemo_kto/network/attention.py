@@ -19,12 +19,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
 from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.model_config import ModelConfig
-from nemo_kto.network.sharded import mark_divided
+from nemo_kto.network.sharded import mark_divided, own_state
 
 _SMALLEST_CHUNK = 256
 """Fewest queries handled at once under a sliding window; the mask of a chunk is [chunk, chunk + window]."""
@@ -95,7 +95,7 @@ class DocumentAttention(MegatronModule):
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             self.cp_group = pg_collection.cp
-        self._tp_group = getattr(pg_collection, "tp", None)
+        self.tp_group = getattr(pg_collection, "tp", None)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window: int | None = None
@@ -160,16 +160,7 @@ class DocumentAttention(MegatronModule):
         """Return Megatron's, with the sinks divided as the heads are."""
         if self.softmax_offset is None:
             return {}
-        assert metadata is not None
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {"softmax_offset": 0},
-            sharded_offsets,
-            tp_group=self._tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state
+        return own_state(self, prefix, sharded_offsets, metadata, divided={"softmax_offset": 0})
 
     def _documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]

@@ -21,7 +21,6 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import all_to_all, copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.delta_rule import (
     causal_convolution,
@@ -34,7 +33,7 @@ from nemo_kto.algorithms.pointwise import rms_norm
 from nemo_kto.network.attention import CachedRowParams, DocumentParams, own_tokens
 from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.model_config import ModelConfig
-from nemo_kto.network.sharded import mark_divided
+from nemo_kto.network.sharded import mark_divided, own_state
 
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -107,18 +106,9 @@ class GatedDeltaNet(MegatronModule):
         self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return Megatron's, with what heads have divided as they are."""
-        assert metadata is not None
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         names = ("conv_weight", "A_log", "dt_bias")
-        divided = make_sharded_tensors_for_checkpoint(
-            {name: getattr(self, name) for name in names},
-            prefix,
-            dict.fromkeys(names, 0),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state | divided
+        return state | own_state(self, prefix, sharded_offsets, metadata, divided=dict.fromkeys(names, 0))
 
     def forward(
         self,

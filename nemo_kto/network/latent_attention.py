@@ -25,11 +25,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.pointwise import rotate
 from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.network.norms import norm_of
+from nemo_kto.network.sharded import own_state
 
 
 class WholeLinear(torch.nn.Module):
@@ -65,16 +65,7 @@ class WholeLinear(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return Megatron's, with nothing divided."""
-        assert metadata is not None
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state
+        return own_state(self, prefix, sharded_offsets, metadata, divided={})
 
 
 class LatentAttention(Attention):  # type: ignore[misc]

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.algorithms.pointwise import Parts, rms_norm
+from nemo_kto.network.sharded import own_state
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -70,16 +70,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: Sequence[Any] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return Megatron's, with the weight divided as it is."""
-        assert metadata is not None
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state
+        return own_state(self, prefix, sharded_offsets, metadata, divided={"weight": 0})
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):

@@ -7,12 +7,13 @@ Transformer Engine layers. So whoever asks here knows nothing about tensor or pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nemo_kto.network.weight_rules import Region
 
@@ -56,6 +57,30 @@ def sharded_leaves(model: Any, *, adapters: bool = False) -> Iterator[Leaf]:
                 )
                 assert tensor.prepend_axis_num == 0, tensor
                 yield Leaf(tensor.key, tuple(tensor.global_shape), region, tensor.data)
+
+
+def own_state(
+    module: Any, prefix: str, offsets: Sequence[Any], metadata: Mapping[str, Any] | None, *, divided: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a module's parameters as `sharded_state_dict` has them, for one that Megatron does not know.
+
+    Args:
+        module: With `tp_group`, the tensor-parallel ranks, and without modules in it.
+        prefix: Megatron's.
+        offsets: Megatron's.
+        metadata: Megatron's.
+        divided: Parameters of which each rank has a part -> the dimension that is divided.
+    """
+    assert metadata is not None
+    found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        {name: parameter for name, parameter in module.named_parameters(recurse=False)},
+        prefix,
+        dict(divided),
+        offsets,
+        tp_group=module.tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )
+    return found
 
 
 def mark_divided(parameter: torch.Tensor, *, dim: int) -> None:

@@ -38,7 +38,8 @@ class StepMemory:
         reference: What a `resident` reference takes besides.
         gradients: Their buffers.
         optimizer: Its state: float32 copies of parameters below float32, and Adam's moments. And what else stays:
-            behind the first stage Megatron keeps the row that came last, and its gradient.
+            with sequence parallelism Megatron keeps a row's hidden states, which it gathers into the same memory each
+            time, and behind the first stage the row that came last, and its gradient.
         peaks: Phase of a step -> most bytes in it, of all that is held too: `scoring` is the passes of KL set and
             reference, `training` the one that makes gradients, `update` the optimizer, `between` all else.
     """

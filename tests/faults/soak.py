@@ -49,10 +49,18 @@ def look() -> dict[str, int]:
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {
         "memory": pages * os.sysconf("SC_PAGE_SIZE"),
-        "files": len(os.listdir("/proc/self/fd")),
+        "files": sum(map(_is_held, os.listdir("/proc/self/fd"))),
         "threads": threading.active_count(),
         "processes": len(children),
     }
+
+
+def _is_held(descriptor: str) -> bool:
+    """Return whether an open file is one that stays: the watchdog's thread reads of /proc for moments."""
+    try:
+        return not os.readlink(f"/proc/self/fd/{descriptor}").startswith("/proc/")
+    except FileNotFoundError:
+        return False
 
 
 def watching(file: Path) -> Any:

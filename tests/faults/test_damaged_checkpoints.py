@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_kto.runtime.checkpoint_folders import DAMAGED_FOLDER
-from tests.distributed_harness import free_port
+from tests.distributed_harness import free_port, heard
 from tests.integration.assets import read_series, refusal_on_rank, settings, train_on_rank
 from tests.integration.test_evaluate import evaluate_on_rank
 
@@ -106,10 +106,7 @@ def train_and_listen(port: int, overrides: dict[str, Any]) -> str:
     """Train; return what the log warned of."""
     import logging
 
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("nemo_kto").addHandler(handler)
+    said = heard(logging.WARNING)
     train_on_rank(port, overrides)
     return "\n".join(said)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.distributed_harness import free_port
+from tests.distributed_harness import free_port, heard
 from tests.integration.assets import make_model_folder, read_series, settings, train_on_rank, write_feedback
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "nlp" / "kto" / "quickstart"
@@ -108,11 +107,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_a_run(root: Path, run_ran
 
 def warnings_of(port: int, overrides: dict[str, Any]) -> list[str]:
     """Return what the run's model warns of on this rank."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("nemo_kto.kto.megatron_gpt_kto_model")
-    logger.addHandler(handler)
+    found = heard(logger="nemo_kto.kto.megatron_gpt_kto_model")
     train_on_rank(port, overrides)
     return found
 

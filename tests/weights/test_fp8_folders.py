@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights, import_hf
 from nemo_kto.weights.source_folder import write_source_folder
+from tests.distributed_harness import heard
 from tests.network import tiny_hf
 
 LARGEST = 448.0  # of what eight bits with four of exponent hold
@@ -101,10 +101,7 @@ def dequantised(folder: Path) -> Any:
 
 def convert(source: Path, results: Path, layouts: list[str]) -> list[str]:
     """Import and export every folder, from what a checkpoint keeps of it; return what was said."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("nemo_kto").addHandler(handler)
+    said = heard()
     enable_cpu()
     for layout in layouts:
         if parallel_state.model_parallel_is_initialized():
@@ -126,7 +123,6 @@ def convert(source: Path, results: Path, layouts: list[str]) -> list[str]:
             logits = tiny_hf.packed_logits(model)
             if logits is not None and parallel.position().tp_rank == 0:
                 torch.save(logits, results / layout / f"{name}.pt")
-    logging.getLogger("nemo_kto").removeHandler(handler)
     return said
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights, import_hf
+from tests.distributed_harness import heard
 from tests.network import tiny_hf
 
 COUNT = "num_nextn_predict_layers"
@@ -53,10 +53,7 @@ def published(folder: Path, name: str = "glm4_moe") -> Path:
 
 def convert(source: Path, results: Path) -> list[str]:
     """Import and export the folder, and return what was said."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("nemo_kto").addHandler(handler)
+    said = heard()
     enable_cpu()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -72,7 +69,6 @@ def convert(source: Path, results: Path) -> list[str]:
         export_hf([model], hf_config, results / f"no source {dtype}")
         if dtype == torch.float32:
             torch.save(tiny_hf.packed_logits(model), results / "logits.pt")
-    logging.getLogger("nemo_kto").removeHandler(handler)
     return said
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights, import_hf
 from nemo_kto.weights.source_folder import write_source_folder
+from tests.distributed_harness import heard
 from tests.network import tiny_hf
 
 LAYOUTS = {
@@ -77,10 +77,7 @@ def dequantised(folder: Path, dtype: torch.dtype) -> Any:
 
 def convert(source: Path, results: Path, names: list[str]) -> list[str]:
     """Import and export the folder, from what a checkpoint keeps of it; return what was said."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("nemo_kto").addHandler(handler)
+    said = heard()
     enable_cpu()
     hf_config = load_hf_config(source)
     for name in names:
@@ -99,7 +96,6 @@ def convert(source: Path, results: Path, names: list[str]) -> list[str]:
         logits = tiny_hf.packed_logits(model)
         if logits is not None and parallel.position().tp_rank == 0:
             torch.save(logits, results / f"{name}.pt")
-    logging.getLogger("nemo_kto").removeHandler(handler)
     return said
 
 
