@@ -202,7 +202,7 @@ def _check_experts(layout: Layout, sizes: ModelSizes) -> None:
             f"(model.expert_tensor_parallel_size) x model.pipeline_model_parallel_size={layout.pipeline} = "
             f"{together}. Use a multiple of {together} processes or smaller parallel sizes."
         )
-    for stage, layers in enumerate(_stages(layout, sizes.num_layers)):
+    for stage, layers in enumerate(stage_layers(layout, sizes.num_layers)):
         if not set(layers) & set(sizes.expert_layers):
             # Megatron would not restore the experts' optimizer: a stage without any does not know its number of steps
             raise ConfigError(
@@ -220,7 +220,7 @@ def stage_sizes(layout: Layout, num_layers: int) -> list[int]:
     return [known.get(stage, others) for stage in range(layout.pipeline)]
 
 
-def _stages(layout: Layout, num_layers: int) -> list[list[int]]:
+def stage_layers(layout: Layout, num_layers: int) -> list[list[int]]:
     """Return the layers of each pipeline stage of a checked `layout`, whose chunks take turns."""
     sizes = stage_sizes(layout, num_layers)
     stages: list[list[int]] = [[] for _ in sizes]
