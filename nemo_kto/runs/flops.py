@@ -1,0 +1,185 @@
+"""How many operations passes over a model take: those of its matrix products, two a multiply-add ("model FLOPs").
+
+What is counted of a forward pass:
+
+* every linear layer, by the shape of its weight in the family's table, for each token; of a mixture's experts those
+  that a token goes through (`Mixture.chosen`), the router and the shared expert;
+* attention, for each pair of tokens that see each other: those before a token in its own document and itself, within
+  the layer's window. What a kernel computes of the others, to throw it away, is not counted;
+* linear attention by its recurrence (arXiv 2412.06464, eq. 10), three products of a head's key and value channels a
+  token; its chunked forms compute more;
+* adapters of low rank;
+* the output layer at response tokens only, as here (`algorithms/logprobs.py`), or at as many as are asked for.
+
+The backward pass takes each product twice, once for the gradient of what goes in and once for that of the weight.
+With adapters a frozen weight has no gradient: its product is taken once, and not at all in the layers before the first
+one with adapters. In that first layer all is counted, though what comes before its adapters needs none. What is
+recomputed to save memory is not counted, and neither are norms, activations, softmax and the embedding, which are no
+matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_kto.network.families import family_of
+from nemo_kto.network.family import Dimensions
+from nemo_kto.network.weight_rules import Rule
+
+if TYPE_CHECKING:
+    from nemo_kto.network.projections import LoRASettings
+
+
+def forward_flops(
+    hf_config: Any, documents: Sequence[int], *, responses: int | None = None, lora: LoRASettings | None = None
+) -> int:
+    """Return the operations of one forward pass of the whole model.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+        documents: The tokens of each document.
+        responses: How many tokens of all documents the output layer is applied at; None for all of them.
+        lora: The model's adapters, which are on; None for none.
+    """
+    return ModelFlops(hf_config, lora).forward(documents, sum(documents) if responses is None else responses)
+
+
+def backward_flops(
+    hf_config: Any, documents: Sequence[int], *, responses: int | None = None, lora: LoRASettings | None = None
+) -> int:
+    """Return the operations of the backward pass that follows, of what is trained; see `forward_flops`."""
+    return ModelFlops(hf_config, lora).backward(documents, sum(documents) if responses is None else responses)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer takes forward, in multiply-adds.
+
+    Attributes:
+        linear: A token, in linear layers.
+        adapters: A token, in adapters.
+        recurrence: A token, in linear attention.
+        pair: Two tokens that see each other, in attention.
+        window: Tokens that a token sees, itself included; None for all before it.
+    """
+
+    linear: int
+    adapters: int
+    recurrence: int
+    pair: int
+    window: int | None
+
+    def core(self, length: int) -> int:
+        """Return what a document takes besides linear layers."""
+        window = length if self.window is None else min(self.window, length)
+        pairs = window * (window + 1) // 2 + (length - window) * window
+        return length * self.recurrence + pairs * self.pair
+
+
+class ModelFlops:
+    """Counts for one model, whose parts are added up once; documents add up.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+        lora: Its adapters, which are on; None for none, and the whole model is trained.
+    """
+
+    def __init__(self, hf_config: Any, lora: LoRASettings | None = None) -> None:
+        family = family_of(hf_config)
+        sizes = family.dimensions(hf_config)
+        rules = family.rules(hf_config)
+        windows = _windows(family.fields(hf_config), sizes.layers)
+        adapters = _adapters(rules, lora)
+        self._layers = [
+            _Layer(
+                linear=_linear(rules, sizes, layer),
+                adapters=adapters.get(layer, 0),
+                recurrence=_recurrence(sizes) if layer not in sizes.attention_layers else 0,
+                pair=_pair(sizes) if layer in sizes.attention_layers else 0,
+                window=windows[layer],
+            )
+            for layer in range(sizes.layers)
+        ]
+        self._output = sizes.hidden * sizes.vocabulary
+        self._first_trained = min(adapters, default=0)
+        self._frozen = lora is not None
+
+    def forward(self, documents: Iterable[int], responses: int) -> int:
+        """Return the operations of a forward pass; see `forward_flops`."""
+        total = responses * self._output
+        of_token = sum(layer.linear + layer.adapters for layer in self._layers)
+        for length in documents:
+            total += length * of_token + sum(layer.core(length) for layer in self._layers)
+        return 2 * total
+
+    def backward(self, documents: Iterable[int], responses: int) -> int:
+        """Return the operations of the backward pass of what is trained; see `forward_flops`."""
+        products = 1 if self._frozen else 2
+        layers = self._layers[self._first_trained :]
+        total = responses * products * self._output
+        of_token = sum(products * layer.linear + 2 * layer.adapters for layer in layers)
+        for length in documents:
+            total += length * of_token + sum(2 * layer.core(length) for layer in layers)
+        return 2 * total
+
+
+def _linear(rules: Iterable[Rule], sizes: Dimensions, layer: int) -> int:
+    """Return the multiply-adds of a token in the linear layers of a layer, the short convolution included."""
+    total = 0
+    for rule in rules:
+        if "{layer}" in rule.key and layer in rule.layers:
+            times = sizes.mixture.chosen if sizes.mixture is not None and _is_routed(rule) else 1
+            total += times * sum(math.prod(piece.shape) for piece in rule.pieces if len(piece.shape) > 1)
+    return total
+
+
+def _is_routed(rule: Rule) -> bool:
+    return "{expert}" in rule.key
+
+
+def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int]:
+    """Return the number of each layer with adapters -> the multiply-adds of a token in them."""
+    if lora is None:
+        return {}
+    # (layer, tensor of the folder, which is a projection, also where that returns several parts) -> its channels
+    inputs: dict[tuple[int, str], int] = {}
+    outputs: dict[tuple[int, str], int] = {}
+    for rule in rules:
+        if "{layer}" not in rule.key or _is_routed(rule):
+            continue
+        for piece in rule.pieces:
+            _, _, projection = piece.name.removesuffix(".weight").rpartition(".")
+            if len(piece.shape) != 2 or projection not in lora.projections:
+                continue
+            for layer in set(rule.layers) & set(lora.layers):
+                inputs[layer, piece.name] = piece.shape[1]
+                outputs[layer, piece.name] = outputs.get((layer, piece.name), 0) + piece.shape[0]
+    found: dict[int, int] = {}
+    for place, channels in inputs.items():
+        found[place[0]] = found.get(place[0], 0) + lora.rank * (channels + outputs[place])
+    return found
+
+
+def _pair(sizes: Dimensions) -> int:
+    """Return the multiply-adds of attention for two tokens that see each other: a score and a weighted value."""
+    if sizes.latent is None:
+        return sizes.heads * 2 * sizes.head_channels
+    return sizes.heads * (sizes.latent.scored + sizes.latent.values)
+
+
+def _recurrence(sizes: Dimensions) -> int:
+    """Return the multiply-adds of a token in linear attention: what its key finds, what is written, what is asked."""
+    assert sizes.delta is not None
+    return 3 * sizes.delta.value_heads * sizes.delta.key_channels * sizes.delta.value_channels
+
+
+def _windows(fields: dict[str, Any], layers: int) -> list[int | None]:
+    """Return the window of each layer, from a family's fields for Megatron, which counts the tokens before."""
+    before = fields.get("window_size")
+    if before is None:
+        return [None] * layers
+    chosen = fields.get("window_attn_skip_freq") or [1] * layers
+    return [before[0] + 1 if has_window else None for has_window in chosen]
