@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", "-o", type=Path, metavar="FOLDER", help="folder to write to; default, of one run: <log dir>/report"
     )
     report.set_defaults(run=_command("report"))
+    _add_plan(commands)
     _add_data_commands(commands)
     _add_checkpoint_commands(commands)
     doctor = commands.add_parser(
@@ -97,6 +98,36 @@ def _add_checkpoint_commands(commands: Any) -> None:
         action.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="log folder of a run")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=_command("checkpoint", function))
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say which layout suits a model and GPUs, and what it takes",
+        description="Look for the layouts that fit a model on GPUs that need not be at hand, and print the best with "
+        "the memory and time that a step takes. The exit code is 1 if none fits.",
+    )
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
+    plan.add_argument("--model", type=Path, required=True, metavar="PATH", help="Hugging Face folder, or config.json")
+    plan.add_argument("--gpus", type=_positive, required=True, metavar="N", help="how many there are")
+    plan.add_argument("--nodes", type=_positive, metavar="N", help="in how many nodes; default: eight GPUs in each")
+    plan.add_argument("--gpu", choices=("a100", "h100", "h200", "b200"), default="h100", help="what they are")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each, if it is another than that GPU's"
+    )
+    plan.add_argument("--layout", metavar="tp=N,pp=N,...", help="take this layout instead of looking for the best")
+    plan.add_argument("--lora", action="store_true", help="train adapters: model.peft.peft_scheme=lora")
+    plan.add_argument("--reference", metavar="MODE", help="model.kto.reference.mode")
+    plan.add_argument(
+        "--seq-length", type=_positive, metavar="TOKENS", help="model.data.seq_length, the longest document"
+    )
+    plan.add_argument("--mean-length", type=_positive, metavar="TOKENS", help="of a document; default: as the longest")
+    plan.add_argument("--global-batch-size", type=_positive, metavar="DOCUMENTS", help="model.global_batch_size")
+    plan.add_argument(
+        "--precision", default="bf16-mixed", metavar="NAME", help="trainer.precision; default: bf16-mixed"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_command("plan"))
 
 
 def _add_generate(commands: Any) -> None:

@@ -31,6 +31,7 @@ LAYERS = {
     "generation": 6,
     "runs": 7,
     "reporting": 7,
+    "planning": 7,
     "commands": 8,
     "cli": 8,
 }

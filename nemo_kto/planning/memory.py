@@ -1,23 +1,23 @@
 """What a rank takes of its GPU's memory in a training step, by formula: in no time, for any model.
 
 Weights, gradients and optimizer's state are counted (`counts.py`). Activations follow Korthikanti et al.
-(arXiv 2205.05198, section 4): what each layer keeps of a token for the backward pass, times the tokens of a row, times the
-rows that a pipeline stage holds at once. What this package's layers keep is less than there: norms, SwiGLU and rotary
-embedding keep what goes in (`algorithms/pointwise.py`), attention no scores, and the output layer is applied at
-responses only. `runs.memory.step_memory` finds the same by running the step, which takes longer.
+(arXiv 2205.05198, section 4): what each layer keeps of a token for the backward pass, times the tokens of a row, times
+the rows that a pipeline stage holds at once. What this package's layers keep is less than there: norms, SwiGLU and
+rotary embedding keep what goes in (`algorithms/pointwise.py`), attention no scores, and the output layer is applied at
+responses only. Experts are taken to get equally many tokens. `runs.memory.step_memory` finds the same by running the
+step, which takes longer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+from typing import Any
 
 from nemo_kto.algorithms.logprobs import LOGITS_MEMORY
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import Dimensions
-from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.projections import LoRASettings, linear_of
 from nemo_kto.planning.counts import ModelParts
 from nemo_kto.runs.memory import Rows
 from nemo_kto.runs.model import params_dtype_of
@@ -55,9 +55,7 @@ class RankMemory:
         return self.held + self.activations
 
 
-def held_memory(
-    config: KTOConfig, parts: ModelParts, layout: Layout, stage: int, reference: str
-) -> RankMemory:
+def held_memory(config: KTOConfig, parts: ModelParts, layout: Layout, stage: int, reference: str) -> RankMemory:
     """Return what a rank of a pipeline stage holds between steps; its activations are 0.
 
     Args:
@@ -93,14 +91,16 @@ class Activations:
     Attributes:
         config: The run's configuration.
         sizes: The model's.
+        fields: What its family says of it, as Megatron has it.
         layout: The checked layout.
-        lora: Whether adapters are trained, not the model.
+        lora: The adapters that are trained; None for the whole model.
     """
 
     config: KTOConfig
     sizes: Dimensions
+    fields: Mapping[str, Any]
     layout: Layout
-    lora: bool
+    lora: LoRASettings | None
 
     def peak(self, stage: int, rows: Rows) -> int:
         """Return the bytes that the training pass takes at its peak besides what is held.
@@ -151,8 +151,28 @@ class Activations:
 
     def _kept(self, layer: int) -> float:
         """Return the bytes of a token that a layer keeps: what goes into products, norms and attention."""
-        sizes, norms = self.sizes, 4  # what goes into two norms, and what comes of them
-        return norms * self._hidden() + self._size * (self._of_attention(layer) + self._of_feed_forward(layer))
+        kept = sum(self._has_gradient(layer, name) for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
+        kept += 2 if self.fields.get("norms_before", True) else 0  # what goes into a norm, beside what comes of it
+        kept += 2 if self.fields.get("norms_after") else 0
+        return kept * self._hidden() + self._size * (
+            self._of_attention(layer) + self._of_feed_forward(layer) + self._of_adapters(layer)
+        )
+
+    def _of_adapters(self, layer: int) -> float:
+        """Return the numbers of a token that adapters keep: their inner channels, and attention's output once more."""
+        if self.lora is None or layer not in self.lora.layers:
+            return 0.0
+        seen = self._has_gradient(layer, "self_attention.linear_proj") * self.sizes.heads * self.sizes.head_channels
+        return self.lora.rank * len(self.lora.projections) + seen / self.layout.tensor
+
+    def _has_gradient(self, layer: int, linear: str) -> bool:
+        """Return whether a layer's linear layer is trained, or adapters beside it: then what goes into it is kept."""
+        if self.lora is None:
+            return True
+        if layer not in self.lora.layers:
+            return False
+        latent = linear == "self_attention.linear_qkv" and self.sizes.latent is not None
+        return latent or linear in {linear_of(projection, self.sizes) for projection in self.lora.projections}
 
     @property
     def _size(self) -> int:
@@ -187,13 +207,16 @@ class Activations:
         """Return the numbers of a token that a feed-forward part keeps: gates and units, and their product."""
         sizes, layout = self.sizes, self.layout
         if layer in sizes.dense_layers:
-            return 3 * sizes.feed_forward / layout.tensor
+            kept = 1 + self.fields.get("gated_linear_unit", True) + self._has_gradient(layer, "mlp.linear_fc2")
+            return kept * sizes.feed_forward / layout.tensor
         mixture = sizes.mixture
         assert mixture is not None
         sequence = layout.tensor if layout.sequence else 1
         etp = layout.expert_tensor_size
         # tokens sent and received, in the order of the experts; logits and probabilities are float32
-        routed = mixture.chosen * (3 * sizes.hidden * etp + 3 * mixture.feed_forward) + 2 * mixture.experts * 4 / self._size
+        routed = (
+            mixture.chosen * (3 * sizes.hidden * etp + 3 * mixture.feed_forward) + 2 * mixture.experts * 4 / self._size
+        )
         shared = 0 if mixture.shared is None else 3 * mixture.shared.feed_forward
         return routed / sequence + shared / layout.tensor
 
@@ -203,7 +226,7 @@ class Activations:
 
     def _weight_gradient(self) -> float:
         """Return the bytes of the greatest weight's gradient, before it is added to what there is."""
-        if self.lora:
+        if self.lora is not None:
             return 0
         return self._size * 2 * self.sizes.hidden * self.sizes.feed_forward / self.layout.tensor
 
@@ -212,5 +235,5 @@ class Activations:
         sizes, layout = self.sizes, self.layout
         rows = -(-sizes.vocabulary // layout.tensor)
         logits = min(LOGITS_MEMORY, responses * rows * (4 + self._size))
-        weight = 0 if self.lora else rows * sizes.hidden * (4 + self._size)
+        weight = 0 if self.lora is not None else rows * sizes.hidden * (4 + self._size)
         return logits + weight + self._size * sizes.hidden * (tokens + 2 * responses)

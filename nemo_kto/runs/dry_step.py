@@ -67,6 +67,7 @@ def dry_step(
     layout: Layout,
     rank: int,
     *,
+    first: KTOBatch,
     batch: KTOBatch,
     lora: LoRASettings | None,
     reference: ReferenceSettings,
@@ -78,7 +79,8 @@ def dry_step(
         hf_config: The model's configuration.
         layout: The layout.
         rank: Which of its ranks.
-        batch: Its share of a global batch.
+        first: Its share of the first global batch, after which there is the optimizer's state: as few rows as can be.
+        batch: Its share of the second.
         lora: The adapters that are trained; None for the whole model.
         reference: The reference policy.
 
@@ -97,10 +99,10 @@ def dry_step(
         gradients = run.held - parameters - resident
         model.make_optimizer()
         every = reference.sync_every or 1
-        for step in (0, 2 * every - 1):  # the second one moves a reference that moves
+        for step, share in ((0, first), (2 * every - 1, batch)):  # the second one moves a reference that moves
             run.forget_peaks()
             model.trainer.global_step = step
-            model.training_step(batch, step)
+            model.training_step(share, step)
             gc.collect()
         return StepMemory(
             parameters=parameters,

@@ -71,11 +71,16 @@ def requested_layout(config: KTOConfig, world_size: int) -> Layout:
 
 
 def check_division(config: KTOConfig, layout: Layout, sizes: ModelSizes) -> None:
-    """Raise a ConfigError when the layout fits neither the processes, nor the model, nor the batch."""
+    """Raise a ConfigError when the layout fits not the processes that were started, the model or the batch."""
+    check_launched(layout, node_count(config.trainer.num_nodes))
+    check_divided(config, layout, sizes)
+
+
+def check_divided(config: KTOConfig, layout: Layout, sizes: ModelSizes) -> None:
+    """Raise a ConfigError when the layout fits not the model or the batch, whatever processes there are."""
     from nemo_kto.data.batches.sampling import kl_set_size
 
     settings = config.model
-    check_launched(layout, node_count(config.trainer.num_nodes))
     check_layout(layout, sizes)
     _check_experts(config, sizes)
     if settings.activations_checkpoint_method == "uniform":

@@ -63,11 +63,17 @@ def step_memory(
         raise ConfigError("The memory of a mixture of experts depends on where its router sends the tokens.")
     config = _settled(config)
     reference = reference_settings(config, hf_config, lora_settings(config, hf_config), accelerator="gpu")
-    batch = _batch(rows or longest_rows(config, layout), config)
+    if rows is not None:
+        batch = _batch(rows, rows, config)
+    else:  # passes that keep nothing take the same for any number of rows
+        rows = longest_rows(config, layout)
+        batch = _batch(rows, _least_rows(rows, config, layout), config)
+    least = _least_rows(rows, config, layout)
+    first = _batch(least, least, config)
 
     def traced(hf: PretrainedConfig, divided: Layout) -> StepMemory:
         lora = lora_settings(config, hf)
-        return dry_step(config, hf, divided, rank, batch=batch, lora=lora, reference=reference)
+        return dry_step(config, hf, divided, rank, first=first, batch=batch, lora=lora, reference=reference)
 
     layers = stage_sizes(layout, dimensions_of(hf_config).layers)[_stage(layout, rank)] // layout.virtual
     least = _shallow_depth(config, hf_config, layers)
@@ -89,6 +95,12 @@ def longest_rows(config: KTOConfig, layout: Layout) -> Rows:
     at_once = layout.pipeline * (2 if layout.virtual > 1 else 1) + layout.micro_batch_multiple
     number = min(max(at_once, -(-kl_size // size)), model.global_batch_size // layout.data // size)
     return [[(length - length // 2, length // 2)] * size] * max(number, 1)
+
+
+def _least_rows(rows: Rows, config: KTOConfig, layout: Layout) -> Rows:
+    """Return the first rows that the passes of samples and KL set can be made of, a round of the pipeline's each."""
+    size, of_kl = len(rows[0]), _fitting(config, max(map(sum, chain.from_iterable(rows))), forward_only=True)
+    return rows[: layout.micro_batch_multiple * max(-(-of_kl // size), 1)]
 
 
 def _fitting(config: KTOConfig, length: int, *, forward_only: bool) -> int:
@@ -173,11 +185,17 @@ def _extended(shallow: StepMemory, deeper: StepMemory, factor: float) -> StepMem
     )
 
 
-def _batch(rows: Rows, config: KTOConfig) -> KTOBatch:
-    """Return a rank's share of a global batch, every other sample desirable; its KL set has the same documents."""
+def _batch(rows: Rows, of_kl: Rows, config: KTOConfig) -> KTOBatch:
+    """Return a rank's share of a global batch, every other sample desirable.
+
+    Args:
+        rows: The micro-batches of samples.
+        of_kl: Those whose documents the KL set has, if there is one.
+        config: The run's configuration.
+    """
     lengths = list(chain.from_iterable(rows))
     size = _fitting(config, max(map(sum, lengths)), forward_only=True)
-    kl_lengths = lengths if has_kl_set(config.model.kto) else []
+    kl_lengths = list(chain.from_iterable(of_kl)) if has_kl_set(config.model.kto) else []
     number, kl_number = len(lengths), len(kl_lengths)
     return KTOBatch(
         samples=[_document(*each) for each in lengths],

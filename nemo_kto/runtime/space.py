@@ -22,6 +22,11 @@ _OPTIMIZER_BYTES = 12
 """Of each trained parameter: its float32 value and Adam's two moments."""
 
 
+def checkpoint_bytes(trained: int, params_dtype: torch.dtype) -> int:
+    """Return what a checkpoint takes, which holds what is trained and its optimizer's state."""
+    return trained * (params_dtype.itemsize + _OPTIMIZER_BYTES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run is going to write.
@@ -51,7 +56,7 @@ class Plan:
         """
         found = []
         if self.checkpoints is not None:
-            one = trained * (self.params_dtype.itemsize + _OPTIMIZER_BYTES)
+            one = checkpoint_bytes(trained, self.params_dtype)
             missing = max(1, self.at_once - len(checkpoints_in(self.checkpoints)))
             what = f"checkpoints, {as_size(one)} each and up to {self.at_once} at a time"
             found.append((self.checkpoints, one * missing, what))
