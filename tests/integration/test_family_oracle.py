@@ -25,7 +25,7 @@ from tests.integration.assets import (
     write_feedback,
 )
 from tests.integration.oracle import PLAIN, assert_equal, oracle
-from tests.network.tiny_hf import skip_where_wrong
+from tests.network.tiny_hf import adapters_are_read, skip_where_wrong
 
 STEPS = 5
 QUICK = ("biases", "shared", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
@@ -104,6 +104,8 @@ def test_five_steps_of_adapters_equal_pefts(
     base = make_model_folder(root / kind, kind=kind)
     skip_where_wrong(base)
     hf_config = load_hf_config(base)
+    if not adapters_are_read(hf_config.model_type):
+        pytest.skip("PEFT 0.19 cannot read adapters where transformers 5.8 puts experts together")
     projections = projections_of_model(hf_config)
     if not family_of(hf_config).feed_forward_adapters:
         projections = projections_of(["attention"], hf_config)

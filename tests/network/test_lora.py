@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
@@ -137,9 +135,8 @@ SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "
 SPARSE += ("of glm4_moe_lite", "gates", "experts and gates")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
-CONVERTED = {*SPARSE, "dense latent"} - {"granite experts"}
-"""Adapters of architectures whose experts transformers puts together when it loads them."""
-READ_BY_PEFT = [name for name in PEFT if name not in CONVERTED or Version(peft.__version__) >= Version("0.20")]
+_FAMILIES = tiny_hf.families()
+READ_BY_PEFT = [name for name, (base, _) in PEFT.items() if tiny_hf.adapters_are_read(_FAMILIES[base].model_type)]
 
 
 def case(*values: str) -> Any:

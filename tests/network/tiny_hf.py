@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -409,6 +410,18 @@ def skip_where_wrong(model: PretrainedConfig | Path) -> None:
             pytest.skip("this transformers clamps gate and up of gpt-oss to 7, whatever config.json says")
     if getattr(config, "quantization_config", {}) is None and Version(transformers.__version__) < Version("5.9"):
         pytest.skip("this transformers loads no folder whose config.json says that there is no quantisation")
+
+
+EXPERTS_TOGETHER = (
+    *("deepseek_v3", "glm4_moe", "glm4_moe_lite", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_5_moe_text"),
+    *("qwen3_moe", "qwen3_next"),
+)
+"""Architectures whose experts transformers puts together when it loads them, also a model's that has none."""
+
+
+def adapters_are_read(model_type: str) -> bool:
+    """Return whether the installed PEFT reads adapters of an architecture beside the installed transformers."""
+    return model_type not in EXPERTS_TOGETHER or Version(peft.__version__) >= Version("0.20")
 
 
 @torch.no_grad()
