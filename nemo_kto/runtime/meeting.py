@@ -164,7 +164,7 @@ def join(backend: str, *, address: str, port: int, rank: int, world_size: int, r
         return dist.PrefixStore(f"nemo_kto {_groups}", dist.distributed_c10d._get_default_store())
     if _store is None and world_size == 1:
         _store = dist.HashStore()
-    elif _store is None and rank == 0 and not _is_of_torchrun():
+    elif _store is None and _holds_store(rank == 0):
         open_store(port, timeout=rules.start)
     elif _store is None:
         _reach_store(address, port, rank=rank, timeout=rules.start)
@@ -182,9 +182,9 @@ def _part_of(store: dist.Store, group: int) -> dist.Store:
     return dist.PrefixStore(f"nemo_kto {restarts}.{group}", store)
 
 
-def _is_of_torchrun() -> bool:
-    """Return whether torchrun's own process holds the store, and no rank."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _holds_store(is_first: bool) -> bool:
+    """Return whether this process holds the store: rank 0 does, unless torchrun's own process has one."""
+    return is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -197,7 +197,7 @@ def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: t
             found = RankError(f"{store.get(_word_key()).decode()}. The others cannot begin without it.")
             found.said_here = rank == 0  # one that has failed has said so itself
             with contextlib.suppress(RuntimeError):  # rank 0 has left by now
-                _stay(store, world_size=world_size, holds=rank == 0)
+                _stay(store, world_size=world_size, holds=_holds_store(rank == 0))
             raise found
         if time.monotonic() > end:
             missing = [str(other) for other in range(world_size) if not store.check([f"here {other}"])]
@@ -221,7 +221,7 @@ def leave_word(word: str, address: str, port: int, *, rank: int, world_size: int
     """
     if _groups:
         return
-    holds = is_global_rank_zero() and not _is_of_torchrun()
+    holds = _holds_store(is_global_rank_zero())
     line = f"{word}. To tell the other ranks takes up to {_WORD:.0f} s."
     late = threading.Timer(_QUICK, stopping.say_anyhow, [line])
     late.daemon = True
