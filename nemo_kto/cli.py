@@ -263,11 +263,14 @@ def _run_script(command: str, overrides: Sequence[str]) -> None:
 
     def run(config: KTOConfig) -> None:
         from nemo_kto.runs.early import check_early
+        from nemo_kto.runtime.early_end import told_to_others
 
         silence_startup_noise()  # of a --multirun this may be another process, which began here
         stopping.take_signals()  # or the next one in this process
-        check_early(config, command)
-        if _imported(command, command)(config) is False:
+        with told_to_others(config.trainer.devices, config.trainer.num_nodes):
+            check_early(config, command)
+            finished = _imported(command, command)(config)
+        if finished is False:
             sys.exit(stopping.STOPPED_EARLY)
 
     run_configured(run, overrides)

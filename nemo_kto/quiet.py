@@ -15,6 +15,9 @@ VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
 _PACKAGES = ("nemo", "nemo_logger", "nv_one_logger", "megatron", "lightning", "absl")
 """First parts of the names of the loggers that are kept to errors."""
 
+_EXTENSIONS = "torch.utils.cpp_extension"
+"""Logger that says of a torch for CUDA, on a machine with CUDA's compiler and without a GPU, that there is none."""
+
 _WARNING_MODULES = (
     r"(hydra|nemo|nv_one_logger|megatron|lightning|lightning_fabric|torchmetrics|torch|transformers|wandb)(\.|$)"
 )
@@ -34,7 +37,7 @@ def silence_startup_noise() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", module=_WARNING_MODULES)
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, _EXTENSIONS):
         logging.getLogger(name).setLevel(_STILL_SHOWN)
 
 

@@ -29,6 +29,12 @@ warnings.warn_explicit("a user's warning", UserWarning, "script.py", 3, module="
 logging.getLogger("nemo_kto.config").warning("our log line")
 """
 
+WITHOUT_GPU = """
+import logging
+from torch.utils import cpp_extension
+cpp_extension.logger.warning("No CUDA runtime is found, using CUDA_HOME='/usr/local'")
+"""
+
 
 def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("NEMO_KTO_VERBOSE", "PYTHONWARNINGS")}
@@ -39,7 +45,7 @@ def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_imports_are_silent_and_own_messages_stay():
-    done = run(IMPORTS + OURS)
+    done = run(IMPORTS + WITHOUT_GPU + OURS)
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "records.py:3: UserWarning: our warning",

@@ -6,6 +6,7 @@ whoever meets a wrong port, or waits for one that never comes, waits for long an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_kto.errors import ConfigError, RankError
+from nemo_kto import stopping
+from nemo_kto.errors import ConfigError, KTOError, RankError
+from nemo_kto.quiet import is_global_rank_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,12 @@ _ANSWER = 60.0
 """Seconds in which a store that has accepted a connection answers."""
 
 _LOOK = 0.2
+
+_WORD = 60.0
+"""Most seconds that a rank which fails stays so that the others find out why."""
+
+_QUICK = 5.0
+"""Seconds of them that are not worth a line."""
 
 _EXCHANGES = 2000
 """How many of the last exchanges torch's flight recorder keeps, for a run that hangs."""
@@ -155,17 +164,27 @@ def join(backend: str, *, address: str, port: int, rank: int, world_size: int, r
         return dist.PrefixStore(f"nemo_kto {_groups}", dist.distributed_c10d._get_default_store())
     if _store is None and world_size == 1:
         _store = dist.HashStore()
-    elif _store is None and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    elif _store is None and _holds_store(rank == 0):
         open_store(port, timeout=rules.start)
     elif _store is None:
         _reach_store(address, port, rank=rank, timeout=rules.start)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"nemo_kto {restarts}.{_groups}", _store)
+    store = _part_of(_store, _groups)
     _await_everyone(store, rank=rank, world_size=world_size, timeout=rules.start)
     group = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=rules.patience)
     return store
+
+
+def _part_of(store: dist.Store, group: int) -> dist.Store:
+    """Return what ranks tell each other in a store when they meet for the first, the second ... time."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"nemo_kto {restarts}.{group}", store)
+
+
+def _holds_store(is_first: bool) -> bool:
+    """Return whether this process holds the store: rank 0 does, unless torchrun's own process has one."""
+    return is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -174,6 +193,12 @@ def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: t
     store.add("here", 1)
     end = time.monotonic() + timeout.total_seconds()
     while store.add("here", 0) < world_size:
+        if store.check([_word_key()]):
+            found = RankError(f"{store.get(_word_key()).decode()}. The others cannot begin without it.")
+            found.said_here = rank == 0  # one that has failed has said so itself
+            with contextlib.suppress(RuntimeError):  # rank 0 has left by now
+                _stay(store, world_size=world_size, holds=_holds_store(rank == 0))
+            raise found
         if time.monotonic() > end:
             missing = [str(other) for other in range(world_size) if not store.check([f"here {other}"])]
             raise RankError(
@@ -182,6 +207,52 @@ def _await_everyone(store: dist.Store, *, rank: int, world_size: int, timeout: t
                 "printed; if they only need longer, raise trainer.timeout_minutes."
             )
         time.sleep(_LOOK)
+
+
+def leave_word(word: str, address: str, port: int, *, rank: int, world_size: int | None) -> None:
+    """Tell the ranks that wait for this one, or soon will, why it ends; those that have met know it otherwise.
+
+    Args:
+        word: This rank and why it ends, in words.
+        address: Rank 0's machine.
+        port: The port there.
+        rank: This rank, as far as it is known.
+        world_size: How many there are; None if that is not known.
+    """
+    if _groups:
+        return
+    holds = _holds_store(is_global_rank_zero())
+    line = f"{word}. To tell the other ranks takes up to {_WORD:.0f} s."
+    late = threading.Timer(_QUICK, stopping.say_anyhow, [line])
+    late.daemon = True
+    late.start()
+    try:
+        if _store is None and holds:
+            open_store(port, timeout=timedelta(seconds=_WORD))
+        elif _store is None:
+            _reach_store(address, port, rank=rank, timeout=timedelta(seconds=_WORD))
+        assert _store is not None
+        store = _part_of(_store, 1)
+        store.set(_word_key(), word)
+        _stay(store, world_size=world_size, holds=holds)
+    except (KTOError, RuntimeError):  # rank 0 does not come, or has left: nobody waits there
+        return
+    finally:
+        late.cancel()
+
+
+def _word_key() -> str:
+    """Return the key of a rank's word: the port of a job of Slurm may be another one's too."""
+    return f"word of {os.environ.get('SLURM_JOB_ID', 'a rank')}"
+
+
+def _stay(store: dist.Store, *, world_size: int | None, holds: bool) -> None:
+    """Say that this rank knows of a failure; if it holds the store, stay until all do."""
+    known = store.add("know", 1)
+    end = time.monotonic() + _WORD
+    while holds and known != world_size and time.monotonic() < end:
+        time.sleep(_LOOK)
+        known = store.add("know", 0)
 
 
 def _minutes(timeout: timedelta) -> str:

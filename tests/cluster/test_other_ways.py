@@ -22,6 +22,7 @@ from tests.waiting import HANG, wait_until
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 Series = dict[str, dict[int, float]]
+AUTO = ["trainer.devices=auto", "trainer.num_nodes=auto"]
 
 
 def check_series(log_dir: Path, expected: Series) -> None:
@@ -32,33 +33,67 @@ def check_series(log_dir: Path, expected: Series) -> None:
 
 def program_without(what: str, folder: Path) -> str:
     """Return a Python that is not on the second node what it is on the first: it lacks a package, or the model."""
-    broken = folder / "broken"
-    (broken / "megatron").mkdir(parents=True)
-    (broken / "megatron" / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open")\n')
-    there = {
-        "package": f'export PYTHONPATH="{broken}:$PYTHONPATH"',
-        "model": 'set -- "$@" pretrained_checkpoint.restore_from_path=/not/on/this/node',
-    }[what]
+    there = 'set -- "$@" pretrained_checkpoint.restore_from_path=/not/on/this/node'
+    if what != "model":
+        broken = folder / "broken"
+        (broken / what).mkdir(parents=True)
+        (broken / what / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open")\n')
+        there = f'export PYTHONPATH="{broken}:$PYTHONPATH"'
     program = folder / "python"
     program.write_text(f'#!/bin/bash\nif [ "$SLURM_NODEID" = 1 ]; then {there}; fi\nexec "{sys.executable}" "$@"\n')
     program.chmod(0o755)
     return str(program)
 
 
-LACKS = {"package": "ImportError: libcudart.so.13: cannot open", "model": "error: .*/not/on/this/node"}
+MISSING = "ImportError: libcudart.so.13: cannot open"
+LACKS = {"megatron": f"failed: {MISSING}", "model": ".*/not/on/this/node"}
 
 
 @pytest.mark.parametrize("what", LACKS)
 def test_a_node_that_lacks_something(submit: Callable[..., Job], root: Path, tmp_path: Path, what: str) -> None:
     """Rank 0, on the other one, would wait for its ranks for ten minutes."""
     files = {"MODEL": str(root / "hf"), "TRAIN": str(root / "train.jsonl")}
-    limits = {"FAILURE_GRACE": "5", "MAX_RETRIES": "0"}
     program = program_without(what, tmp_path)
+    job = submit(*keys(root, tmp_path / "log"), tasks=(2, 1), program=program, MAX_RETRIES="0", **files)
+    job.wait_for("FAILED")
+    check_told(job.log(), what)
+    assert job.facts()["ExitCode"] == "1:0"
+
+
+def check_told(log: str, what: str) -> None:
+    """Check that rank 0 has ended as the other one said why it could not come."""
+    told = rf"^0: error: Rank 1 \(process \d+ on \S+\):? {LACKS[what]}.* The others cannot begin without it\.$"
+    assert re.search(told, log, re.MULTILINE), log
+    assert "did not come within" not in log and "are killed" not in log
+
+
+def test_srun_alone(cluster: TwoNodes, root: Path, tmp_path: Path) -> None:
+    """Nothing ends rank 0 there but what rank 1 says."""
+    words = [*keys(root, tmp_path / "log"), *places(root, tmp_path / "log"), *AUTO]
+    place = ("salloc", "--nodes=2", "--ntasks-per-node=1", "--mem=100M")
+    srun = ("srun", "--label", "--kill-on-bad-exit=0", "--wait=0", program_without("model", tmp_path), TRAINING)
+    done = subprocess.run(
+        [*map(str, (*place, *srun)), *words],
+        env=cluster.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 1
+    check_told(done.stderr, "model")
+
+
+def test_a_node_that_cannot_say_what_it_lacks(submit: Callable[..., Job], root: Path, tmp_path: Path) -> None:
+    """Without torch it cannot reach the others, which srun.sh ends."""
+    files = {"MODEL": str(root / "hf"), "TRAIN": str(root / "train.jsonl")}
+    limits = {"FAILURE_GRACE": "5", "MAX_RETRIES": "0"}
+    program = program_without("torch", tmp_path)
     job = submit(*keys(root, tmp_path / "log"), tasks=(2, 1), program=program, **files, **limits)
     job.wait_for("FAILED")
     log = job.log()
     assert job.facts()["ExitCode"] == "1:0"
-    assert re.search(rf"^1: .*{LACKS[what]}", log, re.MULTILINE), log
+    assert re.search(rf"^1: .*{MISSING}", log, re.MULTILINE), log
     cause = "task 1: Exited with exit code 1"
     assert f"error: the others have not ended within 5 s of a failure ({cause}) and are killed" in log
     assert "did not come within" not in log
@@ -80,9 +115,9 @@ def test_torchrun(cluster: TwoNodes, root: Path, tmp_path: Path, never_stopped: 
 
 
 def test_torchrun_on_a_node_that_lacks_something(cluster: TwoNodes, root: Path, tmp_path: Path) -> None:
-    job = torchrun(cluster, root, tmp_path, PYTHON=program_without("package", tmp_path))
+    job = torchrun(cluster, root, tmp_path, PYTHON=program_without("megatron", tmp_path))
     job.wait_for("FAILED")
-    assert re.search(rf"^1: .*{LACKS['package']}", job.log(), re.MULTILINE), job.log()
+    assert re.search(rf"^1: .*{MISSING}", job.log(), re.MULTILINE), job.log()
     assert "did not come within" not in job.log()
 
 
@@ -104,9 +139,6 @@ def test_the_reference_is_cached_by_a_job_of_its_own(
     job.wait_for("COMPLETED")
     check_series(tmp_path / "log", never_stopped)
     assert sorted((tmp_path / "cache").rglob("*")) == written
-
-
-AUTO = ["trainer.devices=auto", "trainer.num_nodes=auto"]
 
 
 def test_salloc_and_srun(cluster: TwoNodes, root: Path, tmp_path: Path, never_stopped: Series) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_kto import stopping
+from nemo_kto import errors, stopping
 from nemo_kto.errors import DataError
 from nemo_kto.runtime import watchdog
+from nemo_kto.runtime.early_end import told_to_others
+from tests.distributed_harness import free_port
 from tests.faults.commands import TP2, Command, training
 from tests.faults.forked_ranks import ForkedRanks, Place, said
 
@@ -164,12 +166,95 @@ def test_no_rank_leaves_before_rank_0(tmp_path: Path) -> None:
     assert [code for code, _ in ForkedRanks(goodbye, 2, tmp_path).ended()] == [75, 75]
 
 
-def test_a_rank_that_ends_before_all_have_met(root: Path, tmp_path: Path) -> None:
+def fail_early(place: Place, failing: int, error: Exception, numbers: dict[str, str]) -> None:
+    """Come to where the ranks meet, but for one; as ranks do that nobody ends with each other."""
+    errors._PARENT = os.getppid()  # which is not that of the process that this one was forked from
+    os.environ.update(NODE_RANK="0", MASTER_PORT=str(place.port), **numbers)
+    with told_to_others("auto", 1):
+        if place.rank == failing:
+            raise error
+        place.meet()
+
+
+COUNTED = {"WORLD_SIZE": "3"}
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_fails_before_all_have_met_is_not_waited_for(tmp_path: Path, failing: int) -> None:
+    ranks = ForkedRanks(fail_early, 3, tmp_path, failing, DataError("/data/train.jsonl is not there."), COUNTED)
+    process = rf"process {ranks.processes[failing].pid} on \S+"
+    ended = ranks.ended()
+    assert [code for code, _ in ended] == [1, 1, 1]
+    own, others = r"error: /data/train\.jsonl is not there\.", ""
+    if failing:
+        others = (
+            rf"error: Rank 2 \({process}\): /data/train\.jsonl is not there\. The others cannot begin without it\.\n"
+        )
+        own = rf"\[rank 2\] {own}"
+    assert re.fullmatch(f"{own}\n", ended[failing][1])
+    assert re.fullmatch(others, "".join(errors for rank, (_, errors) in enumerate(ended) if rank != failing))
+
+
+def test_a_fault_of_the_program_before_all_have_met(tmp_path: Path) -> None:
+    ended = ForkedRanks(fail_early, 2, tmp_path, 1, ZeroDivisionError("by hand"), {"WORLD_SIZE": "2"}).ended()
+    assert ended[1][1].splitlines()[-1] == "ZeroDivisionError: by hand"
+    (line,) = ended[0][1].splitlines()
+    assert re.match(r"error: Rank 1 \(process \d+ on \S+\) failed: ZeroDivisionError: by hand\. The others", line)
+
+
+def fail_everywhere_early(place: Place, numbers: dict[str, str]) -> None:
+    fail_early(place, place.rank, DataError("/data/train.jsonl is not there."), numbers)
+
+
+def test_what_all_find_before_they_meet_ends_all(tmp_path: Path) -> None:
+    ended = ForkedRanks(fail_everywhere_early, 3, tmp_path, COUNTED).ended()
+    assert [code for code, _ in ended] == [1, 1, 1]
+    assert len(said(ended)) == 3
+
+
+def end_first(folder: Path, what: str) -> None:
+    """Have rank 1 of a command do something before it does anything else."""
+    (folder / "sitecustomize.py").write_text(f"import os, sys\nif os.environ.get('LOCAL_RANK') == '1':\n    {what}\n")
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("os._exit(7)", r"Rank 1 \(process \d+ of this machine\) was ended with exit code 7\."),
+        (
+            "sys.modules['megatron'] = None",
+            r"Rank 1 \(process \d+ on \S+\) failed: ModuleNotFoundError: No module named 'megatron\.core'.*",
+        ),
+    ],
+)
+def test_a_rank_of_this_machine_that_ends_before_all_have_met(
+    root: Path, tmp_path: Path, what: str, sentence: str
+) -> None:
     """The process that has started it does not wait for it for ten minutes."""
-    without = "import os, sys\nif os.environ.get('LOCAL_RANK') == '1':\n    sys.modules['megatron'] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(without)
+    end_first(tmp_path, what)
     arguments = training(root, tmp_path / "log", script=TRAINING, **TP2)
     code, _, errors = Command(tmp_path, arguments, PYTHONPATH=str(tmp_path)).end()
-    assert code == 1 and "ModuleNotFoundError: No module named 'megatron.core'" in errors
+    assert code == 1
     (line,) = [line for line in errors.splitlines() if "error: " in line]
-    assert re.fullmatch(r"error: Rank 1 \(process \d+ of this machine\) was ended with exit code 1\.", line)
+    assert re.fullmatch(f"error: {sentence}", line)
+
+
+def test_ranks_that_nobody_ends_with_each_other(root: Path, tmp_path: Path) -> None:
+    """As under `srun` alone: one lacks the data."""
+    by_hand = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
+    data = {"model__data__data_prefix__train": str(tmp_path / "none.jsonl")}
+    commands = [
+        Command(
+            tmp_path / str(rank),
+            training(root, tmp_path / "log", script=TRAINING, **TP2, **(data if rank else {})),
+            LOCAL_RANK=str(rank),
+            **by_hand,
+        )
+        for rank in range(2)
+    ]
+    (code, _, waiting), (other_code, _, failing) = [command.end() for command in commands]
+    assert (code, other_code) == (1, 1)
+    (own,) = [line.removeprefix("[rank 1] error: ") for line in failing.splitlines() if "error: " in line]
+    (line,) = [line for line in waiting.splitlines() if "error: " in line]
+    assert own.endswith("none.jsonl: no such file.")
+    assert re.sub(r" \(process \d+ on \S+\)", "", line) == f"error: Rank 1: {own} The others cannot begin without it."

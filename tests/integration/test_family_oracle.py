@@ -25,6 +25,7 @@ from tests.integration.assets import (
     write_feedback,
 )
 from tests.integration.oracle import PLAIN, assert_equal, oracle
+from tests.network.tiny_hf import adapters_are_read, skip_where_wrong
 
 STEPS = 5
 QUICK = ("biases", "shared", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
@@ -62,7 +63,7 @@ def train(root: Path, run_ranks: Callable[..., Any], log_dir: Path, kind: str, *
 
 @kinds
 def test_five_steps_equal_the_oracle(root: Path, tmp_path: Path, run_ranks: Callable[..., Any], kind: str) -> None:
-    make_model_folder(root / kind, kind=kind)
+    skip_where_wrong(make_model_folder(root / kind, kind=kind))
     actual = train(root, run_ranks, tmp_path, kind)
     assert actual["train/loss"][0] != 0.5  # of unlike weights for the two classes
     assert actual["train/kl"][0] == actual["train/rewards/chosen"][0] == actual["train/rewards/rejected"][0] == 0
@@ -101,7 +102,10 @@ def test_five_steps_of_adapters_equal_pefts(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], kind: str
 ) -> None:
     base = make_model_folder(root / kind, kind=kind)
+    skip_where_wrong(base)
     hf_config = load_hf_config(base)
+    if not adapters_are_read(hf_config.model_type):
+        pytest.skip("PEFT 0.19 cannot read adapters where transformers 5.8 puts experts together")
     projections = projections_of_model(hf_config)
     if not family_of(hf_config).feed_forward_adapters:
         projections = projections_of(["attention"], hf_config)

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,15 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path, name: str, field: str
     wanted += f"{MODELS[name].model_type!r}. [A-Z].*"
     with pytest.raises(ConfigError, match=wanted):
         load_hf_config(tmp_path)
+
+
+def test_what_an_older_transformers_knows_of_gpt_oss_is_enough() -> None:
+    """transformers 5.8 has no fields for the activation: its experts have 1.702 and 7, as is published."""
+    keys = MODELS["gpt_oss_plain"].to_dict()
+    hf = SimpleNamespace(**{name: value for name, value in keys.items() if not name.startswith("swiglu")})
+    family = families.family_of(hf)
+    assert family.unsupported(hf) == {}
+    assert family.fields(hf)["activation_func_clamp_value"] == 7.0
 
 
 def theirs(config: PretrainedConfig, length: int) -> torch.Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -395,12 +399,29 @@ def documents() -> list[torch.Tensor]:
 
 
 def skip_where_wrong(model: PretrainedConfig | Path) -> None:
-    """Skip a comparison with transformers where the installed version computes something else than its later ones."""
+    """Skip a comparison with transformers where the installed version does something else than its later ones."""
     config = AutoConfig.from_pretrained(model) if isinstance(model, Path) else model
     if config.model_type == "olmo3":
         rope = config.rope_parameters
         if rope.get("rope_type", "default") != "default" or ("rope_type" in rope and "full_attention" in rope):
             pytest.skip("this transformers has one rotary embedding for all layers of OLMo 3")
+    if config.model_type == "gpt_oss" and "swiglu_limit" not in inspect.signature(GptOssConfig).parameters:
+        if getattr(config, "swiglu_limit", 7.0) != 7.0:
+            pytest.skip("this transformers clamps gate and up of gpt-oss to 7, whatever config.json says")
+    if getattr(config, "quantization_config", {}) is None and Version(transformers.__version__) < Version("5.9"):
+        pytest.skip("this transformers loads no folder whose config.json says that there is no quantisation")
+
+
+EXPERTS_TOGETHER = (
+    *("deepseek_v3", "glm4_moe", "glm4_moe_lite", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_5_moe_text"),
+    *("qwen3_moe", "qwen3_next"),
+)
+"""Architectures whose experts transformers puts together when it loads them, also a model's that has none."""
+
+
+def adapters_are_read(model_type: str) -> bool:
+    """Return whether the installed PEFT reads adapters of an architecture beside the installed transformers."""
+    return model_type not in EXPERTS_TOGETHER or Version(peft.__version__) >= Version("0.20")
 
 
 @torch.no_grad()

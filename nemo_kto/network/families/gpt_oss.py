@@ -14,6 +14,9 @@ from nemo_kto.network.weight_rules import Rule
 _ALPHA = 1.702
 """That of Megatron's `quick_gelu`: `x * sigmoid(1.702 * x)`."""
 
+_LIMIT = 7.0
+"""What gate and up are clamped to where nothing is said; transformers 5.8 has no fields for it and for the slope."""
+
 _NAMES = tables.ExpertNames(
     router=["mlp.router.weight"],
     together=[("mlp.experts.gate_up_proj", "mlp.experts.down_proj")],
@@ -31,7 +34,7 @@ def fields(hf: Any) -> dict[str, Any]:
     return {
         "softmax_type": "learnable",
         "glu_linear_offset": 1.0,
-        "activation_func_clamp_value": hf.swiglu_limit,
+        "activation_func_clamp_value": getattr(hf, "swiglu_limit", _LIMIT),
         **sliding_window(hf),
     }
 
@@ -39,10 +42,11 @@ def fields(hf: Any) -> dict[str, Any]:
 def unsupported(hf: Any) -> Refusals:
     """Return what cannot be expressed, also another slope of the activation."""
     found = unlike_llama(hf)
-    if hf.swiglu_alpha != _ALPHA:
-        found["swiglu_alpha"] = (hf.swiglu_alpha, f"Megatron's activation has {_ALPHA}.")
-    if not hf.swiglu_limit > 0:
-        found["swiglu_limit"] = (hf.swiglu_limit, "Gate and up are clamped to it.")
+    alpha, limit = getattr(hf, "swiglu_alpha", _ALPHA), getattr(hf, "swiglu_limit", _LIMIT)
+    if alpha != _ALPHA:
+        found["swiglu_alpha"] = (alpha, f"Megatron's activation has {_ALPHA}.")
+    if not limit > 0:
+        found["swiglu_limit"] = (limit, "Gate and up are clamped to it.")
     return found
 
 

@@ -3,8 +3,8 @@
 #
 #   bash srun.sh <options of srun> <command>
 #
-# Ranks that have met do so themselves, within seconds. Those of a rank that fails earlier, as its node lacks the data or a
-# package, would wait for it for ten minutes. srun's own --kill-on-bad-exit makes no difference between a failure and a stop
+# Ranks that have met do so themselves, within seconds, and mostly also before. Those of a rank that cannot tell them, as it was
+# killed or its node lacks PyTorch, would wait for it for ten minutes. srun's own --kill-on-bad-exit makes no difference between a failure and a stop
 # (75), and sends the others TERM, which they answer as a stop. The exit code is srun's; of ranks that were ended here, that of
 # the one that had failed.
 
