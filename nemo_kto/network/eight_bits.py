@@ -24,10 +24,15 @@ BESIDE = ("activation_scale", "input_scale")
 """What stands beside a matrix for computing in eight bits, and means nothing without."""
 
 _BLOCK = (128, 128)
-_OTHERWISE = {"scale_fmt": "float", "expert_dtype": "fp8"}
-"""Fields, with the values beside which matrices can be read."""
-_NUMBERS = ("F64", "F32", "BF16", "F16")
+_EXPONENTS = "ue8m0"
+"""`scale_fmt` of scales that are powers of two, whatever they are stored as; DeepSeek-V3.1 has them in float32."""
+_KNOWN = {"scale_fmt": ("float", _EXPONENTS), "expert_dtype": ("fp8",)}
+"""Fields, with the values beside which matrices can be read, the default first."""
+_NUMBERS = ("F64", "F32", "BF16", "F16", "F8_E8M0")
 """Dtypes of scales that are numbers themselves."""
+_BYTES = "U8"
+"""Dtype of scales of which only the exponents are there, as float32 has them."""
+_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,12 @@ class EightBits:
 
     Attributes:
         block: Rows and columns that share a scale; None where each matrix has one.
+        exponents: Whether scales are powers of two, and may be stored as their exponents.
         dtype: The dtype they have as plain numbers, as the safetensors format calls it.
     """
 
     block: tuple[int, int] | None
+    exponents: bool
     dtype: str
     name = "eight bits"
 
@@ -53,13 +60,14 @@ class EightBits:
         block = found.get("weight_block_size", _BLOCK)
         if not _is_block(block):
             return None
-        for name, known in _OTHERWISE.items():
-            if found.get(name, known) != known:
+        for name, known in _KNOWN.items():
+            if found.get(name, known[0]) not in known:
                 raise ConfigError(
-                    f"{source}.{name}={found[name]} is not supported, only {known}. Use the model's unquantised "
-                    "folder."
+                    f"{source}.{name}={found[name]} is not supported, only {' and '.join(known)}. Use the model's "
+                    "unquantised folder."
                 )
-        return cls(None if block is None else (int(block[0]), int(block[1])), dtype)
+        size = None if block is None else (int(block[0]), int(block[1]))
+        return cls(size, found.get("scale_fmt") == _EXPONENTS, dtype)
 
     def packed(self, names: Collection[str], slice_of: Callable[[str], Any], folder: str) -> dict[str, EightBitMatrix]:
         """Return the matrices in eight bits among a folder's tensors, by name; see `Quantisation`."""
@@ -71,8 +79,11 @@ class EightBits:
             if name + SCALE not in names:
                 raise CheckpointError(f"{folder} lacks {name}{SCALE}, the scales of {name}. Download it again.")
             scales = slice_of(name + SCALE)
-            if scales.get_dtype() not in _NUMBERS:
-                raise CheckpointError(f"{folder}: {name}{SCALE} is stored as {scales.get_dtype()}, no number.")
+            if scales.get_dtype() not in (*_NUMBERS, *([_BYTES] if self.exponents else [])):
+                raise CheckpointError(
+                    f"{folder}: {name}{SCALE} is stored as {scales.get_dtype()}, no number"
+                    + ("." if self.exponents else f", and quantization_config.scale_fmt is not {_EXPONENTS}.")
+                )
             self._check(f"{folder}: {name}", tuple(stored.get_shape()), tuple(scales.get_shape()))
             module = name.rpartition(".")[0]
             others = (name + SCALE, *(f"{module}.{beside}" for beside in BESIDE))
@@ -119,15 +130,21 @@ class EightBitMatrix:
         """Return a block of it in float32."""
         block: torch.Tensor = self.stored[where].float()
         if self.block is None:
-            return block * self.scales[...].float().reshape(())
+            return block * _numbers(self.scales[...]).reshape(())
         (high, wide), offsets = self.block, []
         tiles = []
         for place, step in ((where[0], high), (where[1], wide)):
             first = place.start // step
             tiles.append(slice(first, -(-place.stop // step)))
             offsets.append(slice(place.start - first * step, place.stop - first * step))
-        factors = self.scales[tuple(tiles)].float().repeat_interleave(high, 0).repeat_interleave(wide, 1)
+        factors = _numbers(self.scales[tuple(tiles)]).repeat_interleave(high, 0).repeat_interleave(wide, 1)
         return block * factors[offsets[0], offsets[1]]
+
+
+def _numbers(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales in float32; bytes are exponents."""
+    numbers = scales.float()
+    return numbers if scales.is_floating_point() else (numbers - _BIAS).exp2()
 
 
 def _is_block(block: Any) -> bool:

@@ -245,13 +245,15 @@ def activation_field(hf: Any) -> str:
 
 
 def unlike_llama(hf: Any) -> Refusals:
-    """Return what a family like Llama cannot have here: another activation, windows of less than a token."""
+    """Return what a family like Llama cannot have here: another activation, windows of less than a token or none."""
     found: Refusals = {}
     field = activation_field(hf)
     if getattr(hf, field) not in ACTIVATIONS:
         found[field] = (getattr(hf, field), f"Supported are {', '.join(ACTIVATIONS)}.")
     window = own_field(hf, "sliding_window")
-    if window is not None and window < 1 and sliding_window(hf):
+    if window is None and "sliding_attention" in (own_field(hf, "layer_types") or ()):
+        found["sliding_window"] = (None, "There are layers with windows in layer_types.")
+    elif window is not None and window < 1 and sliding_window(hf):
         found["sliding_window"] = (window, "A token sees at least itself.")
     return found
 

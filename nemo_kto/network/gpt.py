@@ -105,8 +105,12 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         decoder_input, rotary, *rest = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=described, padding_mask=padding_mask, **kwargs
         )
-        if decoder_input is not None and self.config.embedding_multiplier != 1.0:
-            decoder_input = decoder_input * self._embedding_multiplier
+        if decoder_input is not None:
+            # As the embedding leaves it, the dimension of the single batch has an odd stride. torch chooses another
+            # kernel by it, but in some passes only: in training the policy would not be scored as the reference is.
+            decoder_input = decoder_input.view(decoder_input.shape)
+            if self.config.embedding_multiplier != 1.0:
+                decoder_input = decoder_input * self._embedding_multiplier
         if self.rotary is not None:
             rotary = self.rotary.table(position_ids[0], self._document_lengths(position_ids[0], packed_seq_params))
         return (decoder_input, rotary, *rest)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
 from nemo_kto.network.weight_rules import (
+    ByHead,
+    Layout,
     Piece,
     Region,
     all_pieces,
@@ -34,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
+_AT_ONCE = 1 << 25
+"""Most numbers of a tensor that are read in one go."""
+
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old folders store, as transformers ignores them: they follow from the configuration."""
 
@@ -42,7 +49,7 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     """Fill this rank's part of `model` from a Hugging Face folder; values are cast to the parameters' dtype.
 
-    Needs no communication and holds one block of one tensor in memory at a time.
+    Needs no communication and holds one block of one tensor in memory at a time, of 64 MB in bfloat16 or of whole heads.
 
     Raises:
         CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes, or a value
@@ -56,9 +63,25 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
-            block = rule.layout.read(pieces, leaf.region, functools.partial(_read_finite, source))
-            leaf.data[: len(block)].copy_(block)
-            leaf.data[len(block) :].zero_()
+            for region, data in _parts(leaf, rule.layout):
+                block = rule.layout.read(pieces, region, functools.partial(_read_finite, source))
+                data[: len(block)].copy_(block)
+                data[len(block) :].zero_()
+
+
+def _parts(leaf: Leaf, layout: Layout) -> Iterator[tuple[Region, torch.Tensor]]:
+    """Yield (region, view of the parameter) of each part of a leaf that is read in one go: some of its rows.
+
+    A vocabulary is a good share of what a rank keeps. Rows that belong to a head stay together.
+    """
+    rows, *rest = leaf.region
+    at_once = len(leaf.data)
+    if not isinstance(layout, ByHead):
+        at_once = max(1, _AT_ONCE // max(1, math.prod(leaf.data.shape[1:])))
+    for start in range(0, len(leaf.data), at_once):
+        data = leaf.data[start : start + at_once]
+        first = rows.start + start
+        yield (slice(first, first + len(data)), *rest), data
 
 
 def _read_finite(source: SafetensorsFolder, piece: Piece, region: Region) -> torch.Tensor:

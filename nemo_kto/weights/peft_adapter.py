@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
-from nemo_kto.network.families import family_of
+from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
@@ -294,7 +294,8 @@ def write_adapter(
 
 
 _IN_WHOLE = re.compile(
-    r".*\\\.language_model\\\.layers\\\.\((?P<layers>[\d|]+)\)\\\.\(self_attn\|mlp\)\\\.\((?P<projections>\w[\w|]*)\)"
+    r".*\\\.language_model\\\.layers\\\.\((?P<layers>[\d|]+)\)\\\.\(self_attn\|mlp(?:\|mlp\\\.\w+)?\)"
+    r"\\\.\((?P<projections>\w[\w|]*)\)"
 )
 """The `target_modules` of `adapter_config` in a model that sees images."""
 
@@ -306,8 +307,11 @@ def adapter_config(settings: LoRASettings, *, base_folder: str | Path, hf_config
     layers = None if every_layer else list(settings.layers)
     if whole_of(hf_config) is not None:
         # a pattern, for which PEFT looks at no numbers of layers: layers that see images have these names too
+        mixture = dimensions_of(hf_config).mixture
+        shared = None if mixture is None else mixture.shared
+        places = "|".join(["self_attn", "mlp", *([rf"mlp\.{shared.name}"] if shared is not None else [])])
         numbers = "|".join(map(str, settings.layers))
-        targets = rf".*\.language_model\.layers\.({numbers})\.(self_attn|mlp)\.({'|'.join(targets)})"
+        targets = rf".*\.language_model\.layers\.({numbers})\.({places})\.({'|'.join(targets)})"
         layers = None
     return {
         "peft_type": "LORA",

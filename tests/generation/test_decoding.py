@@ -58,7 +58,7 @@ LENGTH = "phi3_longrope"  # the answer to the first prompt goes from its short f
 DENSE = (
     *("llama", "mistral_window", "qwen3", "llama_tied", "llama3_rope_other", "qwen2_tied", "qwen2_window", LENGTH),
     *("yarn_rope", "llama_biases", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4"),
-    *("smollm3_pattern", "olmo2", "olmo3", "ministral3", "qwen3_5_text", "qwen3_5_text_tied"),
+    *("smollm3_pattern", "olmo2", "olmo3", "exaone4", "ministral3", "qwen3_5_text", "qwen3_5_text_tied"),
 )
 SPARSE = (
     "qwen3_moe",
@@ -344,7 +344,7 @@ def check(results: Any, source: Path, expected: Callable[[str], Answers]) -> Non
                 *("llama", "mistral_window", "qwen3", "qwen3_moe", LENGTH),
                 *("yarn_rope", "granite", "starcoder2_window", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
                 *("smollm3_pattern", "olmo2", "olmo3", "minimax_m2", "ministral3", "gpt_oss", "deepseek_v3"),
-                *("qwen3_next_mixed", "qwen3_5_text"),
+                *("qwen3_next_mixed", "qwen3_5_text", "exaone4"),
             ),
         ),
         ("TP2", ("llama", "qwen3")),

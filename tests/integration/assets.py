@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -138,6 +139,7 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "glm4_moe": (Glm4MoeConfig, {**GLM4_EXPERTS, **_TOKENS}),  # routers with biases of their own
     "olmo2": (Olmo2Config, {"head_dim": 16, **_TOKENS}),
     "olmo3": (Olmo3Config, {"sliding_window": 4, **_TOKENS}),
+    "exaone4": (Exaone4Config, {"head_dim": 16, "sliding_window": 4, "sliding_window_pattern": 2, **_TOKENS}),
     "minimax_m2": (MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_TOKENS}),
     "deepseek_v3": (  # latent attention, scores with a factor
         DeepseekV3Config,

@@ -270,9 +270,31 @@ def check_construction() -> None:
     masks = 3 * sum(length * length for length in lengths) / sum(tiny_hf.DOCUMENT_LENGTHS)
     around = 4 * (2 * 32 + 2 + 3) + 16 + masks
     assert kept_activations(sizes["gemma3_text"]) <= needed_activations(sizes["gemma3_text"], norms=1) + around
+    for name in ("llama", "olmo2"):  # with a norm before the first projection, and without
+        assert_recomputed_layers_compute_alike(sizes[name])
     for name in ("gemma3_text", "granite"):
         assert_nothing_is_kept_without_gradients(sizes[name])
     assert not dynamo_counters["frames"], "a forward pass needs no compiler, with experts neither"
+
+
+def assert_recomputed_layers_compute_alike(config: Any) -> None:
+    """As in the forward-only passes, also where they are frozen beside adapters, and their input wants a gradient."""
+    whole = Recompute(granularity="full", method="uniform", num_layers=1)
+    model, generator = build(config, recompute=whole), torch.Generator().manual_seed(2)
+    initialize_weights(model, seed=3, std=0.2)
+    model.requires_grad_(False)
+    rows = [torch.randint(0, tiny_hf.VOCAB_SIZE, (length,), generator=generator) for length in (9, 10, 11, 20)]
+
+    def outputs() -> list[torch.Tensor]:
+        return [
+            model(row[None], torch.arange(len(row))[None], None, packed_seq_params=tiny_hf.packed_params([len(row)]))
+            for row in rows
+        ]
+
+    with torch.no_grad():
+        reference = outputs()
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    assert all(map(torch.equal, outputs(), reference))
 
 
 def assert_nothing_is_kept_without_gradients(config: Any) -> None:

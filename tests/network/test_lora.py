@@ -90,6 +90,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
             "gemma2_uncapped",
             "olmo2_bias",
             "olmo3",
+            "exaone4",
             "ministral3",
         )
     },

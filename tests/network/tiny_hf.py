@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -286,6 +287,15 @@ def families() -> dict[str, PretrainedConfig]:
             sliding_window=9,
             layer_types=["full_attention", "sliding_attention"] * 2,
             rope_parameters={**_TWO_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 1e5}},
+        ),
+        "exaone4": Exaone4Config(**SIZES, **_NO_TOKENS, head_dim=16, sliding_window=6),
+        "exaone4_full": Exaone4Config(  # as the small one: then all layers have the rotary embedding
+            **SIZES,
+            **_NO_TOKENS,
+            sliding_window=None,
+            layer_types=["full_attention"] * 4,
+            rope_parameters={**_LLAMA3_OTHER, "original_max_position_embeddings": 32},
+            tie_word_embeddings=True,
         ),
         "minimax_m2": MiniMaxM2Config(
             **SIZES,

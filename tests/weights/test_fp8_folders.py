@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,12 @@ BLOCKS: dict[str, tuple[int, int] | None] = {
     "minimax_m2": (8, 16),
     "deepseek_v3": (8, 8),
     "phi3": (16, 8),
+    "qwen3": (8, 8),
+    "mistral": (8, 16),
+    "olmo2": (1, 16),
 }
+POWERS = {"qwen3": torch.float32, "mistral": torch.float8_e8m0fnu, "olmo2": torch.uint8}
+"""Those whose scales are powers of two -> how they are stored: as DeepSeek-V3.1, as such, or their exponents."""
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "TP1": tuple(BLOCKS),
     "TP2": tuple(BLOCKS),
@@ -49,7 +55,9 @@ def quantised(name: str) -> bool:
     return "_proj" in name or ".experts." in name
 
 
-def in_eight_bits(matrix: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+def in_eight_bits(
+    matrix: torch.Tensor, block: tuple[int, int] | None, powers: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a matrix in eight bits and its scales, a tile at a time; tiles at the edges may be smaller."""
     if block is None:
         scale = (matrix.abs().max() / LARGEST).bfloat16()
@@ -60,7 +68,11 @@ def in_eight_bits(matrix: torch.Tensor, block: tuple[int, int] | None) -> tuple[
     for i, j in torch.cartesian_prod(*(torch.arange(size) for size in scales.shape)).tolist():
         tile = slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide)
         scales[i, j] = matrix[tile].abs().max() / LARGEST
+        if powers is not None:
+            scales[i, j] = 2.0 ** math.ceil(math.log2(scales[i, j]))
         stored[tile] = matrix[tile] / scales[i, j]
+    if powers is not None:
+        scales = (scales.log2() + 127).to(powers) if powers == torch.uint8 else scales.to(powers)
     return stored.to(torch.float8_e4m3fn), scales
 
 
@@ -72,7 +84,7 @@ def make_folder(folder: Path, name: str, block: tuple[int, int] | None, **fields
         if not quantised(key):
             tensors[key] = tensor
             continue
-        tensors[key], tensors[f"{key}_scale_inv"] = in_eight_bits(tensor.float(), block)
+        tensors[key], tensors[f"{key}_scale_inv"] = in_eight_bits(tensor.float(), block, POWERS.get(name))
         if block is None:
             tensors[key.replace(".weight", ".activation_scale")] = torch.tensor(0.25)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -82,6 +94,7 @@ def make_folder(folder: Path, name: str, block: tuple[int, int] | None, **fields
         "activation_scheme": "static" if block is None else "dynamic",
         "weight_block_size": block,
         "modules_to_not_convert": ["lm_head", "gate"],
+        **({"scale_fmt": "ue8m0"} if name in POWERS else {}),
         **fields,
     }
     (folder / "config.json").write_text(json.dumps(keys, indent=1))
@@ -229,7 +242,7 @@ def lone_scales(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("fields", "change", "wanted"),
     [
-        ({"scale_fmt": "ue8m0"}, None, ["config.json", "quantization_config.scale_fmt=ue8m0"]),
+        ({"scale_fmt": "ue4m3"}, None, ["config.json", "quantization_config.scale_fmt=ue4m3", "float and ue8m0"]),
         ({"expert_dtype": "fp4"}, None, ["config.json", "quantization_config.expert_dtype=fp4"]),
         ({"quant_method": "gptq"}, None, ["config.json", "'gptq'", "only those of the quant_methods fp8 and mxfp4"]),
         ({"weight_block_size": [128]}, None, ["config.json", "'weight_block_size': [128]"]),
@@ -237,7 +250,7 @@ def lone_scales(tensors: dict[str, torch.Tensor]) -> None:
         ({"weight_block_size": [128, 128]}, None, [MATRIX[:14], "weight_block_size=[128, 128]"]),
         ({}, without_scales, [f"lacks {MATRIX}_scale_inv"]),
         ({}, other_scales, [MATRIX, "[48, 32]", "[2, 2]"]),
-        ({}, exponents, [f"{MATRIX}_scale_inv is stored as U8"]),
+        ({}, exponents, [f"{MATRIX}_scale_inv is stored as U8", "scale_fmt is not ue8m0"]),
         ({}, lone_scales, ["no place for", "model.norm.weight_scale_inv"]),
     ],
 )

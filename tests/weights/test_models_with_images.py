@@ -21,12 +21,14 @@ from transformers import (
     PixtralVisionConfig,
     PretrainedConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     SiglipVisionConfig,
 )
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
 from nemo_kto.errors import CheckpointError, ConfigError
-from nemo_kto.network.families import sizes_of_folder
+from nemo_kto.network.families import dimensions_of, sizes_of_folder
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import add_adapters
@@ -53,7 +55,16 @@ EYES: dict[str, Any] = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"image_size": 16, "patch_size": 8},
 }
-LAYOUTS = {"TP1": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}}
+QWEN_EYES: dict[str, Any] = {
+    **{"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32},
+    **{"patch_size": 4, "num_position_embeddings": 16},
+}
+QWEN_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+LAYOUTS = {"TP1": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "EP2": {"expert": 2}}
+
+
+OF_TRANSFORMERS_5 = ("qwen3_5", "qwen3_5_moe")
+"""Those whose published tensors have the names of transformers 5."""
 
 
 def wholes() -> dict[str, PretrainedConfig]:
@@ -70,12 +81,10 @@ def wholes() -> dict[str, PretrainedConfig]:
         "mistral3": Mistral3Config(text_config=TEXT["mistral"], tie_word_embeddings=False, **sees),
         "mistral3_of_ministral": Mistral3Config(text_config=TEXT["ministral3"], tie_word_embeddings=True, **sees),
         "qwen3_5": Qwen3_5Config(
-            text_config=TEXT["qwen3_5_text"],
-            vision_config=Qwen3_5VisionConfig(
-                **{"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32},
-                **{"patch_size": 4, "num_position_embeddings": 16},
-            ),
-            **{"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6},
+            text_config=TEXT["qwen3_5_text"], vision_config=Qwen3_5VisionConfig(**QWEN_EYES), **QWEN_TOKENS
+        ),
+        "qwen3_5_moe": Qwen3_5MoeConfig(
+            text_config=TEXT["qwen3_5_moe_text"], vision_config=Qwen3_5MoeVisionConfig(**QWEN_EYES), **QWEN_TOKENS
         ),
     }
 
@@ -132,6 +141,14 @@ def standard(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def names_of(layout: str) -> list[str]:
+    """Return the folders that can be divided so: only mixtures have experts."""
+    names = [
+        f"{name}{how}" for name in wholes() for how in ("", "_published") if not (how and name in OF_TRANSFORMERS_5)
+    ]
+    return [name for name in names if layout != "EP2" or "moe" in name]
+
+
 @torch.no_grad()
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([model(input_ids=document[None]).logits[0] for document in tiny_hf.documents()])
@@ -150,12 +167,14 @@ def convert(source: Path, results: Path, layouts: list[str]) -> None:
     for layout in layouts:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        division = Layout(world_size=dist.get_world_size(), **LAYOUTS[layout])
-        parallel.initialize(division, seed=1)
-        for folder in sorted(source.iterdir()):
+        parallel.initialize(Layout(world_size=dist.get_world_size(), **LAYOUTS[layout]), seed=1)
+        for folder in map(source.joinpath, names_of(layout)):
             target = results / layout / folder.name
             hf_config = load_hf_config(folder)
-            model = build_gpt(hf_config, division)
+            sequence = layout == "TP2" and dimensions_of(hf_config).mixture is not None
+            model = build_gpt(
+                hf_config, Layout(world_size=dist.get_world_size(), sequence=sequence, **LAYOUTS[layout])
+            )
             import_hf(model, folder)
             kept = results / layout / f"{folder.name}_kept"
             if dist.get_rank() == 0:
@@ -196,7 +215,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with each model as published, and as transformers 5 calls its tensors."""
     root = tmp_path_factory.mktemp("source")
     for name, config in wholes().items():
-        for published in (True, False) if name != "qwen3_5" else (False,):  # published by transformers 5
+        for published in (True, False) if name not in OF_TRANSFORMERS_5 else (False,):
             make_folder(root / (f"{name}_published" if published else name), config, published=published)
     return root
 
@@ -205,12 +224,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Path:
     root = tmp_path_factory.mktemp("results")
     run_ranks(convert, 1, source, root, ["TP1"])
-    run_ranks(convert, 2, source, root, ["TP2", "PP2"])
+    run_ranks(convert, 2, source, root, ["TP2", "PP2", "EP2"])
     return root
 
 
-NAMES = [f"{name}{how}" for name in wholes() for how in ("", "_published") if name != "qwen3_5" or not how]
-every_case = pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout in LAYOUTS for name in NAMES])
+every_case = pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout in LAYOUTS for name in names_of(layout)]
+)
 
 
 # what must come out
@@ -339,12 +359,16 @@ def test_a_folder_that_is_gone_is_asked_for(source: Path, tmp_path: Path, one_ra
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layers", [None, [0, 2]])
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5_moe"])
 def test_adapters_of_peft_are_taken_over_and_given_back(
-    source: Path, tmp_path: Path, run_ranks: Callable[..., Any], layers: list[int] | None
+    source: Path, tmp_path: Path, run_ranks: Callable[..., Any], name: str, layers: list[int] | None
 ) -> None:
-    """On the language model only: layers that see images have projections of the same names."""
-    base, adapter, target = source / "gemma3", tmp_path / "adapter", tmp_path / "out"
+    """On the language model only: layers that see images have projections of the same names.
+
+    Of a mixture they are those of shared experts; layers 1 and 3 have attention that is not linear.
+    """
+    base, adapter, target = source / name, tmp_path / "adapter", tmp_path / "out"
     numbers = "|".join(map(str, layers or range(4)))
     pattern = rf"model\.language_model\.layers\.({numbers})\..*\.(q_proj|o_proj|up_proj)"
     adapted = get_peft_model(load(base), LoraConfig(r=3, lora_alpha=4, target_modules=pattern)).eval()

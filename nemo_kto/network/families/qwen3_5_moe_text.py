@@ -37,4 +37,6 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
-FAMILY = replace(qwen3_5_text.FAMILY, weights=weights, mixture=mixture, feed_forward=feed_forward, part_of=())
+FAMILY = replace(
+    qwen3_5_text.FAMILY, weights=weights, mixture=mixture, feed_forward=feed_forward, part_of=("qwen3_5_moe",)
+)
