@@ -35,6 +35,7 @@ class TrainerConfig:
     deterministic: bool = False
     log_every_n_steps: int = 1
     timeout_minutes: float = 10.0
+    profile_steps: list[int] | None = None
     callbacks: list[dict[str, Any]] | None = None
     kto: TrainerKTOConfig = field(default_factory=TrainerKTOConfig)
 
