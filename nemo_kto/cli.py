@@ -104,8 +104,8 @@ def _add_scripts(commands: Any) -> None:
         script = commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}, {more}. Options of Hydra, such as --multirun and --config-path, are "
-            "taken too; `nemo-kto config` explains the keys.",
+            description=f"{text[0].upper()}{text[1:]}, {more}. Options of Hydra, such as --multirun and --config-path, "
+            "are taken too; `nemo-kto config` explains the keys.",
         )
         script.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
 

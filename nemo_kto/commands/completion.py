@@ -18,8 +18,8 @@ from nemo_kto.config.schema import KTOConfig
 _KEYS, _OVERRIDES = "_nemo_kto_keys", "_nemo_kto_overrides"
 """Functions of the scripts: they complete a key, and KEY=VALUE."""
 
-# Between key and value bash sees three words, as COMP_WORDBREAKS has the sign. What shtab calls runs in a process of its
-# own, which cannot tell the shell to put no space behind a key: the last function does.
+# Of KEY=VALUE bash sees three words, as COMP_WORDBREAKS has the sign. What shtab calls runs in a process of its own,
+# which cannot tell the shell to put no space behind a key: the last function does.
 _BASH = """
 {keys}() {{ compgen -W {names} -- "$1"; }}
 
