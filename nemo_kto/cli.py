@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the weights; auto, the default: that of the folder training started from",
     )
+    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the Hugging Face Hub")
+    export.add_argument("--public", action="store_true", help="let everybody see it there")
     export.set_defaults(run=_command("export"))
     cache = commands.add_parser(
         "cache-reference",
@@ -104,8 +106,8 @@ def _add_scripts(commands: Any) -> None:
         script = commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}, {more}. Options of Hydra, such as --multirun and --config-path, "
-            "are taken too; `nemo-kto config` explains the keys.",
+            description=f"{text[0].upper()}{text[1:]}, {more}. Options of Hydra are taken too, such as --multirun and "
+            "--config-path; `nemo-kto config` explains the keys.",
         )
         script.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
 

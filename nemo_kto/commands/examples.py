@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export-hf": (
         "nemo-kto export-hf results/my_run/checkpoints/<name> aligned",
         "nemo-kto export-hf results/my_run/checkpoints/<name> merged --merge --dtype bfloat16",
+        "nemo-kto export-hf results/my_run/checkpoints/<name> aligned --push-to-hub me/my-model",
     ),
     "cache-reference": ("nemo-kto cache-reference <the keys of the run> trainer.devices=8",),
     "generate": (

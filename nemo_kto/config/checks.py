@@ -117,6 +117,8 @@ def check_values(config: KTOConfig) -> None:
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
     _check_lora(config)
+    if config.export.push_to_hub is not None and not config.export.enabled:
+        raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
     _check_reference(config)
     _check_recompute(config.model)
     _check_optimizer(config.model.optim)
