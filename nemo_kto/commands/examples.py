@@ -25,8 +25,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "generate": (
         'nemo-kto generate results/my_run/checkpoints/<name> "What is the capital of Norway?"',
         "nemo-kto generate results/my_run/checkpoints/<name> --file prompts.jsonl --temperature 0.7 --json",
-        "torchrun --nproc-per-node 4 --no-python nemo-kto generate results/my_run/checkpoints/<name> "
-        "--tensor-parallel 4 Hello",
+        "torchrun --nproc-per-node 4 --no-python nemo-kto generate results/my_run/checkpoints/<name> Hello "
+        "--tensor-parallel 4",
     ),
     "report": (
         "nemo-kto report results/my_run",
