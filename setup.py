@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "datasets>=3.0",
         "einops",  # imported by nemo_toolkit, which does not declare it
+        "huggingface-hub>=1.0,<3",
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
         "lightning>=2.4,<2.6",

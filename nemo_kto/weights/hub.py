@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -73,24 +73,22 @@ def _check_account(repository: str, private: bool, key: str, token: str, endpoin
 
     api = HfApi(endpoint=endpoint, token=token)
 
-    def look(name: str) -> Any:
-        """Return what is there; None for nothing."""
+    def answer(question: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Return what the Hub says; None if there is no such repository."""
         try:
-            return api.model_info(name, timeout=_PATIENCE)
+            return question(*arguments, **keywords)
         except RepositoryNotFoundError:
             return None
+        except HfHubHTTPError as error:
+            if error.response.status_code != 401:
+                raise _unreachable(key, repository, endpoint, error) from error
+            raise ConfigError(f"{key}={repository}: the token is not valid. Make another that may write.") from error
         except Exception as error:  # of the library's HTTP client, which changes with its versions
             raise _unreachable(key, repository, endpoint, error) from error
 
-    there = look(repository)  # first: no other question has a limit to how long it waits
-    try:
-        account = api.whoami()
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise _unreachable(key, repository, endpoint, error) from error
-        raise ConfigError(f"{key}={repository}: the token is not valid. Make another one that may write.") from error
-    except Exception as error:
-        raise _unreachable(key, repository, endpoint, error) from error
+    # first: no other question has a limit to how long it waits
+    there = answer(api.model_info, repository, timeout=_PATIENCE)
+    account = answer(api.whoami)
     access = (account.get("auth") or {}).get("accessToken") or {}
     if access.get("role") == "read":
         raise ConfigError(f"{key}={repository}: the token may only read. Make one that may write.")
@@ -100,7 +98,7 @@ def _check_account(repository: str, private: bool, key: str, token: str, endpoin
     if sign and access.get("role") == "write" and owner not in owners:
         raise ConfigError(f"{key}={repository}: the token is of {account['name']}, who may not write for {owner}.")
     if not sign:
-        there = look(f"{account['name']}/{repository}")
+        there = answer(api.model_info, f"{account['name']}/{repository}")
     if private and there is not None and not there.private:
         raise ConfigError(
             f"{key}={repository} is there already, and everybody sees it. Set export.hub_private=false (--public) to "

@@ -66,7 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/blobs/"):
             self._take_blob(path, body)
         elif not known:
-            self._answer({"error": "Invalid credentials"}, 401)
+            said = "Invalid credentials in Authorization header"
+            self._answer({"error": said}, 401, X_Error_Message=said)
         elif path == "/api/whoami-v2":
             role = {"auth": {"accessToken": {"role": self.hub.account["role"]}}}
             self._answer({"type": "user", **self.hub.account, **role})
