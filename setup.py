@@ -21,12 +21,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
-    packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf"],
-    package_dir={"nemo_kto.conf": "conf"},
-    package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"]},
+    packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf", "nemo_kto.docs"],
+    package_dir={"nemo_kto.conf": "conf", "nemo_kto.docs": "docs"},
+    # the page is what `nemo-kto config` reads
+    package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"], "nemo_kto.docs": ["configuration.md"]},
     install_requires=[
         "datasets>=3.0",
         "einops",  # imported by nemo_toolkit, which does not declare it
+        "huggingface-hub>=1.0,<3",
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
         "lightning>=2.4,<2.6",
@@ -41,6 +43,7 @@ setup(
         "psutil",  # Megatron-Core's checkpoint writer waits for ever without it
         "rich>=13",
         "safetensors>=0.5",
+        "shtab>=1.7",
         "tensorboard>=2.15",
         "torch>=2.6,<3",
         "torchmetrics>=1.4",

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 SHAPES: dict[str, dict[str, Any]] = {
     # most of the work is the output layer
@@ -85,9 +84,6 @@ if find_spec("nemo_kto") is not None:
     from nemo_kto.quiet import silence_startup_noise
 
     silence_startup_noise()
-
-PEAKS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250}
-"""Kind of GPU, a word of its name -> products of dense matrices in bfloat16, TFLOP/s, by NVIDIA's data sheets."""
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Where each benchmark leaves its figures as JSON."""
@@ -207,24 +203,6 @@ def median_and_range(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def linear_operations(run: Callable[[], object]) -> int:
-    """Return the operations, two a multiply-add, of all matrix products that `run` computes but attention's."""
-    mapping: dict[Any, Any] = {operator: _no_operations for operator in flop_registry if "attention" in str(operator)}
-    mapping[torch.ops.aten.addmm_] = _addmm_operations
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def _no_operations(*_: Any, **__: Any) -> int:
-    return 0
-
-
-def _addmm_operations(_: Sequence[int], left: Sequence[int], right: Sequence[int], **__: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
 def new_profiler() -> profile:
     """Return a profiler for `shares`."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -262,14 +240,6 @@ def _kind(event: Any, vocab_size: int) -> str:
 def reset_peak() -> None:
     """Make `peak_bytes` forget what was before (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def data_sheet_rate() -> float | None:
-    """Return the peak of this GPU's matrix products in bfloat16, in FLOP/s; None where it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name().upper().replace("-", " ").split()
-    return next((peak * 1e12 for kind, peak in PEAKS.items() if kind in name), None)
 
 
 def peak_bytes() -> int:

@@ -13,10 +13,8 @@ both pay once, weighs much. Ratios are formed round by round, so that what else 
 Gradients are not clipped: the two losses have norms of different size, and only one side might pay for it.
 
 The second table sets the rate of the training pass beside that of large matrix products, in turns, on the last batch,
-and on a GPU whose data sheet is known beside the peak in that (model FLOPs utilisation; recomputation counts as none).
-`FlopCounterMode` counts the products of the linear layers and of the output layer, two operations a multiply-add. It
-lacks `addmm_`, which is added to it, and a CPU's attention, which therefore goes by a formula everywhere: 6 products,
-each of the half below the diagonal only.
+and on a GPU whose data sheet is known beside the peak in that (model FLOPs utilisation). `nemo_kto/runs/flops.py` says
+which operations are counted.
 
 The third table says where the time of a KTO step with a live reference goes, and that of the training pass alone, by
 torch.profiler: each operator's own time, on a GPU that of its kernels. Profiling costs time too, mostly Python's.
@@ -29,7 +27,6 @@ GPU training is in bfloat16, and so are the large products.
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import statistics
 import sys
@@ -46,9 +43,7 @@ from common import (
     GPU_SHAPES,
     OPTIMIZER,
     SHAPES,
-    data_sheet_rate,
     interleaved,
-    linear_operations,
     make_config,
     make_model,
     median_and_range,
@@ -62,13 +57,15 @@ from common import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import profile, record_function
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from nemo_kto.commands.train import train
 from nemo_kto.data.batches.packed_rows import Document, KTOBatch, PackedRow
 from nemo_kto.kto.scoring import RowScorer, RowScores
 from nemo_kto.quiet import silence_loaded_packages
+from nemo_kto.runs.flops import ModelFlops
 from nemo_kto.runtime import parallel
+from nemo_kto.runtime.devices import peak_flops
 
 WARMUP_STEPS = 2
 FORWARD_ONLY_UNITS = {"live": 3, "cached": 1}
@@ -284,32 +281,26 @@ def rate(
     module: LightningModule, rows: Sequence[PackedRow], training_pass: Callable[[], None], rounds: int
 ) -> dict[str, str]:
     """Return the rate of the training pass beside that of large matrix products, taken in turns."""
-    linear, attention = linear_operations(training_pass), attention_operations(rows, module.hf_config)
+    flops = ModelFlops(module.hf_config, module.lora)
+    lengths = [length for row in rows for length in row.lengths]
+    responses = sum(sum(row.response_lengths) for row in rows)
+    operations = flops.forward(lengths, responses) + flops.backward(lengths, responses)
     sizes = (4096, 8192, 16_384) if torch.cuda.is_available() else (1024, 2048, 4096)
     factors = {size: torch.randn(size, size, dtype=module.params_dtype, device=module.device) for size in sizes}
     products = {f"{size}": partial(torch.mm, factor, factor) for size, factor in factors.items()}
     seconds = interleaved({"pass": training_pass, **products}, rounds)
     rates = {f"{size}": [2 * size**3 / s for s in seconds[f"{size}"]] for size in sizes}
     best = max(rates, key=lambda size: statistics.median(rates[size]))
-    reached = [(linear + attention) / s for s in seconds["pass"]]
-    peak = data_sheet_rate()
+    reached = [operations / s for s in seconds["pass"]]
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return {
-        "operations": f"{(linear + attention) / 1e9:.1f} G",
-        "of them attention": f"{attention / (linear + attention):.1%}",
+        "operations": f"{operations / 1e9:.1f} G",
         "training pass, s": median_and_range(seconds["pass"]),
         "its rate, GFLOP/s": median_and_range([value / 1e9 for value in reached], 0),
         f"product of {best} x {best}, GFLOP/s": median_and_range([value / 1e9 for value in rates[best]], 0),
         "fraction": median_and_range([a / b for a, b in zip(reached, rates[best], strict=True)]),
         **({} if peak is None else {"model FLOPs utilisation": median_and_range([value / peak for value in reached])}),
     }
-
-
-def attention_operations(rows: Sequence[PackedRow], sizes: PretrainedConfig) -> int:
-    """Return the operations of attention, forward (2 products) and backward (4), among tokens that see each other."""
-    channels = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    lengths = list(itertools.chain.from_iterable(row.cu_seqlens.diff().tolist() for row in rows))
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return 6 * 2 * pairs * channels * sizes.num_attention_heads * sizes.num_hidden_layers
 
 
 if __name__ == "__main__":

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_kto import stopping
+from nemo_kto.commands.examples import add_examples
 from nemo_kto.errors import run_guarded
 from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise, without_wandb
 
 if TYPE_CHECKING:
     from nemo_kto.config.schema import KTOConfig
+
+
+_SCRIPTS = ("train", "evaluate")
+"""Commands that are those of the scripts in examples/."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: What follows the command's name; None for what this process was called with, which is then the
             command's own.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in _SCRIPTS and not {"-h", "--help"} & set(words):
+        run_script(words[0], words[1:])  # Hydra parses what follows, also its own options
+        return
+    options = _parser().parse_args(words)
     options.own_process = arguments is None
     run_guarded(lambda: options.run(options))
 
@@ -32,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nemo-kto", description="Tools around KTO training on Megatron-Core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_scripts(commands)
     export = commands.add_parser(
         "export-hf",
         help="write a checkpoint as a Hugging Face folder",
@@ -49,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the weights; auto, the default: that of the folder training started from",
     )
+    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the Hugging Face Hub")
+    export.add_argument("--public", action="store_true", help="let everybody see it there")
     export.set_defaults(run=_command("export"))
     cache = commands.add_parser(
         "cache-reference",
@@ -82,7 +94,43 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_command("doctor"))
+    _add_help_commands(commands, parser)
+    add_examples(parser)
     return parser
+
+
+def _add_scripts(commands: Any) -> None:
+    for name, text, more in (
+        ("train", "train a model with KTO", "from the Hugging Face folder to the exported one"),
+        ("evaluate", "score held-out feedback with a checkpoint of a run", "with the keys of that run's command line"),
+    ):
+        script = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}, {more}. Options of Hydra are taken too, such as --multirun and "
+            "--config-path; `nemo-kto config` explains the keys.",
+        )
+        script.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
+
+
+def _add_help_commands(commands: Any, parser: argparse.ArgumentParser) -> None:
+    keys = commands.add_parser(
+        "config",
+        help="say what the keys of the configuration mean",
+        description="Print what a key of conf/gpt_kto.yaml means, which values it takes, and its default; or of every "
+        "key in a section.",
+    )
+    keys.add_argument("key", nargs="?", metavar="KEY", help="key, or section such as model.kto; default: all keys")
+    keys.add_argument("--json", action="store_true", help="print JSON")
+    keys.set_defaults(run=_command("keys"))
+    completion = commands.add_parser(
+        "completion",
+        help="print what lets a shell complete commands, keys and values",
+        description="Print a script for a shell, which then completes commands, options, keys of the configuration "
+        "and the values of those that only take some.",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), help="which one")
+    completion.set_defaults(run=_command("completion"), parser=parser)
 
 
 def _add_checkpoint_commands(commands: Any) -> None:

@@ -58,6 +58,10 @@ class CheckpointError(KTOError):
     """A checkpoint or a Hugging Face folder that is missing, incomplete or of another model."""
 
 
+class UploadError(KTOError):
+    """A folder that is complete here, but could not be put on the Hugging Face Hub."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint with a file that is not what was written.
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 VERBOSE_VARIABLE = "NEMO_KTO_VERBOSE"
 """Environment variable; 1 shows everything again."""
 
-_PACKAGES = ("nemo", "nemo_logger", "nv_one_logger", "megatron", "lightning", "absl")
+_PACKAGES = ("nemo", "nemo_logger", "nv_one_logger", "megatron", "lightning", "absl", "httpx", "httpx2")
 """First parts of the names of the loggers that are kept to errors."""
 
 _EXTENSIONS = "torch.utils.cpp_extension"

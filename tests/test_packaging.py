@@ -14,7 +14,7 @@ import pytest
 from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nemo_kto", "conf")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nemo_kto", "conf", "docs")
 
 
 def run_python(
@@ -48,6 +48,7 @@ def test_wheel_has_configuration_command_and_license(wheel):
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "nemo_kto/conf/gpt_kto.yaml" in names
+    assert [name for name in names if name.startswith("nemo_kto/docs/")] == ["nemo_kto/docs/configuration.md"]
     assert "nemo_kto/py.typed" in names
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "nemo_kto").rglob("*.py")}
     assert len(modules) > 50 and modules <= set(names)
@@ -65,6 +66,14 @@ def test_installed_package_finds_its_configuration(wheel, tmp_path):
     found = run_python("-c", program, cwd=tmp_path, path=installed)
     assert found.stdout.strip() == str(installed / "nemo_kto" / "conf"), found.stderr
     assert (installed / "nemo_kto" / "conf" / "gpt_kto.yaml").read_bytes() == (ROOT / "conf/gpt_kto.yaml").read_bytes()
+
+
+def test_an_installed_package_explains_its_keys(wheel, tmp_path):
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    explained = run_python("-m", "nemo_kto.cli", "config", "model.optim.lr", cwd=tmp_path, path=installed)
+    assert explained.returncode == 0 and "takes a number" in explained.stdout, explained.stderr
 
 
 def test_help_imports_nothing_but_this_package():

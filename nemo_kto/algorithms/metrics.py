@@ -24,8 +24,12 @@ _NAMES = (
     "logps/chosen",
     "logps/rejected",
     "tokens",
+    "flops",
 )
 """Every rank holds the same slots in the same order, whatever its part of the batch contains."""
+
+_TOTALS = ("tokens", "flops")
+"""Those of which the sum is wanted."""
 
 
 class MetricSums:
@@ -53,19 +57,18 @@ class MetricSums:
         slot[1] += weights.sum()
 
     def reduce_(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up over all ranks of `group` (default: the world) in place: one all-reduce of 26 float64."""
+        """Add up over all ranks of `group` (default: the world) in place: one all-reduce of 28 float64."""
         dist.all_reduce(self._slots, group=group)
 
     def means(self) -> dict[str, float]:
-        """Return the mean of every metric that was counted; `tokens` is a sum.
+        """Return the mean of every metric that was counted; `tokens` and `flops` are sums.
 
         A class that is absent has no means, rather than zeros. `rewards/margins` is the difference of the two classes'
         mean rewards and needs both.
         """
         sums, counts = self._slots.T.tolist()
         means = {name: total / count for name, total, count in zip(_NAMES, sums, counts, strict=True) if count > 0}
-        if "tokens" in means:
-            means["tokens"] = sums[_NAMES.index("tokens")]
+        means |= {name: sums[_NAMES.index(name)] for name in _TOTALS if name in means}
         if "rewards/chosen" in means and "rewards/rejected" in means:
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means

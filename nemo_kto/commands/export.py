@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_kto.config.folders import HUB_FILE, export_directory, log_directory
+from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.network.hf_config import read_hf_config
@@ -22,6 +25,7 @@ from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
+from nemo_kto.weights.hub import check_repository, upload
 from nemo_kto.weights.model_card import model_card, read_facts
 from nemo_kto.weights.peft_adapter import export_adapter, is_adapter, write_adapter
 
@@ -31,8 +35,38 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 def run(options: argparse.Namespace) -> None:
     """Run `nemo-kto export-hf`."""
+    repository, private = options.push_to_hub, not options.public
+    if repository is not None:
+        check_repository(repository, private=private, key="--push-to-hub")
     export_checkpoint(options.checkpoint, options.folder, merge=options.merge, dtype=options.dtype)
-    print(f"Wrote {options.folder}")
+    print(f"Wrote {options.folder}", flush=True)
+    if repository is not None:
+        print(f"Uploaded to {upload(options.folder, repository, private=private)}")
+
+
+def upload_export(config: KTOConfig, *, step: int) -> None:
+    """Upload what a run has exported after its last step to where `export.push_to_hub` says; nothing if that is null.
+
+    Raises:
+        UploadError: It could not be done.
+    """
+    repository = config.export.push_to_hub
+    if repository is None:
+        return
+    print(f"Uploading to {repository}", flush=True)
+    address = upload(export_directory(config), repository, private=config.export.hub_private)
+    note = {"repository": repository, "step": step, "address": address}
+    (log_directory(config) / HUB_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    print(f"Uploaded to {address}", flush=True)
+
+
+def is_uploaded(config: KTOConfig, *, step: int) -> bool:
+    """Return whether what a run has exported after this step is where `export.push_to_hub` says, if it says so."""
+    repository, file = config.export.push_to_hub, log_directory(config) / HUB_FILE
+    if repository is None or not file.is_file():
+        return repository is None
+    note = json.loads(file.read_text(encoding="utf-8"))
+    return (note["repository"], note["step"]) == (repository, step)
 
 
 class ExportAtEnd(Callback):

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from nemo_kto import stopping
-from nemo_kto.commands.export import ExportAtEnd, export_checkpoint
+from nemo_kto.commands.export import ExportAtEnd, export_checkpoint, is_uploaded, upload_export
 from nemo_kto.config.folders import (
     ANSWERS_FILE,
     DIVERGED_FILE,
@@ -32,7 +32,7 @@ from nemo_kto.kto.divergence import RecordsFile
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import resumable_checkpoint
 from nemo_kto.runs.data import prompts_to_answer
-from nemo_kto.runs.early import check_folders
+from nemo_kto.runs.early import check_folders, check_upload
 from nemo_kto.runs.facts import common_facts, run_facts, write_facts
 from nemo_kto.runs.resume import check_same_run, contents, run_identity, write_identity
 from nemo_kto.runs.run import Run, prepare
@@ -68,10 +68,12 @@ def train(config: KTOConfig, *, callbacks: Sequence[Callback] = ()) -> bool:
         CheckpointError: The model folder or a checkpoint cannot be used, or a checkpoint not be written.
         DivergenceError: A loss, gradient or parameter is not finite.
         RankError: Another process of the run is gone, or cannot be reached.
+        UploadError: The run is complete, but what it exported could not be uploaded.
     """
     stop = graceful_stop(config)  # its time begins here
     log_dir = log_directory(config)
     check_folders(config, "train")
+    check_upload(config)
     held = log_folder_held(log_dir, log_directory_key(config))
     try:
         with held if is_global_rank_zero() else nullcontext(log_dir / LOCK_FOLDER) as own_folder:
@@ -137,6 +139,7 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
         print(f"Logs and checkpoints: {log_dir}", flush=True)
         if trainer.global_step == trainer.max_steps:
             _report(config, log_dir)
+            upload_export(config, step=trainer.global_step)
     return finished
 
 
@@ -218,3 +221,5 @@ def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
     log_dir = log_directory(config)
     if not (log_dir / "report").exists():
         _report(config, log_dir)
+    if not is_uploaded(config, step=step_of(last)):
+        upload_export(config, step=step_of(last))

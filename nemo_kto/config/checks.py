@@ -111,11 +111,14 @@ def check_values(config: KTOConfig) -> None:
         )
     if config.trainer.timeout_minutes <= 0:
         raise ConfigError(f"trainer.timeout_minutes={config.trainer.timeout_minutes} must be above 0.")
+    _check_profile(config.trainer.profile_steps)
     _check_length(config.trainer.kto)
     _check_callbacks(config.trainer.callbacks)
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
     _check_lora(config)
+    if config.export.push_to_hub is not None and not config.export.enabled:
+        raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
     _check_reference(config)
     _check_recompute(config.model)
     _check_optimizer(config.model.optim)
@@ -144,6 +147,14 @@ def _check_text(key: str, value: Any) -> None:
                 )
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         _check_text(key, inner)
+
+
+def _check_profile(steps: Sequence[int] | None) -> None:
+    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(
+            f"trainer.profile_steps={steps} must be the number of the first step to profile and of the last one, "
+            "counted from 1, like [10, 12]."
+        )
 
 
 def _check_length(kto: TrainerKTOConfig) -> None:

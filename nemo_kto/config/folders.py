@@ -19,6 +19,12 @@ STOP_FILE = "STOP"
 HANG_FOLDER = "hang"
 """Where the ranks of a run that hangs are, as Python stacks."""
 
+HUB_FILE = "hub.json"
+"""What was uploaded to the Hugging Face Hub."""
+
+PROFILE_FOLDER = "profile"
+"""Traces of the steps that `trainer.profile_steps` names."""
+
 DIVERGED_FILE = "diverged.jsonl"
 """The records of steps whose loss or gradient was not finite."""
 

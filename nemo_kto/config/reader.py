@@ -90,7 +90,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
     converted, fits = _as_one_of(value, options(kind))
     if fits:
         return converted
-    raise ConfigError(f"{key}={value!r} is not possible. It takes {_describe(kind)}.")
+    raise ConfigError(f"{key}={value!r} is not possible. It takes {describe(kind)}.")
 
 
 def unknown_key_message(key: str, known: Iterable[str]) -> str:
@@ -140,9 +140,10 @@ def _as_type(value: Any, kind: Any) -> tuple[Any, bool]:
     return value, isinstance(value, origin or kind)
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """Return in words what values a type has."""
     if len(options(kind)) > 1:
-        return " or ".join(map(_describe, options(kind)))
+        return " or ".join(map(describe, options(kind)))
     origin = typing.get_origin(kind)
     if origin is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(kind))
@@ -154,6 +155,6 @@ def _describe(kind: Any) -> str:
             "text or a mapping": "text, a mapping, or a list of these",
             "a mapping": "a mapping or a list of mappings",
         }
-        return lists[_describe(typing.get_args(kind)[0])]
+        return lists[describe(typing.get_args(kind)[0])]
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return "null" if kind is type(None) else names[origin or kind]

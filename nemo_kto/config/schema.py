@@ -35,6 +35,7 @@ class TrainerConfig:
     deterministic: bool = False
     log_every_n_steps: int = 1
     timeout_minutes: float = 10.0
+    profile_steps: list[int] | None = None
     callbacks: list[dict[str, Any]] | None = None
     kto: TrainerKTOConfig = field(default_factory=TrainerKTOConfig)
 
@@ -84,6 +85,8 @@ class ExportConfig:
     folder: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     merge_adapters: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = True
 
 
 @dataclass(kw_only=True)

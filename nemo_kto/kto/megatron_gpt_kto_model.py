@@ -38,6 +38,7 @@ from nemo_kto.kto.objective import Objective
 from nemo_kto.kto.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
 from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
 from nemo_kto.kto.starting_weights import Weights
+from nemo_kto.kto.utilisation import StepWork, Utilisation
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.lora import add_adapters
@@ -46,11 +47,12 @@ from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
+from nemo_kto.runtime.step_clock import GRADIENTS, KL, OPTIMIZER, REFERENCE, StepClock
 from nemo_kto.runtime.steps import unreduced_gradients
 
 logger = logging.getLogger(__name__)
 
-_OWN_TIMES = ("train/step_time", "train/tokens_per_second")
+_OWN_TIMES = ("train/step_time", "train/tokens_per_second", "train/mfu")
 """Metrics that every rank measures for itself."""
 
 
@@ -76,6 +78,8 @@ class MegatronGPTKTOModel(LightningModule):
             cached; None for nothing.
         records_file: Takes the records of steps that are not finite; None for nothing.
         unusable: Counts those steps.
+        work: Counts the operations of a step, for `mfu`; None for nothing.
+        clock: Knows what a training step spends its time with.
     """
 
     def __init__(
@@ -109,6 +113,9 @@ class MegatronGPTKTOModel(LightningModule):
         self.reference: ReferencePolicy | None = None
         self.records_file: RecordsFile | None = None
         limits = config.trainer.kto
+        self.work: StepWork | None = None
+        self.clock = StepClock()
+        self._utilisation = Utilisation()
         self.unusable = UnusableSteps(skip=limits.on_nan == "skip_step", most=limits.max_skipped_steps)
         self._validation_sums = MetricSums()
         follows = self.objective.interval is not None and reference.sync_every is not None
@@ -228,8 +235,14 @@ class MegatronGPTKTOModel(LightningModule):
 
     # training
 
+    def on_train_start(self) -> None:
+        """Find out which devices these are."""
+        settings: dict[str, Any] = {"dtype": self.params_dtype, "devices": self.layout.world_size}
+        self._utilisation = Utilisation.on(self.device, self.work, **settings)
+
     def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
         """Take one optimizer step on this rank's share of a global batch."""
+        self.clock.has_data()
         started, step = time.perf_counter(), self.trainer.global_step + 1
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
@@ -247,7 +260,8 @@ class MegatronGPTKTOModel(LightningModule):
             partial(self.objective.micro_batch_loss, batch, baseline),  # type: ignore[arg-type]
             dropout=Dropout(step - 1, upload([batch.places], self.device)[0]) if self._drops_out else None,
         )
-        observed = train()
+        with self.clock.part(GRADIENTS), self.clock.sync_within(self.chunks):
+            observed = train()
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
             # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
@@ -255,8 +269,11 @@ class MegatronGPTKTOModel(LightningModule):
             self._move_reference(step)
         sums = MetricSums(self.device)
         self._add_metrics(sums, batch, baseline, observed)
+        if observed is not None and parallel.position().reports:
+            self._utilisation.add(sums, batch)
         sums.reduce_()
         metrics = sums.means()
+        flops = metrics.pop("flops", None)
         self.objective.finish_metrics(metrics, learn=True)
         if self.config.model.moe_aux_loss_coeff:
             mixture = dimensions_of(self.hf_config).mixture
@@ -266,7 +283,8 @@ class MegatronGPTKTOModel(LightningModule):
             )
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_scale = float(optimizer.get_loss_scale())  # of this step: stepping changes it
-        updated, grad_norm = optimizer.step(usable=math.isfinite(metrics["loss"]))
+        with self.clock.part(OPTIMIZER):
+            updated, grad_norm = optimizer.step(usable=math.isfinite(metrics["loss"]))
         left_out = not updated and not (self._scales_loss and loss_scale > 1.0)  # else a smaller scale can still help
         if left_out:
             self._leave_out(step, batch, baseline, observed, loss=metrics["loss"], passed=train)
@@ -279,6 +297,7 @@ class MegatronGPTKTOModel(LightningModule):
             self._strategy.complete_parameters()
             self._move_reference(step)
 
+        self.clock.finish()
         seconds = time.perf_counter() - started
         metrics |= {
             **({"grad_norm": grad_norm} if updated and grad_norm is not None else {}),
@@ -288,6 +307,7 @@ class MegatronGPTKTOModel(LightningModule):
             "consumed_samples": float(step * self.config.model.global_batch_size),
             "tokens_per_second": metrics.pop("tokens") / seconds,
             "step_time": seconds,
+            **self._utilisation.metrics(flops, seconds=seconds),
         }
         self._log("train", metrics)
         if self.trainer.is_global_zero:
@@ -301,7 +321,8 @@ class MegatronGPTKTOModel(LightningModule):
         """Move the reference towards the policy, whose parameters are complete, when it is due in this step."""
         if self._moves_reference(step):
             assert isinstance(self.reference, ExchangedReference)
-            self.reference.move(self.reference_settings.sync_alpha)
+            with self.clock.part(REFERENCE):
+                self.reference.move(self.reference_settings.sync_alpha)
 
     def _moves_reference(self, step: int) -> bool:
         """Whether the reference moves in this step, counted from 1."""
@@ -415,13 +436,17 @@ class MegatronGPTKTOModel(LightningModule):
         """
         assert self.reference is not None
         kl_rows = batch.kl_rows()
-        policy_kl = scorer.score_rows(kl_rows) if kl_rows else None
+        policy_kl = None
+        if kl_rows:
+            with self.clock.part(KL):
+                policy_kl = scorer.score_rows(kl_rows)
         if split == "train" and not kl_rows and isinstance(self.reference, ExchangedReference):
             self._strategy.complete_parameters()  # no pass of the policy has done so
         score = scorer.score if self.objective.interval is None else scorer.score_rows
-        ref_kl, ref_samples = self.reference.log_probs(
-            batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))
-        )
+        with self.clock.part(REFERENCE):
+            ref_kl, ref_samples = self.reference.log_probs(
+                batch, split, score=lambda: (score(kl_rows) if kl_rows else None, score(sample_rows))
+            )
         if not scorer.place.is_last_stage:
             return None
         kl_log_ratios = None

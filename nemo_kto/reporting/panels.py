@@ -30,6 +30,7 @@ class Panel:
         log_if_wide: Whether the vertical axis is logarithmic where the values span decades.
         limits: Of the vertical axis; None: of the values.
         key: Heading of the legend.
+        stacked: Whether the values of a step make up a whole: areas lie on each other.
     """
 
     section: str
@@ -40,6 +41,7 @@ class Panel:
     log_if_wide: bool = False
     limits: tuple[float, float] | None = None
     key: str = ""
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def _by_class(name: str) -> dict[str, str]:
 
 
 LEARNING, OPTIMIZER, SPEED, PROGRESS = "Learning", "Optimizer", "Speed", "Progress"
+TIME_TITLE = "Where the time goes"
 
 PANELS = (
     Panel(LEARNING, "Loss", {"loss": "loss"}, "loss"),
@@ -110,6 +113,29 @@ PANELS = (
     Panel(OPTIMIZER, "Learning rate", {"lr": "learning rate"}, "learning rate"),
     Panel(SPEED, "Throughput", {"tokens_per_second": "throughput"}, "tokens/s"),
     Panel(SPEED, "Time per step", {"step_time": "time per step"}, "seconds", log_if_wide=True),
+    Panel(
+        SPEED,
+        TIME_TITLE,
+        {
+            "time/data": "waiting for data",
+            "time/kl": "KL set",
+            "time/reference": "reference",
+            "time/gradients": "gradients",
+            "time/gradient_sync": "exchange of gradients",
+            "time/optimizer": "optimizer",
+            "time/other": "other",
+        },
+        "seconds",
+        "Of the first process, waiting for its batch included.",
+        stacked=True,
+    ),
+    Panel(
+        SPEED,
+        "Model FLOPs utilisation",
+        {"mfu": "utilisation"},
+        "share of the peak",
+        "Operations of the model, without recomputation, beside the most that the GPUs can do.",
+    ),
     Panel(PROGRESS, "Samples seen", {"consumed_samples": "samples"}, "samples"),
     Panel(PROGRESS, "Epoch", {"epoch": "epoch"}, "epochs"),
 )
@@ -150,7 +176,7 @@ def panels_of(runs: list[Run]) -> list[tuple[Panel, list[Line]]]:
     panels = list(PANELS)
     if len(runs) > 1:
         panels = [
-            replace(panel, title=KNOWN[metric], metrics={metric: panel.metrics[metric]})
+            replace(panel, title=KNOWN[metric], metrics={metric: panel.metrics[metric]}, stacked=False)
             for panel in panels
             for metric in panel.metrics
         ]

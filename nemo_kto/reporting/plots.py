@@ -7,6 +7,7 @@ one on top. Where a step has no value, as of a class that its batch lacks, a lin
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -126,23 +127,39 @@ def _characters() -> frozenset[int]:
 
 def draw_panel(panel: Panel, lines: list[Line]) -> Figure:
     """Return the figure of one panel: a line for every series, each with its tag as `gid`."""
+
+    def draw(axes: Axes) -> list[Artist]:
+        artists = [_draw(axes, line, alpha=0.25 if len(lines) < 5 else 0.13) for line in lines]
+        _scale(axes, panel, lines)
+        return artists
+
+    return framed(panel, lines, draw)
+
+
+def framed(panel: Panel, lines: list[Line], draw: Callable[[Axes], list[Artist]]) -> Figure:
+    """Return a figure over the steps, with title and legend.
+
+    Args:
+        panel: What it shows.
+        lines: Its series.
+        draw: Draws them and returns what stands for each in the legend.
+    """
     labels = list(dict.fromkeys(line.label for line in lines))
     columns = max(1, min(len(labels), 78 // (max(len(shorten(label)) for label in labels) + 8)))
     rows = -(-len(labels) // columns) if len(lines) > 1 else 0
     with style():
         figure, axes = new_figure(HEIGHT + 0.18 * (rows + bool(rows and panel.key)))
-        handles: dict[str, list[Artist]] = {label: [] for label in labels}
-        for line in lines:
-            handles[line.label].append(_draw(axes, line, alpha=0.25 if len(lines) < 5 else 0.13))
         axes.set_title(shorten(panel.title, 60))
         axes.set_xlabel("step")
         axes.set_ylabel(shorten(panel.unit))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        handles: dict[str, list[Artist]] = {label: [] for label in labels}
+        for line, artist in zip(lines, draw(axes), strict=True):
+            handles[line.label].append(artist)
         steps = {step for line in lines for step in (line.series.steps[0], line.series.steps[-1])}
         if len(steps) == 1:  # there is nothing around a single step
             axes.set_xticks(list(steps))
-        _scale(axes, panel, lines)
         if rows:
             figure.legend(
                 [tuple(same) for same in handles.values()],  # drawn over each other
@@ -193,7 +210,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def _finite(line: Line) -> tuple[np.ndarray, np.ndarray]:
+def finite_values(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps `[n]` at which a line has a finite value, and those values."""
     keep = np.isfinite(line.series.values)
     return line.series.steps[keep], line.series.values[keep]
 
@@ -217,13 +235,13 @@ def _interrupted(line: Line, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _window(line: Line) -> int:
     """Over how many values a line is smoothed; 1: not at all."""
-    _, values = _finite(line)
+    _, values = finite_values(line)
     return max(5, values.size // 25 // 2 * 2 + 1) if values.size >= SMOOTHED_FROM and is_noisy(values) else 1
 
 
 def _draw(axes: Axes, line: Line, *, alpha: float) -> Artist:
     """Draw one series, its light line with opacity `alpha`, and return what stands for it in the legend."""
-    _, values = _finite(line)
+    _, values = finite_values(line)
     color = COLORS[line.look % len(COLORS)]
     look: dict[str, Any] = {"color": color, "linestyle": DASHES[line.look % len(DASHES)], "linewidth": 1.5}
     if line.validation or values.size <= FEW:
@@ -246,7 +264,7 @@ def _draw(axes: Axes, line: Line, *, alpha: float) -> Artist:
 
 
 def _is_wide(panel: Panel, lines: list[Line]) -> bool:
-    values = np.concatenate([_finite(line)[1] for line in lines])
+    values = np.concatenate([finite_values(line)[1] for line in lines])
     return bool(panel.log_if_wide and values.size and values.min() > 0 and values.max() > WIDE * values.min())
 
 
@@ -258,7 +276,7 @@ def _scale(axes: Axes, panel: Panel, lines: list[Line]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
-    values = np.concatenate([_finite(line)[1] for line in lines])
+    values = np.concatenate([finite_values(line)[1] for line in lines])
     if values.size and 1e4 <= np.abs(values).max() < 1e7:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     else:

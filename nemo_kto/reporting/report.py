@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kto.errors import DataError
+from nemo_kto.reporting.areas import areas_caption, draw_areas
 from nemo_kto.reporting.data_plots import draw_lengths, draw_sources
 from nemo_kto.reporting.page import DataGroup, render
 from nemo_kto.reporting.panels import OTHER, panels_of
@@ -61,9 +62,9 @@ def draw_curves(runs: list[Run]) -> list[Picture]:
                 section=panel.section,
                 title=panel.title,
                 file=_file_name(name, taken={picture.file for picture in pictures}),
-                png=encode(draw_panel(panel, lines)),
+                png=encode((draw_areas if panel.stacked else draw_panel)(panel, lines)),
                 tags=tuple(dict.fromkeys(line.series.tag for line in lines)),
-                caption=caption(panel, lines),
+                caption=(areas_caption if panel.stacked else caption)(panel, lines),
             )
         )
     return pictures

@@ -17,6 +17,7 @@ from nemo_kto.reporting.panels import (
     PANELS,
     PROGRESS,
     SPEED,
+    TIME_TITLE,
     TRAIN,
     VALIDATION,
     all_metrics,
@@ -78,6 +79,8 @@ def facts(runs: list[Run]) -> Table:
         ["Time, pauses left out", *(duration(run.seconds) for run in runs)],
         ["Tokens/s, median", *(_median(run, "tokens_per_second") for run in runs)],
         ["Seconds per step, median", *(_median(run, "step_time") for run in runs)],
+        [f"{TIME_TITLE}, median", *(_shares(run) for run in runs)],
+        ["Model FLOPs utilisation, median", *(_median(run, "mfu") for run in runs)],
         ["Log folder", *(str(run.folder) for run in runs)],
     ]
     return Table(["", *(run.name for run in runs)], [row for row in rows if set(row[1:]) != {ABSENT}])
@@ -190,6 +193,16 @@ def _last(run: Run, metric: str) -> str:
 def _median(run: Run, metric: str) -> str:
     series = find(run, TRAIN, metric)
     return ABSENT if series is None else number(float(np.median(series.values)))
+
+
+def _shares(run: Run) -> str:
+    """Return what share of a step each part takes, the greatest first; those below half a percent are left out."""
+    (parts,) = (panel.metrics for panel in PANELS if panel.title == TIME_TITLE)
+    found = {label: find(run, TRAIN, metric) for metric, label in parts.items()}
+    medians = {label: float(np.median(series.values)) for label, series in found.items() if series is not None}
+    shares = {label: median / sum(medians.values()) for label, median in medians.items() if median > 0}
+    greatest = sorted(((share, label) for label, share in shares.items() if share >= 0.005), reverse=True)
+    return ", ".join(f"{label} {share:.0%}" for share, label in greatest) or ABSENT
 
 
 def _ends(run: Run, metric: str) -> tuple[float | None, float | None, float | None]:

@@ -29,6 +29,7 @@ from nemo_kto.runtime.disk import check_writable
 from nemo_kto.runtime.launch import check_environment
 from nemo_kto.runtime.layout import ModelSizes
 from nemo_kto.runtime.log_lock import check_free
+from nemo_kto.weights.hub import check_repository
 
 
 def check_early(config: KTOConfig, command: str, *, locks: bool = True) -> None:
@@ -53,6 +54,8 @@ def check_early(config: KTOConfig, command: str, *, locks: bool = True) -> None:
         if locks and is_global_rank_zero():  # the others are of that very run
             check_free(log_directory(config))
     check_folders(config, command)
+    if command == "train":
+        check_upload(config)
     if command == "evaluate":
         config = without_training(config)
     check_known_layout(config)
@@ -80,6 +83,13 @@ def check_folders(config: KTOConfig, command: str) -> None:
     # a run that is resumed may have taken all its steps, and then what it exported is in nobody's way
     if command == "train" and resumable_checkpoint(config, log_directory(config)) is None:
         export_folder(config, resumes=False)
+
+
+def check_upload(config: KTOConfig) -> None:
+    """Raise a ConfigError if what is trained could not be uploaded where `export.push_to_hub` says; rank 0 asks."""
+    repository, private = config.export.push_to_hub, config.export.hub_private
+    if repository is not None and is_global_rank_zero():
+        check_repository(repository, private=private, key="export.push_to_hub")
 
 
 def check_known_layout(config: KTOConfig) -> None:

@@ -8,7 +8,7 @@ What is counted of a forward pass:
   the layer's window. What a kernel computes of the others, to throw it away, is not counted;
 * linear attention by its recurrence (arXiv 2412.06464, eq. 10), three products of a head's key and value channels a
   token; its chunked forms compute more;
-* adapters of low rank;
+* adapters of low rank, but of a reference that is the model without them;
 * the output layer at response tokens only, as here (`algorithms/logprobs.py`), or at as many as are asked for.
 
 The backward pass takes each product twice, once for the gradient of what goes in and once for that of the weight.
@@ -16,6 +16,9 @@ With adapters a frozen weight has no gradient: its product is taken once, and no
 one with adapters. In that first layer all is counted, though what comes before its adapters needs none. What is
 recomputed to save memory is not counted, and neither are norms, activations, softmax and the embedding, which are no
 matrix products.
+
+A training step has the gradient pass over the samples, a forward and a backward one; the policy's forward pass over
+the KL set; and the reference's over both, unless its log-probs are cached.
 """
 
 from __future__ import annotations
@@ -124,6 +127,31 @@ class ModelFlops:
         for length in documents:
             total += length * of_token + sum(2 * layer.core(length) for layer in layers)
         return 2 * total
+
+
+class StepFlops:
+    """Counts for the documents of a training step, all of its passes together.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+        lora: The adapters that are trained; None where the whole model is.
+        reference_mode: How the reference is held, see `ReferenceSettings`.
+    """
+
+    def __init__(self, hf_config: Any, *, lora: LoRASettings | None, reference_mode: str) -> None:
+        self._policy = ModelFlops(hf_config, lora)
+        without = reference_mode == "adapter_off"
+        reference = ModelFlops(hf_config) if without else self._policy
+        self._reference = None if reference_mode == "cached" else reference
+
+    def of_sample(self, length: int, response: int) -> int:
+        """Return the operations of a sample of so many tokens, of which the last ones are the response."""
+        return self.of_kl(length, response) + self._policy.backward([length], response)
+
+    def of_kl(self, length: int, response: int) -> int:
+        """Return the operations of a document of the KL set."""
+        passes = (self._policy, self._reference)
+        return sum(model.forward([length], response) for model in passes if model is not None)
 
 
 def _linear(rules: Iterable[Rule], sizes: Dimensions, layer: int) -> int:

@@ -15,7 +15,7 @@ from nemo.utils import exp_manager as nemo_manager
 from transformers import PretrainedConfig
 
 from nemo_kto import stopping
-from nemo_kto.config.folders import HANG_FOLDER, STOP_FILE, export_directory, log_directory
+from nemo_kto.config.folders import HANG_FOLDER, PROFILE_FOLDER, STOP_FILE, export_directory, log_directory
 from nemo_kto.config.plugins import load_object
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError, StoppedEarly
@@ -36,9 +36,11 @@ from nemo_kto.runtime.loop import GracefulStop, StartUpTime, StepLoop, StopReaso
 from nemo_kto.runtime.loop import graceful_stop as graceful_stop_of
 from nemo_kto.runtime.meeting import RankRules
 from nemo_kto.runtime.mishaps import understood
+from nemo_kto.runtime.profiling import KEY, ProfileSteps
 from nemo_kto.runtime.progress import progress
 from nemo_kto.runtime.saving import RunCheckpoints
 from nemo_kto.runtime.space import Plan, SpaceCheck
+from nemo_kto.runtime.step_clock import StepTimes
 from nemo_kto.runtime.strategy import MegatronStrategy
 from nemo_kto.weights.folder import configured_dtype
 
@@ -174,8 +176,10 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
         callbacks=[
             progress(),
             StartUpTime(),
+            StepTimes(),
             SpaceCheck(_space_plan(run)),
             *([FinishBackgroundSaves()] if params.async_save else []),
+            *_profile(config, schedule.total),
         ],
     )
     trainer.fit_loop.epoch_loop = StepLoop(
@@ -188,6 +192,16 @@ def training_trainer(run: Run, facts: Mapping[str, str], *, source_folder: Path,
         checkpoints.CHECKPOINT_NAME_LAST = f"{config.exp_manager.name}-{{step}}-last"
         checkpoints._enable_version_counter = False  # the same step has the same name; see ShardedCheckpointIO
     return trainer
+
+
+def _profile(config: KTOConfig, total_steps: int) -> list[Callback]:
+    """Return what profiles the steps that `trainer.profile_steps` names, if it names some."""
+    steps = config.trainer.profile_steps
+    if steps is None:
+        return []
+    if steps[0] > total_steps:
+        raise ConfigError(f"{KEY}={steps}: the run has no more than {total_steps} steps. Name some of them.")
+    return [ProfileSteps(steps, log_directory(config) / PROFILE_FOLDER)]
 
 
 def _space_plan(run: Run) -> Plan:

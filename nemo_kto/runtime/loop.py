@@ -35,6 +35,8 @@ class StepLoop(_TrainingEpochLoop):
     not log it, as with those of a class that is absent from a batch. Here loggers and the progress bar get what a step
     has logged, no more.
 
+    The module has a `clock`, see `step_clock.py`: a step begins with the wait for its batch.
+
     Args:
         trainer: The trainer whose `fit_loop.epoch_loop` this replaces; its `max_steps` is the length of the run.
         val_interval: Steps between validations; 0 for none.
@@ -64,6 +66,8 @@ class StepLoop(_TrainingEpochLoop):
         """Run one step; whatever was due before the checkpoint was written has been done."""
         self.restarting = False
         self._forget_logged()
+        module: Any = self.trainer.lightning_module
+        module.clock.begin(self.trainer.strategy.root_device)
         super().advance(data_fetcher)
 
     def _forget_logged(self) -> None:

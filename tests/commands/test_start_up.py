@@ -117,6 +117,13 @@ def test_error_of_a_script(run: Any, script: str, changes: dict[str, Any], messa
     assert "hydra" in loaded and not loaded & HEAVY
 
 
+def test_train_says_what_its_script_says(run: Any) -> None:
+    overrides = [f"{key}={value}" for key, value in {**GOOD, "model.data.data_prefix.train": "none.jsonl"}.items()]
+    code, output, errors, loaded = run(COMMAND, "train", *overrides)
+    assert (code, output, errors) == (1, "", "error: train data: none.jsonl: no such file.\n")
+    assert "hydra" in loaded and not loaded & HEAVY
+
+
 def test_error_of_the_command(run: Any) -> None:
     overrides = [f"{key}={value}" for key, value in {**GOOD, "model.data.data_prefix.train": "none.jsonl"}.items()]
     code, _, errors, loaded = run(COMMAND, "cache-reference", *overrides)
@@ -128,6 +135,14 @@ def test_help(run: Any) -> None:
     code, output, _, loaded = run(COMMAND, "--help")
     assert code == 0 and "export-hf" in output
     assert not loaded & (HEAVY | {"hydra", "omegaconf", "numpy", "pyarrow", "rich"})
+
+
+def test_what_explains_keys_and_completes_them(run: Any) -> None:
+    code, output, errors, loaded = run(COMMAND, "config", "model.kto")
+    assert (code, errors) == (0, "") and "model.kto.reference.mode" in output
+    code, output, errors, more = run(COMMAND, "completion", "bash")
+    assert (code, errors) == (0, "") and "complete -o bashdefault" in output
+    assert not (loaded | more) & (HEAVY | {"hydra", "omegaconf", "numpy", "pyarrow", "rich"})
 
 
 def test_look_at_data(run: Any, tmp_path: Path) -> None:

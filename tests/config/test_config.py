@@ -314,6 +314,10 @@ def test_accepted(override, key, value):
         ("model.optim.lr=1e-9", ["model.optim.sched.min_lr", "model.optim.lr=1e-09"]),
         ("exp_manager.checkpoint_callback_params.monitor=loss", ["monitor=loss", "val_loss"]),
         ("exp_manager.create_wandb_logger=true", ["wandb_logger_kwargs"]),
+        ("trainer.profile_steps=3", ["trainer.profile_steps=[3] must be", "like [10, 12]"]),
+        ("trainer.profile_steps=[0,2]", ["trainer.profile_steps=[0, 2] must be", "counted from 1"]),
+        ("trainer.profile_steps=[5,4]", ["trainer.profile_steps=[5, 4] must be"]),
+        ("trainer.profile_steps=[1,2,3]", ["trainer.profile_steps=[1, 2, 3] must be"]),
         # recomputation and layout
         ("model.activations_checkpoint_granularity=full", ["checkpoint_method and", "num_layers", "uniform and 1"]),
         ("model.activations_checkpoint_method=block", ["checkpoint_method=block needs", "granularity=full"]),
@@ -442,6 +446,7 @@ SYNC = "model.kto.reference.sync_every_n_steps=512"
         ([*LORA, SYNC], ["sync_every_n_steps=512", "model.peft.peft_scheme=lora"]),
         ([SYNC, "model.kto.reference.mode=cached"], ["sync_every_n_steps=512", "mode=cached", "Use auto"]),
         ([SYNC, "model.kto.reference.sync_mixup_alpha=1.5"], ["sync_mixup_alpha=1.5", "at most 1"]),
+        (["export.push_to_hub=me/x", "export.enabled=false"], ["export.push_to_hub needs export.enabled=true"]),
     ],
 )
 def test_refused_together(overrides, parts):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.forked_commands import ForkedCommand
-from tests.integration.assets import make_model_folder, read_series, settings, write_feedback
+from tests.integration.assets import make_model_folder, read_series, settings, without_times, write_feedback
 from tests.waiting import wait_until
 
 STEPS = 6
@@ -61,9 +61,6 @@ KINDS = ("all", "all", "rank", "rank", "helper")
 
 MOST_KILLS = 4
 """Of one round; then it may finish."""
-
-OF_SPEED = ("train/step_time", "train/tokens_per_second")
-"""Metrics that differ from run to run."""
 
 
 def make_assets(folder: Path) -> Path:
@@ -169,7 +166,7 @@ class Kills:
             f"hf/{file.name}": hashlib.blake2b(file.read_bytes()).hexdigest()
             for file in sorted((self._folder / name / "hf").iterdir())
         }
-        return {metric: values for metric, values in series.items() if metric not in OF_SPEED} | files
+        return without_times(series) | files
 
 
 def main() -> None:

@@ -285,6 +285,12 @@ SMALL = ("train/kl", "train/rewards/chosen", "train/rewards/rejected", "train/re
 """Differences of nearly equal log-probs: their error is that of the log-probs, not of their own size."""
 
 
+def without_times(series: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Return the series that are the same each time."""
+    timed = ("train/step_time", "train/tokens_per_second", "train/mfu", "train/time/")
+    return {name: values for name, values in series.items() if not name.startswith(timed)}
+
+
 def assert_alike(actual: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
     """Compare two series as closely as float32 allows."""
     for name in RELATIVE:

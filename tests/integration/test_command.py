@@ -171,6 +171,15 @@ def test_a_finished_run_only_writes_what_is_missing(root: Path, uninterrupted: P
         assert (log_dir / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_the_command_trains_as_the_script_does(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """It starts its second rank itself, and the processes that write checkpoints import it again."""
+    _, _, *overrides = command(root, tmp_path, **TP2, **WITH_CHECKPOINTS)
+    code, output, errors = run([str(Path(sys.executable).with_name("nemo-kto")), "train", *overrides])
+    assert (code, errors) == (0, ""), output + errors
+    assert newest_whole(tmp_path / "checkpoints")[0] is not None
+    assert_continues(read_series(tmp_path), read_series(uninterrupted), exactly=True)
+
+
 def test_random_weights_under_torchrun(root: Path, tmp_path: Path) -> None:
     values = settings(root, tmp_path / "log", **{**TP2, "trainer__devices": "auto"}, trainer__kto__max_steps=2)
     del values["pretrained_checkpoint.restore_from_path"]

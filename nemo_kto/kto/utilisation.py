@@ -1,0 +1,67 @@
+"""How much of the GPUs' peak rate training uses: model FLOPs utilisation (arXiv 2204.02311, appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from nemo_kto.algorithms.metrics import MetricSums
+from nemo_kto.data.batches.packed_rows import Document, KTOBatch
+from nemo_kto.runtime.devices import peak_flops
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes that the peak is of."""
+
+
+class StepWork(Protocol):
+    """Knows how many operations a training step takes for a document, in all of its passes."""
+
+    def of_sample(self, length: int, response: int) -> int:
+        """Return those of a sample of so many tokens, of which the last ones are the response."""
+        ...
+
+    def of_kl(self, length: int, response: int) -> int:
+        """Return those of a document of the KL set."""
+        ...
+
+
+class Utilisation:
+    """Counts the operations of the documents of training steps, and sets them beside the peak.
+
+    Args:
+        work: What documents take.
+        peak: Operations per second of all devices together; None where it is not known: then nothing is counted.
+    """
+
+    def __init__(self, work: StepWork | None = None, *, peak: float | None = None) -> None:
+        self._work = work
+        self._peak = peak
+
+    @classmethod
+    def on(cls, device: torch.device, work: StepWork | None, *, dtype: torch.dtype, devices: int) -> Utilisation:
+        """Return it for a run on so many such devices."""
+        known = device.type == "cuda" and dtype in HALF
+        peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
+        return cls(work, peak=None if peak is None else devices * peak)
+
+    def add(self, sums: MetricSums, batch: KTOBatch) -> None:
+        """Add the operations of this rank's share of a batch, of documents that count, to the sum `flops`."""
+        if self._work is None or self._peak is None:
+            return
+        device = batch.weights.device
+        for documents, count, weights in (
+            (batch.samples, self._work.of_sample, batch.weights),
+            (batch.kl_samples, self._work.of_kl, batch.kl_weights),
+        ):
+            operations = [count(*lengths) for lengths in _lengths(documents)]
+            sums.add("flops", torch.tensor(operations, dtype=torch.float64, device=device), weights)
+
+    def metrics(self, flops: float | None, *, seconds: float) -> dict[str, float]:
+        """Return `mfu`: which share of the peak, 0 to 1, a step's operations are in its time; nothing if unknown."""
+        return {} if flops is None or self._peak is None else {"mfu": flops / seconds / self._peak}
+
+
+def _lengths(documents: Sequence[Document]) -> list[tuple[int, int]]:
+    return [(prompt.numel() + response.numel(), response.numel()) for prompt, response in documents]
