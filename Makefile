@@ -50,7 +50,7 @@ format: $(INSTALLED)
 
 # the site, into site/: a link or a page that is not there is an error
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	for name in start_up step_time against_trl scaling memory import_memory attention reference_modes kl_fraction; do \

@@ -25,7 +25,6 @@ from tests.waiting import HANG
 
 KEYS = "pretrained_checkpoint.restore_from_path=model model.data.data_prefix.train=train.jsonl"
 STAND_INS = {
-    '"<Hugging Face folder>"': "model",
     "<Hugging Face folder>": "model",
     "<the keys of the training command>": f"{KEYS} model.data.data_prefix.validation=validation.jsonl "
     "trainer.devices=4 model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=2 "
@@ -64,7 +63,7 @@ SHELL_ONLY = ("source", "apt-get", "wandb", "enroot", "srun", "salloc")
 
 SMALL = (
     "trainer.accelerator=cpu trainer.kto.max_steps=2 trainer.kto.limit_val_batches=1 trainer.kto.val_check_interval=2 "
-    "model.global_batch_size=8 model.data.tokenize_workers=1 model.data.seq_length=128"
+    "model.global_batch_size=8 model.data.tokenize_workers=1"
 )
 """What a run is made small with; the pages' own values come before and do not count."""
 
