@@ -122,6 +122,10 @@ def test_what_is_missing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_files("PAGE.md") == ["nemo_kto/no_file.py"]
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    assert {page for page in PAGES if page.startswith("docs/")} <= {*links("README.md")}
+
+
 def test_every_page_of_the_repository_is_known_here() -> None:
     assert {"README.md", "docs/configuration.md", "docs/coming_from/trl.md"} <= PAGES.keys()
     assert len(PAGES) >= len(list(Path(ROOT / "docs").rglob("*.md"))) + 4

@@ -22,6 +22,9 @@ ELSEWHERE = re.compile(
 """What a browser would load from another place by itself; links that are clicked are none of it."""
 
 
+TOP = ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")
+
+
 def build(target: Path, *, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
