@@ -45,7 +45,8 @@ def there(name):
 beside_numpy_1 = {"ml-dtypes": "==0.5.4", "pandas": "==2.3.3", "pytz": "==2026.2"}
 old = beside_numpy_1 if Version(there("numpy") or "2").major < 2 else {}
 tools = {"torch", "hypothesis", "mypy", "pytest", "pytest-xdist", "execnet", "ruff"}
-lines = [line for line in open("constraints.txt", encoding="utf-8") if not line.startswith("#")]
+pins, _, _ = open("constraints.txt", encoding="utf-8").read().partition("\n# only `make docs`")
+lines = [line for line in pins.splitlines() if not line.startswith("#")]
 needs = {need.name: need for need in map(Requirement, lines) if need.marker is None or need.marker.evaluate()}
 for need in (needs | {name: Requirement(name + pin) for name, pin in old.items()}).values():
     if need.name not in tools and there(need.name) is None:

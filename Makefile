@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint | format | bench
+# make quickstart | test | test-slow | lint | format | bench | docs
 # PYTHON=python3.11 chooses an interpreter, WORKERS=4 how many tests run side by side
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-slow test-container lint format bench install
+.PHONY: quickstart test test-slow test-container lint format bench docs install
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt pyproject.toml
@@ -47,6 +47,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the site, into site/: a link or a page that is not there is an error
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	for name in start_up step_time against_trl scaling memory import_memory attention reference_modes kl_fraction; do \

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kto" / "__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 MLFLOW = ["mlflow-skinny>=3"]
 TEST = ["hypothesis>=6.100", *MLFLOW, "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.4"]
 
@@ -51,10 +52,11 @@ setup(
         "transformers>=5.0,<6",
     ],
     extras_require={
+        "docs": DOCS,
         "mlflow": MLFLOW,
         "submitit": ["hydra-submitit-launcher>=1.2"],
         "test": TEST,
-        "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
+        "dev": [*TEST, *DOCS, "mypy>=1.15", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["nemo-kto = nemo_kto.cli:main"]},
     classifiers=[
