@@ -25,7 +25,11 @@ setup(
     packages=[*find_packages(include=["nemo_kto", "nemo_kto.*"]), "nemo_kto.conf", "nemo_kto.docs"],
     package_dir={"nemo_kto.conf": "conf", "nemo_kto.docs": "docs"},
     # the page is what `nemo-kto config` reads
-    package_data={"nemo_kto": ["py.typed"], "nemo_kto.conf": ["*.yaml"], "nemo_kto.docs": ["configuration.md"]},
+    package_data={
+        "nemo_kto": ["py.typed"],
+        "nemo_kto.conf": ["*.yaml", "recipe/*.yaml"],
+        "nemo_kto.docs": ["configuration.md"],
+    },
     install_requires=[
         "datasets>=3.0",
         "einops",  # imported by nemo_toolkit, which does not declare it

@@ -157,7 +157,7 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/gpt_kto.yaml")
     plan.add_argument("--model", type=Path, required=True, metavar="PATH", help="Hugging Face folder, or config.json")
-    plan.add_argument("--gpus", type=_positive, required=True, metavar="N", help="how many there are")
+    plan.add_argument("--gpus", type=_positive, metavar="N", help="how many there are; of a recipe as many as it says")
     plan.add_argument("--nodes", type=_positive, metavar="N", help="in how many nodes; default: eight GPUs in each")
     plan.add_argument("--gpu", choices=("a100", "h100", "h200", "b200"), default="h100", help="what they are")
     plan.add_argument(
@@ -176,6 +176,14 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_command("plan"))
+    recipes = commands.add_parser(
+        "recipes",
+        help="list configurations for common models",
+        description="List the configurations for common models and GPUs, which recipe=NAME takes among the overrides.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    recipes.set_defaults(run=_command("recipes"))
 
 
 def _add_generate(commands: Any) -> None:

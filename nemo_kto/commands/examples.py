@@ -32,6 +32,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "nemo-kto report results/my_run",
         "nemo-kto report results/a results/b -o comparison",
     ),
+    "plan": (
+        "nemo-kto plan --model Llama-3.1-70B --gpus 64 --seq-length 4096",
+        "nemo-kto plan --model config.json --gpus 8 --gpu h200 --lora 'model.peft.lora_tuning.target_modules=[all]'",
+        "nemo-kto plan --model Llama-3.1-8B --gpus 8 --layout tp=2,mbs=2,recompute=full --reference cached",
+        "nemo-kto plan --model Llama-3.1-8B recipe=llama3_8b",
+    ),
+    "recipes": (
+        "nemo-kto recipes",
+        "nemo-kto recipes llama3_8b_lora",
+        "nemo-kto train recipe=llama3_8b_lora pretrained_checkpoint.restore_from_path=Llama-3.1-8B ...",
+    ),
     "data check": (
         "nemo-kto data check feedback.jsonl --tokenizer Llama-3.2-1B --seq-length 2048",
         "nemo-kto data check ratings.csv --tokenizer Llama-3.2-1B --field label=score --desirable-if '>= 4' --json",

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from nemo_kto.config.compose import load_config
+from nemo_kto.config.overrides import RECIPE
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.planning.page import as_json, as_text
@@ -43,10 +45,12 @@ _NODE = 8
 def run(options: argparse.Namespace) -> None:
     """Print what a layout takes, or the best of all; exit code 1 if none fits."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a dry run needs no GPU, and must not find one
+    model = _model(options.model)
     given = _overrides(options)
-    planner = _planner(options, given)
-    if options.layout is not None:
-        plans = [_traced(planner, planner.plan(_keys_of(options.layout)))]
+    planner = _planner(options, model, given)
+    if options.layout is not None or RECIPE in given:  # a recipe has a layout
+        keys = {} if options.layout is None else _keys_of(options.layout)
+        plans = [_traced(planner, planner.plan(keys))]
         found = Found(fitting=[], too_large=[], refused={})
     else:
         found = planner.search(_fixed(given))
@@ -63,8 +67,10 @@ def run(options: argparse.Namespace) -> None:
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
     """Return the keys that are given, by options or as KEY=VALUE, which wins."""
     folder = options.model.parent if options.model.is_file() else options.model
-    given = {"pretrained_checkpoint.restore_from_path": str(folder), "trainer.precision": options.precision}
+    given = {"pretrained_checkpoint.restore_from_path": str(folder)}
+    recipes = any(override.lstrip("+").startswith(f"{RECIPE}=") for override in options.overrides)
     for key, value in (
+        ("trainer.precision", options.precision or (None if recipes else "bf16-mixed")),
         ("model.data.seq_length", options.seq_length),
         ("model.global_batch_size", options.global_batch_size),
         ("model.kto.reference.mode", options.reference),
@@ -76,24 +82,32 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
         key, is_one, value = override.partition("=")
         if not is_one:
             raise ConfigError(f"{override!r} is no KEY=VALUE.")
-        given[key] = value
+        given[key.lstrip("+")] = value
     return given
 
 
-def _planner(options: argparse.Namespace, given: dict[str, str]) -> Planner:
-    gpus, nodes = options.gpus, options.nodes or max(-(-options.gpus // _NODE), 1)
+def _written(given: Mapping[str, object]) -> list[str]:
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def _planner(options: argparse.Namespace, model: PretrainedConfig, given: dict[str, str]) -> Planner:
+    config = load_config(_written(given))
+    gpus, nodes = options.gpus, options.nodes
+    if gpus is None and RECIPE in given:
+        nodes = int(config.trainer.num_nodes)
+        gpus = nodes * int(config.trainer.devices)
+    elif gpus is None:
+        raise ConfigError("--gpus is missing: say how many there are, or take a recipe.")
+    nodes = nodes or -(-gpus // _NODE)
     if gpus % nodes:
         raise ConfigError(f"--gpus {gpus} cannot be divided by --nodes {nodes}: nodes have equally many.")
-    config = load_config([f"{key}={value}" for key, value in given.items()])
     length = options.mean_length or config.model.data.seq_length
     if length > config.model.data.seq_length:
         raise ConfigError(
             f"--mean-length {length} is above the longest document, model.data.seq_length="
             f"{config.model.data.seq_length}."
         )
-    return Planner(
-        config, _model(options.model), gpus=gpus, node_size=gpus // nodes, device=_device(options), length=length
-    )
+    return Planner(config, model, gpus=gpus, node_size=gpus // nodes, device=_device(options), length=length)
 
 
 def _device(options: argparse.Namespace) -> Device:
@@ -133,7 +147,7 @@ def _keys_of(layout: str) -> Keys:
 
 def _fixed(given: dict[str, str]) -> Keys:
     """Return the keys of a layout that are given, which a search leaves as they are."""
-    config = load_config([f"{key}={value}" for key, value in given.items()])
+    config = load_config(_written(given))
     names = [key.removeprefix("model.") for key in given if key.startswith("model.")]
     return {name: getattr(config.model, name) for name in names if name in Planner.SEARCHED}
 
@@ -178,6 +192,6 @@ def _pasted(planner: Planner, plan: Plan, given: dict[str, str]) -> list[str]:
         if value != getattr(defaults, key)
     }
     devices = {"trainer.devices": planner.node_size, "trainer.num_nodes": planner.gpus // planner.node_size}
-    overrides = [f"{key}={value}" for key, value in {**devices, **given, **layout}.items()]
+    overrides = _written({**given, **devices, **layout})
     load_config(overrides)
     return overrides

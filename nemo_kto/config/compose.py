@@ -201,8 +201,13 @@ def _refuse_to_compose(error: HydraException) -> None:
     text, _, rest = str(error).partition("\n\n")
     place = re.search(r"provider=main, path=file://(.*)", rest)
     looked = f" It was looked for in {place[1]}." if place else ""
+    options = re.search(r"Available options in '.*?':\n((?:\t.*\n?)+)", rest)
+    looked += f" There are: {', '.join(options[1].split())}." if options else ""
     cause = f" ({_first_line(error.__cause__)})" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-    raise ConfigError(f"The configuration cannot be put together: {' '.join(text.split())}{cause}{looked}") from error
+    found = " ".join(text.split())
+    raise ConfigError(
+        f"The configuration cannot be put together: {found}{'.' * bool(options)}{cause}{looked}"
+    ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,9 @@ from nemo_kto.config.reader import leaf_types, options
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 
+RECIPE = "recipe"
+"""A folder of configurations beside gpt_kto.yaml: `recipe=NAME` takes one of them, and other overrides win over it."""
+
 _PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 
 
@@ -35,6 +38,8 @@ def readable(argument: str, *, sweeps: bool = False) -> str:
         ConfigError: It cannot be read; the message shows how to write it.
     """
     plain = argument.lstrip("+")
+    if plain.startswith(f"{RECIPE}="):
+        return f"+{plain}"
     if not _PLAIN_OVERRIDE.match(argument) or plain.startswith("hydra."):
         return argument
     key, _, value = plain.partition("=")

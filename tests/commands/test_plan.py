@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig
 
+import nemo_kto.errors
 from nemo_kto.cli import main
 from nemo_kto.config.compose import load_config
 from nemo_kto.network.families import dimensions_of
@@ -108,8 +110,9 @@ def errors(calls: list[list[str]]) -> list[str]:
     found = []
     for arguments in calls:
         stream = io.StringIO()
-        with redirect_stderr(stream), pytest.raises(SystemExit) as ended:
-            main(["plan", *arguments])
+        with redirect_stderr(stream), patch.object(nemo_kto.errors, "_leave", sys.exit):
+            with pytest.raises(SystemExit) as ended:
+                main(["plan", *arguments])
         assert ended.value.code == 1
         found.append(stream.getvalue())
     return found

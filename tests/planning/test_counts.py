@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.network.families import dimensions_of
@@ -15,6 +15,7 @@ from nemo_kto.planning.counts import parameters_of_rank, parts_of
 from nemo_kto.runs.reference import lora_settings
 from nemo_kto.runtime.layout import Layout
 from tests.network.tiny_hf import families
+from tests.planning.shapes import LLAMA_70B, QWEN3_235B
 
 FAMILIES = families()
 
@@ -92,25 +93,6 @@ def count_large() -> list[int]:
     return [of_70b.whole.all.all, of_70b.of_stage(CLUSTER, 0).all.of_rank(CLUSTER), of_235b.whole.all.all]
 
 
-LLAMA_70B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-)
-QWEN3_235B = Qwen3MoeConfig(
-    vocab_size=151936,
-    hidden_size=4096,
-    num_hidden_layers=94,
-    num_attention_heads=64,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=1536,
-)
 CLUSTER = Layout(world_size=512, tensor=8, sequence=True, pipeline=8)
 
 

@@ -9,46 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GptOssConfig, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 from nemo_kto.planning.search import RECOMPUTE, Planner
 from nemo_kto.runtime.devices import DEVICES
+from tests.planning.shapes import GPT_OSS_120B, LLAMA_8B, LLAMA_70B, QWEN3_30B
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 GIB = 2**30
 H100 = DEVICES["h100"]
-_LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8}
-LLAMA_8B = LlamaConfig(
-    **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
-)
-LLAMA_70B = LlamaConfig(
-    **_LLAMA3, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
-)
-QWEN3_30B = Qwen3MoeConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-)
-GPT_OSS_120B = GptOssConfig(
-    vocab_size=201088,
-    hidden_size=2880,
-    intermediate_size=2880,
-    num_hidden_layers=36,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=64,
-    num_local_experts=128,
-    num_experts_per_tok=4,
-    sliding_window=128,
-)
 
 
 def planner(model: PretrainedConfig, gpus: int, *, batch: int = 64, length: int = 4096, **settings: Any) -> Planner:
