@@ -36,6 +36,7 @@ def silence_startup_noise() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data is tokenised before loader processes fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of PyTorch's profiler: errors
     warnings.filterwarnings("ignore", module=_WARNING_MODULES)
     for name in (*_PACKAGES, _EXTENSIONS):
         logging.getLogger(name).setLevel(_STILL_SHOWN)

@@ -209,7 +209,10 @@ def _lines(panel: Panel, runs: list[Run]) -> list[Line]:
             if len(runs) > 1:
                 parts = [run.name]
             else:
-                parts = [panel.metrics[metric] if len(metrics) > 1 or not split else "", split]
+                parts = [
+                    panel.metrics[metric] if len(metrics) > 1 or not split else "",
+                    "" if panel.stacked else split,
+                ]
             look = number if len(runs) > 1 else metrics.index(metric)
             # of what others log nobody knows at which steps they meant to
             missing = _missing(series, logged_steps(run, split)) if metric in KNOWN else series.steps[:0]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from torch.profiler import profile
 
 from tests.distributed_harness import free_port, heard
 from tests.integration.assets import read_series, refusal_on_rank, settings, train_on_rank
@@ -75,8 +80,8 @@ def warnings_of(port: int, overrides: dict[str, Any]) -> list[str]:
 def test_a_resumed_run_traces_what_is_left_or_says_that_nothing_is(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any]
 ) -> None:
-    for steps, profile, left in ((2, None, None), (4, [1, 3], ["steps_3-3_rank_0.json.gz"])):
-        values = settings(root, tmp_path, trainer__kto__max_steps=steps, trainer__profile_steps=profile, **RESUMABLE)
+    for steps, traced, left in ((2, None, None), (4, [1, 3], ["steps_3-3_rank_0.json.gz"])):
+        values = settings(root, tmp_path, trainer__kto__max_steps=steps, trainer__profile_steps=traced, **RESUMABLE)
         assert run_ranks(warnings_of, 1, free_port(), values) == [[]]
         assert left is None or names(tmp_path) == left
     values = settings(root, tmp_path, trainer__kto__max_steps=5, trainer__profile_steps=[1, 3], **RESUMABLE)
@@ -84,13 +89,16 @@ def test_a_resumed_run_traces_what_is_left_or_says_that_nothing_is(
     assert found == ["trainer.profile_steps=[1, 3]: the run goes on after step 4, so nothing is profiled."]
 
 
-def test_a_folder_that_cannot_be_written_costs_the_trace_only(
-    root: Path, tmp_path: Path, run_ranks: Callable[..., Any]
-) -> None:
-    (tmp_path / "profile").write_text("in the way")
+def warnings_on_a_full_disk(port: int, overrides: dict[str, Any]) -> list[str]:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(profile, "export_chrome_trace", side_effect=full):
+        return warnings_of(port, overrides)
+
+
+def test_a_disk_that_is_full_costs_the_trace_only(root: Path, tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
     values = settings(root, tmp_path, trainer__kto__max_steps=2, trainer__profile_steps=[1, 1])
-    (found,) = run_ranks(warnings_of, 1, free_port(), values)
-    assert len(found) == 1 and found[0].startswith("The profile cannot be written: ")
+    (found,) = run_ranks(warnings_on_a_full_disk, 1, free_port(), values)
+    assert found == ["The profile cannot be written: no space is left on its file system."]
     assert set(read_series(tmp_path)["train/loss"]) == {0, 1}
 
 

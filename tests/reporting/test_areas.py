@@ -52,7 +52,7 @@ def test_each_part_lies_on_those_before(tmp_path: Path) -> None:
     """In the order of a step; at step 2 the reference takes 3 seconds instead of 2."""
     panel, lines = panel_of(folder_of(tmp_path, reference={2: 3.0}))
     found = heights(panel, lines)
-    assert [line.label for line in lines][:3] == ["waiting for data, train", "KL set, train", "reference, train"]
+    assert [line.label for line in lines][:3] == ["waiting for data", "KL set", "reference"]
     assert found["train/time/data"][0] == (0.0, 0.5) and found["train/time/kl"][0] == (0.5, 1.5)
     assert found["train/time/reference"] == {0: (1.5, 3.5), 1: (1.5, 3.5), 2: (1.5, 4.5), 3: (1.5, 3.5)}
     assert found["train/time/gradients"][2] == (4.5, 8.5)
