@@ -24,15 +24,18 @@ from nemo_kto.data.reading.records import FeedbackRecord, Messages, RecordError,
 from nemo_kto.data.tokens.chat_template import (
     CLOSED_BLOCK,
     EARLIER_TURNS,
+    IN_FIELD,
     INSTRUCTIONS,
     OPEN_BLOCK,
+    REASONING_KEPT,
     ChatTemplate,
     Rendering,
     SystemPrompts,
     instructed,
 )
 from nemo_kto.data.tokens.endings import ended
-from nemo_kto.data.tokens.lost_parts import Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.lost_parts import REASONING, Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.reasoning import CLOSE, OPEN, reasoning_of
 from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object
 
@@ -45,7 +48,11 @@ CHAT = "chat"
 SpecialTokens = Literal["auto", "text", "control"]
 TemplateLosses = Literal["error", "warn"]
 
-_REASONING_TAGS = {"<think>", "</think>"}
+_REASONING_TAGS = {OPEN, CLOSE}
+_KEEP_REASONING = (
+    "Put it into 'content' between <think> and </think>, if the model writes it so; where the prompt of inference has "
+    "closed that block, chat_template_kwargs may open it (enable_thinking, or thinking). Or "
+)
 SPELLED_BY_ASSISTANT = (
     "special tokens that an assistant's message spells are taken as text; model.data.special_tokens=control makes "
     "them what they spell"
@@ -236,6 +243,10 @@ class Renderer:
 
     def _example(self, kind: str, rendering: Rendering, messages: Messages, clear: Callable[[str], str]) -> str:
         """What a note on a rendering shows."""
+        if kind == REASONING_KEPT:
+            return shown(clear(rendering.answer))
+        if kind.startswith(IN_FIELD):
+            return shown(clear(next(filter(None, map(reasoning_of, messages)))))
         if kind in (OPEN_BLOCK, CLOSED_BLOCK, EARLIER_TURNS):
             prompt, whole = clear(rendering.prompt), clear(rendering.whole)
             common = len(os.path.commonprefix([prompt, whole]))
@@ -257,8 +268,9 @@ class Renderer:
             raise RecordError(f"the chat template writes nothing of the answer but its end{what}.")
         if losses and self._settings.template_losses == "error":
             raise RecordError(
-                f"the chat template leaves {losses[0].name} out of the answer, {shown(clear(losses[0].text))}. Use a "
-                "template that writes it, or set model.data.template_losses=warn to train on the rest."
+                f"the chat template leaves {losses[0].name} out of the answer, {shown(clear(losses[0].text))}. "
+                + (_KEEP_REASONING if losses[0].name == REASONING else "Use a template that writes it, or ")
+                + "set model.data.template_losses=warn to train on the rest."
             )
         return losses
 
