@@ -138,6 +138,7 @@ class Renderer:
         """Keeps both; a tokenizer without a chat template renders strings only."""
         self._settings = settings
         self._eos = tokenizer.eos_token
+        self._lacking = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token.content) for token in added if token.special} | set(
             map(str, tokenizer.all_special_tokens)
@@ -224,6 +225,11 @@ class Renderer:
             Note(f"the chat template has no variable '{name}'", shown(value))
             for name, value in (record.template_kwargs or {}).items()
             if not self.template.knows(name, tools)
+        ]
+        notes += [
+            Note(f"the chat template writes {name}, and the tokenizer has none: nothing stands there", shown(name))
+            for name in self._lacking
+            if self.template.knows(name, tools)
         ]
         notes += self._notes_on_end(clear(answer), end, behind)
         written = [message.get("content", "") for message in conversation if message["role"] == "assistant"]
