@@ -6,12 +6,12 @@ Expected ids come from the `tokenizers` backend, called on single texts.
 import base64
 import json
 import re
-from importlib.util import find_spec
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto import tokenization_auto
 
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
 from nemo_kto.data.tokens.cache import TokenCache
@@ -431,6 +431,11 @@ def test_code_in_a_folder_runs_only_for_who_says_so(tokenizer, tmp_path, monkeyp
     assert cache._workers == 1  # others could not import the class
 
 
+reads_tekken = pytest.mark.skipif(
+    not hasattr(tokenization_auto, "_use_mistral_format"), reason="transformers reads no tekken.json by itself"
+)
+
+
 def write_tekken(folder, **config):
     """A folder as Mistral publishes them: no tokenizer.json, and perhaps no tokenizer_config.json."""
     words = [*(bytes([byte]) for byte in range(256)), b"he", b"hel", b"lo", b"hello"]
@@ -456,8 +461,7 @@ def write_tekken(folder, **config):
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.skipif(find_spec("transformers.integrations.mistral") is None, reason="transformers reads no tekken.json")
-@pytest.mark.skipif(find_spec("mistral_common") is not None, reason="transformers leaves it to another package then")
+@reads_tekken
 def test_tekken_is_read_as_it_is_published(tmp_path):
     """Numbers by hand: those of special tokens, then bytes, then longer words."""
     write_tekken(tmp_path, bos_token="<s>", eos_token="</s>")
@@ -467,8 +471,30 @@ def test_tekken_is_read_as_it_is_published(tmp_path):
     assert (prompt, response) == ([1, 3, hello, 4], [lo, 8 + ord("!"), 2])
 
 
-@pytest.mark.skipif(find_spec("transformers.integrations.mistral") is None, reason="transformers reads no tekken.json")
-@pytest.mark.skipif(find_spec("mistral_common") is not None, reason="transformers leaves it to another package then")
+@reads_tekken
+def test_tekken_is_read_alike_where_mistral_common_is_installed(tmp_path, monkeypatch):
+    """As vLLM installs it: transformers would leave every folder with such a file to it."""
+    from transformers.integrations.mistral import tokenizer as mistral
+
+    write_tekken(tmp_path, bos_token="<s>", eos_token="</s>")
+    monkeypatch.setattr(mistral, "is_mistral_common_available", lambda: True)
+    with pytest.raises(Exception, match=r"(?i)mistral"):  # it is not there
+        AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert one(chat("hello", "lo!"), load_tokenizer(tmp_path))[0] == [1, 3, 8 + 256 + 3, 4]
+
+
+def test_a_tokenizer_of_mistral_common_is_refused(tokenizer, tmp_path, monkeypatch):
+    class MistralCommonTokenizer(PreTrainedTokenizerFast):
+        pass
+
+    tokenizer.save_pretrained(tmp_path)
+    other = MistralCommonTokenizer(tokenizer_object=tokenizer.backend_tokenizer)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(ConfigError, match=r"by mistral-common, .* Take tekken\.json out of the folder"):
+        load_tokenizer(tmp_path)
+
+
+@reads_tekken
 def test_tokens_that_a_template_writes_and_the_tokenizer_does_not_name(tmp_path):
     write_tekken(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
