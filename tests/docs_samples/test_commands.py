@@ -40,6 +40,9 @@ NOT_RUN = {
     "make": "makes an environment; .ci/run and other tests do what the targets do",
     "pip": "changes the environment that the tests run in",
     "source": "the shell of the tests has the commands already",
+    "eval": "changes the shell that it is typed in",
+    "export": "begins what takes hours: tests",
+    "nsys": "needs Nsight Systems and a GPU",
     "docker": "needs a daemon; tests/container/ runs the Dockerfile's commands",
     "enroot": "needs enroot and an image",
     "sbatch": "needs Slurm; tests/cluster/ has one",
@@ -57,7 +60,7 @@ SCRIPTS_NOT_RUN = ("tests/", "-m")
 """What Python is not started with here: the tests' own scripts, which take hours, and pytest."""
 
 CONFIGURED = ("train_gpt_kto.py", "eval_gpt_kto.py")
-SHELL_ONLY = ("source", "apt-get", "wandb", "enroot", "srun", "salloc")
+SHELL_ONLY = ("source", "export", "apt-get", "wandb", "enroot", "srun", "salloc")
 """Programs of others, of whose arguments nothing here is known."""
 
 
@@ -114,6 +117,8 @@ def check_command(command: Command) -> None:
     if not words:
         return
     program, arguments = words[0], words[1:]
+    if program == "eval":
+        words = arguments[0].removeprefix("$(").removesuffix(")").split()
     configured = next((number for number, word in enumerate(words) if word.endswith(CONFIGURED)), None)
     if configured is not None:
         assert (ROOT / words[configured].removeprefix("/opt/nemo_kto/")).is_file(), words[configured]
@@ -151,6 +156,8 @@ def check_requirement(arguments: list[str]) -> None:
 def check_script(arguments: list[str]) -> None:
     """Fail unless a Python script is there and knows its options."""
     if arguments[0] == "-m":
+        assert arguments[1] == "pytest"
+        assert not [word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()]
         return
     text = (ROOT / arguments[0]).read_text()
     for option in arguments[1:]:
@@ -221,6 +228,7 @@ RUN = [
             "docs/coming_from/trl.md",
             "docs/evaluation.md",
             "docs/lora.md",
+            "docs/plan.md",
             "docs/reference.md",
             "docs/reliability.md",
             "docs/report.md",
