@@ -72,6 +72,19 @@ class Meter(Callback):
             self.found["peak"] = torch.cuda.max_memory_allocated()
 
 
+def trained(assets: Path, log_folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the overrides of a run of two steps."""
+    return settings(
+        assets,
+        log_folder,
+        trainer__accelerator="gpu",
+        trainer__kto__max_steps=2,
+        model__micro_batch_size=2,
+        model__data__seq_length=256,
+        **changes,
+    )
+
+
 def measured(port: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return what a training takes on this rank, and the micro-batches it was measured with."""
     meter = Meter()
@@ -132,15 +145,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
 def test_a_training_takes_what_a_dry_run_says(
     assets: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, layout: Layout, changes: dict[str, Any]
 ) -> None:
-    values = settings(
-        assets,
-        tmp_path,
-        trainer__accelerator="gpu",
-        trainer__kto__max_steps=2,
-        model__micro_batch_size=2,
-        model__data__seq_length=256,
-        **changes,
-    )
+    values = trained(assets, tmp_path, changes)
     for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
         (dry,) = run_ranks(predicted, 1, values, layout, rank, found["rows"])
         # the batch and what is logged are the device's as well
@@ -161,16 +166,7 @@ def test_a_mixture_takes_what_the_formula_says(
     mixture: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, layout: Layout, changes: dict[str, Any]
 ) -> None:
     """Random routers load experts about equally, as the formula takes them to be."""
-    values = settings(
-        mixture,
-        tmp_path,
-        trainer__accelerator="gpu",
-        trainer__kto__max_steps=2,
-        model__micro_batch_size=2,
-        model__data__seq_length=256,
-        **changes,
-    )
+    values = trained(mixture, tmp_path, changes)
     for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
         (by_formula,) = run_ranks(planned, 1, values, layout, rank, found["rows"])
-        print(rank, by_formula / found["peak"], found)
         assert by_formula == pytest.approx(found["peak"], rel=0.1)
