@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from nemo_kto import stopping
@@ -18,19 +18,20 @@ from nemo_kto.runtime.processes import this_process
 
 
 @contextlib.contextmanager
-def told_to_others(devices: int | str, num_nodes: int | str) -> Iterator[None]:
+def told_to_others(asked_for: Callable[[], tuple[int | str, int | str]]) -> Iterator[None]:
     """Tell the other ranks of a failure in here, if this one has not met them.
 
     That follows the sentence which a `KTOError` is reported with, and precedes the traceback of any other exception.
 
     Args:
-        devices: `trainer.devices`.
-        num_nodes: `trainer.num_nodes`.
+        asked_for: Returns `trainer.devices` and `trainer.num_nodes`, which need not be possible.
     """
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(KTOError):  # that variables contradict each other, which may be the failure itself
+        # of keys and variables that are no numbers or contradict each other, which may be the failure itself
+        with contextlib.suppress(KTOError, TypeError, ValueError):
+            devices, num_nodes = asked_for()
             found, nodes = launch(), node_count(num_nodes)
             size = (known_device_count(devices) or 0) * nodes
             if _others_wait(found, nodes, size):
