@@ -472,15 +472,19 @@ def test_tekken_is_read_as_it_is_published(tmp_path):
 
 
 @reads_tekken
-def test_tekken_is_read_alike_where_mistral_common_is_installed(tmp_path, monkeypatch):
-    """As vLLM installs it: transformers would leave every folder with such a file to it."""
+def test_tekken_is_not_left_to_mistral_common_where_that_is_installed(tmp_path, monkeypatch):
+    """As vLLM installs it: transformers would leave every folder with such a file to it, unless it is told."""
     from transformers.integrations.mistral import tokenizer as mistral
 
     write_tekken(tmp_path, bos_token="<s>", eos_token="</s>")
+    original, asked = AutoTokenizer.from_pretrained, {}
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **more: asked.update(more) or original(*a, **more)
+    )
+    load_tokenizer(tmp_path)
     monkeypatch.setattr(mistral, "is_mistral_common_available", lambda: True)
-    with pytest.raises(Exception, match=r"(?i)mistral"):  # it is not there
-        AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    assert one(chat("hello", "lo!"), load_tokenizer(tmp_path))[0] == [1, 3, 8 + 256 + 3, 4]
+    assert mistral.resolve_mistral_format(tmp_path, mistral_format=None)[0]
+    assert not mistral.resolve_mistral_format(tmp_path, mistral_format=asked["mistral_format"])[0]
 
 
 def test_a_tokenizer_of_mistral_common_is_refused(tokenizer, tmp_path, monkeypatch):
