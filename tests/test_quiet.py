@@ -67,7 +67,7 @@ from nemo_kto.runs import early
 silence, cli.silence_startup_noise = cli.silence_startup_noise, lambda: None
 early.check_early = lambda *_: None
 
-def run_configured(run, overrides):
+def run_configured(run, overrides, *, around):
     cli.silence_startup_noise = silence
     try:
         run(None)
