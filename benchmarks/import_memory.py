@@ -1,8 +1,9 @@
-"""Host memory and time of one rank that reads its part of a Hugging Face checkpoint with the shape of Llama-3-8B.
+"""Host memory and time of one rank that reads its part of a Hugging Face checkpoint, of a dense model and a mixture.
 
-python benchmarks/import_memory.py [--rounds N] [--tensor N --pipeline N]
+python benchmarks/import_memory.py [--rounds N] [--shape dense|mixture]
 
-The checkpoint holds 16 GB of bfloat16 in files of at most 5 GB with an index, as the real one does, but its files are
+The dense one has the shape of Llama-3-8B, 16 GB of bfloat16; the mixture 6 of the 48 layers of Qwen3-30B-A3B, each
+with 128 experts, 8 GB. They are in files of at most 5 GB with an index, as the real ones are, but the files are
 sparse: headers, then a length without data, so that they read as zeros and take no room on a disk. Each case is a
 process of its own that is one rank of the whole layout: torch's "fake" backend makes the groups without the other
 ranks, which is fair because reading a checkpoint takes no communication. It builds its part of the model and fills it
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -36,11 +38,25 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from common import GPU_SHAPES, in_new_process, median_and_range, publish, synchronize
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-LLAMA_3_8B = {**GPU_SHAPES["8B"], "max_position_embeddings": 8192, "rope_theta": 500_000.0, "dtype": "bfloat16"}
-CASES = ((8, 1), (2, 4), (1, 8))
-"""(tensor-parallel, pipeline-parallel) sizes."""
+
+def shapes() -> dict[str, PretrainedConfig]:
+    """Return the configuration of each model."""
+    dense = {**GPU_SHAPES["8B"], "max_position_embeddings": 8192, "rope_theta": 500_000.0, "dtype": "bfloat16"}
+    mixture = {
+        **{"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
+        **{"num_hidden_layers": 6, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "dtype": "bfloat16"},
+    }
+    return {"dense": LlamaConfig(**dense), "mixture": Qwen3MoeConfig(**mixture)}
+
+
+CASES: dict[str, tuple[dict[str, int], ...]] = {
+    "dense": ({"tensor": 8}, {"tensor": 2, "pipeline": 4}, {"pipeline": 8}),
+    "mixture": ({"expert": 8}, {"pipeline": 2, "expert": 4}),
+}
+"""Shape -> how it is divided."""
 FILE_BYTES = 5 * 10**9
 """The largest a file becomes; the real checkpoint's limit."""
 ITEM_BYTES = 2
@@ -80,20 +96,21 @@ def main() -> None:
     """Measure the first and the last stage of each layout; show the first import's memory, medians of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed imports of each case")
-    parser.add_argument("--tensor", type=int, help="one layout only; its tensor-parallel size")
-    parser.add_argument("--pipeline", type=int, default=1, help="with --tensor: its pipeline-parallel size")
+    parser.add_argument("--shape", choices=[*CASES], help="one model only")
     options = parser.parse_args()
-    layouts = CASES if options.tensor is None else ((options.tensor, options.pipeline),)
-    rows, imports = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        total = write_sparse_checkpoint(Path(name))
-        for tensor, pipeline in layouts:
-            for stage in sorted({0, pipeline - 1}):
-                title = f"TP{tensor} PP{pipeline}, stage {stage + 1}"
-                found = in_new_process(measure, Path(name), tensor, pipeline, stage, options.rounds)
-                imports[title] = [asdict(one) for one in found]
-                rows.append(row_of(title, found[0], found[1:]))
-    publish("import_memory", rows, checkpoint_bytes=total, rounds=options.rounds, imports=imports)
+    rows, imports, totals = [], {}, {}
+    for shape in CASES if options.shape is None else [options.shape]:
+        with tempfile.TemporaryDirectory() as name:
+            totals[shape] = write_sparse_checkpoint(Path(name), shapes()[shape])
+            for sizes in CASES[shape]:
+                stages = sizes.get("pipeline", 1)
+                for stage in sorted({0, stages - 1}):
+                    division = " ".join(f"{kind} {size}" for kind, size in sizes.items())
+                    title = f"{shape}, {division}, stage {stage + 1} of {stages}"
+                    found = in_new_process(measure, Path(name), sizes, stage, options.rounds)
+                    imports[title] = [asdict(one) for one in found]
+                    rows.append(row_of(title, found[0], found[1:]))
+    publish("import_memory", rows, checkpoint_bytes=totals, rounds=options.rounds, imports=imports)
 
 
 def row_of(title: str, first: Import, others: list[Import]) -> dict[str, str]:
@@ -115,8 +132,8 @@ def row_of(title: str, first: Import, others: list[Import]) -> dict[str, str]:
     }
 
 
-def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -> list[Import]:
-    """Build and read the part of the first tensor-parallel rank of a stage, once and `rounds` times more.
+def measure(folder: Path, sizes: dict[str, int], stage: int, rounds: int) -> list[Import]:
+    """Build and read the part of the first rank of a stage, once and `rounds` times more.
 
     In a process of its own: only the first time nothing is left in memory from before.
     """
@@ -137,11 +154,14 @@ def measure(folder: Path, tensor: int, pipeline: int, stage: int, rounds: int) -
         torch.cuda.init()
     else:
         enable_cpu()
-    layout = Layout(world_size=tensor * pipeline, tensor=tensor, pipeline=pipeline)
-    dist.init_process_group("fake", store=FakeStore(), rank=stage * tensor, world_size=layout.world_size)
+    layout = Layout(world_size=math.prod(sizes.values()), **sizes)
+    first = stage * layout.world_size // layout.pipeline
+    dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=layout.world_size)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor_size,
         create_gloo_process_groups=False,  # those need the other ranks
     )
     parallel.initialize(layout, seed=1)  # finds the groups made
@@ -281,12 +301,13 @@ def memory(kind: str) -> int:
     return int(status.split(f"{kind}:")[1].split()[0]) * 1024
 
 
-def write_sparse_checkpoint(folder: Path) -> int:
+def write_sparse_checkpoint(folder: Path, config: PretrainedConfig) -> int:
     """Write configuration, index and files of zeros without data on the disk; return the bytes of all tensors."""
-    config = LlamaConfig(**LLAMA_3_8B)
+    from nemo_kto.network.families import family_of
+    from nemo_kto.network.weight_rules import expected_shapes
+
     config.save_pretrained(folder)
-    with torch.device("meta"):
-        tensors = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    tensors = expected_shapes(family_of(config).rules(config))
     files: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in tensors.items():
         if files[-1] and sum(map(size_of, files[-1].values())) + size_of(shape) > FILE_BYTES:

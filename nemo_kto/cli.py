@@ -15,6 +15,10 @@ from nemo_kto.errors import run_guarded
 from nemo_kto.quiet import silence_loaded_packages, silence_startup_noise, without_wandb
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from omegaconf import DictConfig
+
     from nemo_kto.config.schema import KTOConfig
 
 
@@ -319,17 +323,27 @@ def _run_script(command: str, overrides: Sequence[str]) -> None:
 
     def run(config: KTOConfig) -> None:
         from nemo_kto.runs.early import check_early
-        from nemo_kto.runtime.early_end import told_to_others
 
         silence_startup_noise()  # of a --multirun this may be another process, which began here
         stopping.take_signals()  # or the next one in this process
-        with told_to_others(config.trainer.devices, config.trainer.num_nodes):
-            check_early(config, command)
-            finished = _imported(command, command)(config)
-        if finished is False:
+        check_early(config, command)
+        if _imported(command, command)(config) is False:
             sys.exit(stopping.STOPPED_EARLY)
 
-    run_configured(run, overrides)
+    run_configured(run, overrides, around=_told_to_others)
+
+
+def _told_to_others(raw: DictConfig) -> AbstractContextManager[None]:
+    """Return what tells the other ranks of a failure in it, with a configuration that has not been judged."""
+    from omegaconf import OmegaConf
+
+    from nemo_kto.runtime.early_end import told_to_others
+
+    def asked_for() -> tuple[int | str, int | str]:
+        devices, nodes = (OmegaConf.select(raw, f"trainer.{key}") for key in ("devices", "num_nodes"))
+        return devices, nodes
+
+    return told_to_others(asked_for)
 
 
 def _command(module: str, action: str = "run") -> Callable[[argparse.Namespace], None]:

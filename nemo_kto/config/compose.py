@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]) -> None:
+def run_configured(
+    action: Callable[[KTOConfig], None],
+    overrides: Sequence[str],
+    *,
+    around: Callable[[DictConfig], AbstractContextManager[None]] = lambda raw: nullcontext(),
+) -> None:
     """Run `action` with the configuration from conf/gpt_kto.yaml and `overrides` of the command line.
 
     Hydra's own options (`--config-path`, `--config-name`, `--cfg job`, `--multirun` ...) work among the overrides.
     NeMo's `hydra_runner` does the same, but imports NeMo, and PyTorch with it, before a misspelt key is found.
+
+    Args:
+        action: What to run.
+        overrides: Of the command line.
+        around: Returns what the judgement of a composed configuration and `action` happen in.
     """
 
     def act(raw: DictConfig) -> None:
@@ -118,9 +128,10 @@ def run_configured(action: Callable[[KTOConfig], None], overrides: Sequence[str]
         run_guarded(lambda: start(raw))
 
     def start(raw: DictConfig) -> None:
-        config = parse_config(raw)
-        sweeps.in_own_folder(config, of_all)
-        action(config)
+        with around(raw):
+            config = parse_config(raw)
+            sweeps.in_own_folder(config, of_all)
+            action(config)
 
     hydra.version.setbase(None)
     parser = get_args_parser()

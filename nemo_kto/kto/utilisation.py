@@ -9,6 +9,7 @@ import torch
 
 from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.data.batches.packed_rows import Document, KTOBatch
+from nemo_kto.data.batches.upload import upload
 from nemo_kto.runtime.devices import peak_flops
 
 HALF = (torch.bfloat16, torch.float16)
@@ -50,13 +51,13 @@ class Utilisation:
         """Add the operations of this rank's share of a batch, of documents that count, to the sum `flops`."""
         if self._work is None or self._peak is None:
             return
-        device = batch.weights.device
-        for documents, count, weights in (
-            (batch.samples, self._work.of_sample, batch.weights),
-            (batch.kl_samples, self._work.of_kl, batch.kl_weights),
-        ):
-            operations = [count(*lengths) for lengths in _lengths(documents)]
-            sums.add("flops", torch.tensor(operations, dtype=torch.float64, device=device), weights)
+        work = self._work
+        of_samples = [work.of_sample(*lengths) for lengths in _lengths(batch.samples)]
+        of_kl = [work.of_kl(*lengths) for lengths in _lengths(batch.kl_samples)]
+        operations = [torch.tensor(each, dtype=torch.float64) for each in (of_samples, of_kl)]
+        weights = (batch.weights, batch.kl_weights)
+        for values, counted in zip(upload(operations, batch.weights.device), weights, strict=True):
+            sums.add("flops", values, counted)
 
     def metrics(self, flops: float | None, *, seconds: float) -> dict[str, float]:
         """Return `mfu`: which share of the peak, 0 to 1, a step's operations are in its time; nothing if unknown."""

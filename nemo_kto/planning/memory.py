@@ -114,12 +114,11 @@ class Activations:
         responses = max(sum(response for _, response in row) for row in rows) // layout.context
         layers = stage_layers(layout, self.sizes.layers)[stage]
         kept = self._kept_by_stage(layers) * self._rows_at_once(stage, len(rows)) * tokens
-        total = kept + self._in_passing(tokens, layers)
-        if layout.sequence:
-            total += 2 * tokens * self.sizes.hidden  # see `StepMemory.optimizer`
-        if stage == layout.pipeline - 1:
-            total += self._head(tokens, responses)
-        return total
+        passing = self._in_passing(tokens, layers)
+        if stage == layout.pipeline - 1:  # the output layer is done before the layers' backward passes begin
+            passing = max(passing, self._head(tokens, responses))
+        stays = 2 * tokens * self.sizes.hidden if layout.sequence else 0  # see `StepMemory.optimizer`
+        return kept + passing + stays
 
     def _rows_at_once(self, stage: int, rows: int) -> float:
         """Return how many rows a stage keeps activations of at once (1F1B; arXiv 2104.04473, section 2.2)."""

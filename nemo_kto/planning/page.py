@@ -79,7 +79,7 @@ def _table(planner: Planner, plans: Pasted) -> Iterator[str]:
     for number, (plan, _) in enumerate(plans, start=1):
         how = "" if plan.traced else " ~"
         yield (
-            f"{number:2}  {_short(plan):58} {plan.memory.peak / _GIB:6.1f} GiB{how:2}"
+            f"{number:2}  {_short(plan):58} {_size(plan.memory.peak):>10}{how:2}"
             f"{_seconds(plan.time.total):>8}  {plan.tokens_per_second:12,.0f}  {plan.utilisation:5.0%}"
         )
     if any(not plan.traced for plan, _ in plans):
@@ -106,21 +106,19 @@ def _details(planner: Planner, plan: Plan, _: list[str]) -> Iterator[str]:
     memory = plan.memory
     how = "by a dry run of the step" if plan.traced else "by formula"
     yield f"The first, on a GPU of pipeline stage {plan.stage}, where most is ({how}):"
-    yield from _amounts({_MEMORY[name]: value / _GIB for name, value in _parts(memory)}, "GiB")
+    yield from (f"    {_size(value):>10}  {_MEMORY[name]}" for name, value in _parts(memory) if value)
     if memory.host:
-        on_host = memory.host * planner.node_size / _GIB
-        yield f"    besides {on_host:.1f} GiB of each host's memory for the reference"
-    yield f"    of {planner.room / _GIB:.1f} GiB that may be used"
+        yield f"    besides {_size(memory.host * planner.node_size)} of each host's memory for the reference"
+    yield f"    of {_size(planner.room)} that may be used"
     yield "A step:"
-    yield from _amounts({_TIME[name]: value for name, value in _parts(plan.time)}, "s")
+    yield from (f"    {_seconds(value):>10}  {_TIME[name]}" for name, value in _parts(plan.time) if value)
     yield "A GPU sends in a step:"
     for each in plan.speed.traffic():
         if each.bytes:
             link = "within its node" if each.within_node else "to other nodes"
-            yield f"    {each.bytes / _GIB:8.2f} GiB  {_TIME[each.kind]}, {link}"
+            yield f"    {_size(each.bytes):>10}  {_TIME[each.kind]}, {link}"
     trained = planner.parts.whole.trained.all
-    size = checkpoint_bytes(trained, params_dtype_of(planner.config)) / _GIB
-    yield f"A checkpoint takes {size:,.1f} GiB of disk."
+    yield f"A checkpoint takes {_size(checkpoint_bytes(trained, params_dtype_of(planner.config)))} of disk."
 
 
 def _parts(record: RankMemory | StepTime) -> Iterator[tuple[str, float]]:
@@ -129,17 +127,11 @@ def _parts(record: RankMemory | StepTime) -> Iterator[tuple[str, float]]:
             yield each.name, getattr(record, each.name)
 
 
-def _amounts(amounts: dict[str, float], unit: str) -> Iterator[str]:
-    for name, value in amounts.items():
-        if value:
-            yield f"    {value:8.2f} {unit:3} {name}"
-
-
 def _others(planner: Planner, plans: Pasted, found: Found) -> Iterator[str]:
     slowest = max((plan.time.total for plan, _ in plans), default=float("inf"))
     for plan in [each for each in found.too_large if each.time.total < slowest][:_MOST_REASONS]:
         yield (
-            f"Too large: {_short(plan)}, {plan.memory.peak / _GIB:.1f} GiB of {planner.room / _GIB:.1f}, would take "
+            f"Too large: {_short(plan)}, {_size(plan.memory.peak)} of {_size(planner.room)}, would take "
             f"{_seconds(plan.time.total)}."
         )
     reasons = sorted(found.refused, key=lambda reason: -found.refused[reason])
@@ -200,5 +192,15 @@ def _count(number: int) -> str:
     return str(number)
 
 
+def _size(number: float) -> str:
+    """Return bytes in GiB, or less where there are few."""
+    units = ("KiB", "MiB", "GiB")
+    power = next((power for power in (3, 2) if number >= 0.1 * 1024**power), 1)
+    return f"{number / 1024**power:,.1f} {units[power - 1]}"
+
+
 def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"
+    if value >= 10:
+        return f"{value:.1f} s"
+    factor, unit = next((each for each in ((1, "s"), (1e3, "ms")) if value * each[0] >= 0.1), (1e6, "us"))
+    return f"{value * factor:.2f} {unit}"

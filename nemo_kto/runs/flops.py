@@ -24,7 +24,8 @@ the KL set; and the reference's over both, unless its log-probs are cached.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,25 +59,21 @@ def backward_flops(
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """What a layer takes forward, in multiply-adds.
+class _Core:
+    """What a kind of layer takes forward besides linear layers, in multiply-adds.
 
     Attributes:
-        linear: A token, in linear layers.
-        adapters: A token, in adapters.
         recurrence: A token, in linear attention.
         pair: Two tokens that see each other, in attention.
         window: Tokens that a token sees, itself included; None for all before it.
     """
 
-    linear: int
-    adapters: int
     recurrence: int
     pair: int
     window: int | None
 
-    def core(self, length: int) -> int:
-        """Return what a document takes besides linear layers."""
+    def of(self, length: int) -> int:
+        """Return what a document takes."""
         window = length if self.window is None else min(self.window, length)
         pairs = window * (window + 1) // 2 + (length - window) * window
         return length * self.recurrence + pairs * self.pair
@@ -96,37 +93,33 @@ class ModelFlops:
         rules = family.rules(hf_config)
         windows = _windows(family.fields(hf_config), sizes.layers)
         adapters = _adapters(rules, lora)
-        self._layers = [
-            _Layer(
-                linear=_linear(rules, sizes, layer),
-                adapters=adapters.get(layer, 0),
-                recurrence=_recurrence(sizes) if layer not in sizes.attention_layers else 0,
-                pair=_pair(sizes) if layer in sizes.attention_layers else 0,
-                window=windows[layer],
-            )
-            for layer in range(sizes.layers)
-        ]
-        self._output = sizes.hidden * sizes.vocabulary
-        self._first_trained = min(adapters, default=0)
-        self._frozen = lora is not None
+        linear = [_linear(rules, sizes, layer) for layer in range(sizes.layers)]
+        cores = [_core(sizes, layer, windows[layer]) for layer in range(sizes.layers)]
+        first, products = min(adapters, default=0), 2 if lora is None else 1
+        self._forward = sum(linear) + sum(adapters.values()), Counter(cores)
+        backward = sum(products * each for each in linear[first:]) + 2 * sum(adapters.values())
+        self._backward = backward, Counter({core: 2 * number for core, number in Counter(cores[first:]).items()})
+        self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, products))
 
-    def forward(self, documents: Iterable[int], responses: int) -> int:
+    def forward(self, documents: Sequence[int], responses: int) -> int:
         """Return the operations of a forward pass; see `forward_flops`."""
-        total = responses * self._output
-        of_token = sum(layer.linear + layer.adapters for layer in self._layers)
-        for length in documents:
-            total += length * of_token + sum(layer.core(length) for layer in self._layers)
-        return 2 * total
+        return _summed(documents, *self._forward) + 2 * responses * self._output
 
-    def backward(self, documents: Iterable[int], responses: int) -> int:
+    def backward(self, documents: Sequence[int], responses: int) -> int:
         """Return the operations of the backward pass of what is trained; see `forward_flops`."""
-        products = 1 if self._frozen else 2
-        layers = self._layers[self._first_trained :]
-        total = responses * products * self._output
-        of_token = sum(products * layer.linear + 2 * layer.adapters for layer in layers)
-        for length in documents:
-            total += length * of_token + sum(2 * layer.core(length) for layer in layers)
-        return 2 * total
+        return _summed(documents, *self._backward) + 2 * responses * self._output_backward
+
+
+def _summed(documents: Sequence[int], of_token: int, cores: Mapping[_Core, int]) -> int:
+    """Return the operations of documents, two a multiply-add.
+
+    Args:
+        documents: The tokens of each.
+        of_token: Multiply-adds of a token in linear layers and adapters.
+        cores: Kind of layer -> how often it counts.
+    """
+    besides = sum(times * core.of(length) for length in documents for core, times in cores.items())
+    return 2 * (sum(documents) * of_token + besides)
 
 
 class StepFlops:
@@ -191,17 +184,19 @@ def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int
     return found
 
 
-def _pair(sizes: Dimensions) -> int:
-    """Return the multiply-adds of attention for two tokens that see each other: a score and a weighted value."""
-    if sizes.latent is None:
-        return sizes.heads * 2 * sizes.head_channels
-    return sizes.heads * (sizes.latent.scored + sizes.latent.values)
+def _core(sizes: Dimensions, layer: int, window: int | None) -> _Core:
+    """Return what a layer takes besides linear layers.
 
-
-def _recurrence(sizes: Dimensions) -> int:
-    """Return the multiply-adds of a token in linear attention: what its key finds, what is written, what is asked."""
-    assert sizes.delta is not None
-    return 3 * sizes.delta.value_heads * sizes.delta.key_channels * sizes.delta.value_channels
+    Attention makes a score and a weighted value for two tokens that see each other. In linear attention a token's key
+    finds something, something is written, and something is asked for.
+    """
+    if layer not in sizes.attention_layers:
+        assert sizes.delta is not None
+        of_state = sizes.delta.value_heads * sizes.delta.key_channels * sizes.delta.value_channels
+        return _Core(3 * of_state, 0, None)
+    if sizes.latent is not None:
+        return _Core(0, sizes.heads * (sizes.latent.scored + sizes.latent.values), window)
+    return _Core(0, sizes.heads * 2 * sizes.head_channels, window)
 
 
 def _windows(fields: dict[str, Any], layers: int) -> list[int | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from nemo_kto import stopping
@@ -18,23 +18,24 @@ from nemo_kto.runtime.processes import this_process
 
 
 @contextlib.contextmanager
-def told_to_others(devices: int | str, num_nodes: int | str) -> Iterator[None]:
+def told_to_others(asked_for: Callable[[], tuple[int | str, int | str]]) -> Iterator[None]:
     """Tell the other ranks of a failure in here, if this one has not met them.
 
     That follows the sentence which a `KTOError` is reported with, and precedes the traceback of any other exception.
 
     Args:
-        devices: `trainer.devices`.
-        num_nodes: `trainer.num_nodes`.
+        asked_for: Returns `trainer.devices` and `trainer.num_nodes`, which need not be possible.
     """
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(KTOError):  # that variables contradict each other, which may be the failure itself
+        # of keys and variables that are no numbers or contradict each other, which may be the failure itself
+        with contextlib.suppress(KTOError, TypeError, ValueError):
+            devices, num_nodes = asked_for()
             found, nodes = launch(), node_count(num_nodes)
-            size = found.world_size or (known_device_count(devices) or 0) * nodes
+            size = (known_device_count(devices) or 0) * nodes
             if _others_wait(found, nodes, size):
-                tell = partial(_tell, found.rank, size or None, f"{_name(found)}{_why(error)}")
+                tell = partial(_tell, found.rank, found.world_size or size or None, f"{_name(found)}{_why(error)}")
                 if isinstance(error, KTOError):
                     stopping.end_together(tell)
                 else:  # at exit no threads could be started any more (Python 3.12)
@@ -48,9 +49,11 @@ def _others_wait(found: Launch, nodes: int, size: int) -> bool:
     Args:
         found: Who has started it.
         nodes: On how many nodes the run is.
-        size: How many ranks there are; 0 if that is not known.
+        size: How many ranks it is to have; 0 if that is not known.
     """
-    if size == 1 or (found.starter in (None, "torchrun") and nodes == 1):
+    if found.world_size and size and found.world_size != size:
+        return False  # all ranks find that, if there are others: variables may be left over
+    if 1 in (size, found.world_size) or (found.starter in (None, "torchrun") and nodes == 1):
         return False
     return found.starter == "Slurm" or "MASTER_PORT" in os.environ
 

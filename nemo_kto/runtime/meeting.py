@@ -56,10 +56,10 @@ _ANSWER = 60.0
 
 _LOOK = 0.2
 
-_WORD = 60.0
+_WORD = 180.0
 """Most seconds that a rank which fails stays so that the others find out why."""
 
-_QUICK = 5.0
+_QUICK = 30.0
 """Seconds of them that are not worth a line."""
 
 _EXCHANGES = 2000

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_kto.runtime.log_lock import FOLDER as LOCK
 from tests.cluster.conftest import REPOSITORY, SCRIPTS, TRAINING, keys, places, without_gpus
 from tests.cluster.two_nodes import Job, TwoNodes
 from tests.integration.assets import read_series
@@ -31,8 +32,12 @@ def check_series(log_dir: Path, expected: Series) -> None:
         assert series[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-def program_without(what: str, folder: Path) -> str:
-    """Return a Python that is not on the second node what it is on the first: it lacks a package, or the model."""
+def program_without(what: str, folder: Path, *, waits: bool = True) -> str:
+    """Return a Python that is not on the second node what it is on the first: it lacks a package, or the model.
+
+    Where it `waits` it begins there when rank 0 holds the log folder, to which it comes late on a busy machine.
+    """
+    wait = f"until [ -e {shlex.quote(str(folder / 'log' / LOCK))} ]; do sleep 0.1; done" if waits else ":"
     there = 'set -- "$@" pretrained_checkpoint.restore_from_path=/not/on/this/node'
     if what != "model":
         broken = folder / "broken"
@@ -40,7 +45,9 @@ def program_without(what: str, folder: Path) -> str:
         (broken / what / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open")\n')
         there = f'export PYTHONPATH="{broken}:$PYTHONPATH"'
     program = folder / "python"
-    program.write_text(f'#!/bin/bash\nif [ "$SLURM_NODEID" = 1 ]; then {there}; fi\nexec "{sys.executable}" "$@"\n')
+    program.write_text(
+        f'#!/bin/bash\nif [ "$SLURM_NODEID" = 1 ]; then {wait}; {there}; fi\nexec "{sys.executable}" "$@"\n'
+    )
     program.chmod(0o755)
     return str(program)
 
@@ -115,7 +122,7 @@ def test_torchrun(cluster: TwoNodes, root: Path, tmp_path: Path, never_stopped: 
 
 
 def test_torchrun_on_a_node_that_lacks_something(cluster: TwoNodes, root: Path, tmp_path: Path) -> None:
-    job = torchrun(cluster, root, tmp_path, PYTHON=program_without("megatron", tmp_path))
+    job = torchrun(cluster, root, tmp_path, PYTHON=program_without("megatron", tmp_path, waits=False))
     job.wait_for("FAILED")
     assert re.search(rf"^1: .*{MISSING}", job.log(), re.MULTILINE), job.log()
     assert "did not come within" not in job.log()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,9 +41,12 @@ class Watch(Callback):
 
 
 def watched(port: int, overrides: dict[str, Any]) -> Found:
-    """Return where the host waited, and how many copies from pinned memory did not wait."""
+    """Return where the host waited, and how many copies from pinned memory did not wait; the GPU's peak is known."""
+    from nemo_kto.kto import utilisation
+
     watch = Watch()
-    train_on_rank(port, overrides, callbacks=[watch])
+    with mock.patch.object(utilisation, "peak_flops", lambda name: 1e12):
+        train_on_rank(port, overrides, callbacks=[watch])
     return watch.syncs.found, watch.syncs.uploads
 
 

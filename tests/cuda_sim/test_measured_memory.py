@@ -1,4 +1,4 @@
-"""What a dry run says of a step's memory is what trainings on the simulated device have taken."""
+"""What a dry run and the planner's formula say of a step's memory is what trainings on the simulated device took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from nemo_kto.runtime.layout import Layout
 from tests.cuda_sim.test_same_series import BF16, LORA, RECOMPUTE, TP2_SP
@@ -31,9 +31,19 @@ PP2 = {"model__pipeline_model_parallel_size": 2}
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model whose activations are many times what a process holds besides, and feedback."""
-    folder = tmp_path_factory.mktemp("larger")
+    return make_assets(tmp_path_factory.mktemp("larger"), LlamaConfig(**SIZES))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same with a mixture of eight experts, two for each token."""
+    config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    return make_assets(tmp_path_factory.mktemp("mixture"), config)
+
+
+def make_assets(folder: Path, config: PretrainedConfig) -> Path:
     tokenizer = make_tokenizer()
-    config = LlamaConfig(**SIZES, eos_token_id=tokenizer.eos_token_id)
+    config.eos_token_id = tokenizer.eos_token_id
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "hf")
     tokenizer.save_pretrained(folder / "hf")
     text = " ".join(WORDS * 5)
@@ -62,6 +72,19 @@ class Meter(Callback):
             self.found["peak"] = torch.cuda.max_memory_allocated()
 
 
+def trained(assets: Path, log_folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the overrides of a run of two steps."""
+    return settings(
+        assets,
+        log_folder,
+        trainer__accelerator="gpu",
+        trainer__kto__max_steps=2,
+        model__micro_batch_size=2,
+        model__data__seq_length=256,
+        **changes,
+    )
+
+
 def measured(port: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return what a training takes on this rank, and the micro-batches it was measured with."""
     meter = Meter()
@@ -69,21 +92,43 @@ def measured(port: int, overrides: dict[str, Any]) -> dict[str, Any]:
     return meter.found
 
 
-def predicted(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> Any:
-    """Return what a dry run finds."""
+def given(overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the configuration of a run and that of its model."""
     from omegaconf import OmegaConf
 
     from nemo_kto.config.compose import parse_config
     from nemo_kto.network.hf_config import load_hf_config
-    from nemo_kto.runs.memory import step_memory
 
     torch.distributed.destroy_process_group()  # the harness's
     raw = OmegaConf.create({})
     for key, value in overrides.items():
         OmegaConf.update(raw, key, value)
-    config = parse_config(raw)
-    hf_config = load_hf_config(overrides["pretrained_checkpoint.restore_from_path"])
+    return parse_config(raw), load_hf_config(overrides["pretrained_checkpoint.restore_from_path"])
+
+
+def predicted(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> Any:
+    """Return what a dry run finds."""
+    from nemo_kto.runs.memory import step_memory
+
+    config, hf_config = given(overrides)
     return step_memory(config, hf_config, layout, rank, rows=rows, every_layer=True)
+
+
+def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> float:
+    """Return the peak that the planner's formula finds."""
+    from nemo_kto.network.families import dimensions_of, family_of
+    from nemo_kto.planning.counts import parts_of
+    from nemo_kto.planning.memory import Activations, held_memory
+    from nemo_kto.runs.reference import lora_settings, reference_settings
+
+    config, hf_config = given(overrides)
+    lora = lora_settings(config, hf_config)
+    reference = reference_settings(config, hf_config, lora, accelerator="gpu").mode
+    stage = rank // (layout.world_size // layout.pipeline)
+    held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, reference)
+    sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)
+    activations = Activations(config=config, sizes=sizes, fields=fields, layout=layout, lora=lora)
+    return held.held + activations.peak(stage, rows)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +145,28 @@ def predicted(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -
 def test_a_training_takes_what_a_dry_run_says(
     assets: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, layout: Layout, changes: dict[str, Any]
 ) -> None:
-    values = settings(
-        assets,
-        tmp_path,
-        trainer__accelerator="gpu",
-        trainer__kto__max_steps=2,
-        model__micro_batch_size=2,
-        model__data__seq_length=256,
-        **changes,
-    )
+    values = trained(assets, tmp_path, changes)
     for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
         (dry,) = run_ranks(predicted, 1, values, layout, rank, found["rows"])
         # the batch and what is logged are the device's as well
         assert dry.held == pytest.approx(found["held"], abs=2**16)
         assert dry.peak == pytest.approx(found["peak"], rel=0.005)
+        (by_formula,) = run_ranks(planned, 1, values, layout, rank, found["rows"])
+        assert by_formula == pytest.approx(found["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        pytest.param(Layout(world_size=1), BF16, id="bf16"),
+        pytest.param(Layout(world_size=2, expert=2), {**BF16, "model__expert_model_parallel_size": 2}, id="bf16 EP2"),
+    ],
+)
+def test_a_mixture_takes_what_the_formula_says(
+    mixture: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, layout: Layout, changes: dict[str, Any]
+) -> None:
+    """Random routers load experts about equally, as the formula takes them to be."""
+    values = trained(mixture, tmp_path, changes)
+    for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
+        (by_formula,) = run_ranks(planned, 1, values, layout, rank, found["rows"])
+        assert by_formula == pytest.approx(found["peak"], rel=0.1)

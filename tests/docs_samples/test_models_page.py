@@ -12,10 +12,11 @@ from tests.generation.test_decoding import BIASED, DENSE, SPARSE
 from tests.integration.assets import KINDS
 from tests.integration.test_matrix import MODELS
 from tests.network import tiny_hf
+from tests.network.published_shapes import PUBLISHED
 from tests.network.test_lora import PEFT
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-COLUMNS = ("Models", "Full", "LoRA", "TP", "PP", "CP", "EP", "Generation", "PEFT", "kind", "name")
+COLUMNS = ("Models", "Built as", "Full", "LoRA", "TP", "PP", "CP", "EP", "Generation", "PEFT", "kind", "name")
 
 
 def rows() -> dict[str, dict[str, str]]:
@@ -44,6 +45,7 @@ def test_a_family_has_the_tests_that_the_table_names(family: str) -> None:
     in_matrix = {folder for folder, _, _ in MODELS.values()}
     assert kind in in_matrix or (kind == "llama" and "hf" in in_matrix)
     assert family in {models[base].model_type for base, _ in PEFT.values()}
+    assert row["Built as"] == PUBLISHED[family].model.rpartition("/")[2]
 
 
 @pytest.mark.parametrize("family", ROWS)

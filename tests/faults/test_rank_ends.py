@@ -16,9 +16,11 @@ from nemo_kto import errors, stopping
 from nemo_kto.errors import DataError
 from nemo_kto.runtime import watchdog
 from nemo_kto.runtime.early_end import told_to_others
+from nemo_kto.runtime.log_lock import FOLDER as LOCK
 from tests.distributed_harness import free_port
 from tests.faults.commands import TP2, Command, training
 from tests.faults.forked_ranks import ForkedRanks, Place, said
+from tests.waiting import wait_until
 
 TRAINING = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto" / "train_gpt_kto.py"
 
@@ -170,7 +172,7 @@ def fail_early(place: Place, failing: int, error: Exception, numbers: dict[str, 
     """Come to where the ranks meet, but for one; as ranks do that nobody ends with each other."""
     errors._PARENT = os.getppid()  # which is not that of the process that this one was forked from
     os.environ.update(NODE_RANK="0", MASTER_PORT=str(place.port), **numbers)
-    with told_to_others("auto", 1):
+    with told_to_others(lambda: ("auto", 1)):
         if place.rank == failing:
             raise error
         place.meet()
@@ -239,22 +241,27 @@ def test_a_rank_of_this_machine_that_ends_before_all_have_met(
     assert re.fullmatch(f"error: {sentence}", line)
 
 
-def test_ranks_that_nobody_ends_with_each_other(root: Path, tmp_path: Path) -> None:
-    """As under `srun` alone: one lacks the data."""
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("model__data__data_prefix__train", "no such file"),
+        ("pretrained_checkpoint__restore_from_path", "is not a folder"),  # found when keys are judged
+    ],
+)
+def test_ranks_that_nobody_ends_with_each_other(root: Path, tmp_path: Path, key: str, what: str) -> None:
+    """As under `srun` alone: one lacks the data, or the model."""
     by_hand = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    data = {"model__data__data_prefix__train": str(tmp_path / "none.jsonl")}
-    commands = [
-        Command(
-            tmp_path / str(rank),
-            training(root, tmp_path / "log", script=TRAINING, **TP2, **(data if rank else {})),
-            LOCAL_RANK=str(rank),
-            **by_hand,
-        )
-        for rank in range(2)
-    ]
-    (code, _, waiting), (other_code, _, failing) = [command.end() for command in commands]
+
+    def start(rank: int, **changes: str) -> Command:
+        arguments = training(root, tmp_path / "log", script=TRAINING, **TP2, **changes)
+        return Command(tmp_path / str(rank), arguments, LOCAL_RANK=str(rank), **by_hand)
+
+    first = start(0)
+    wait_until((tmp_path / "log" / LOCK).exists, process=first.process)  # on a busy machine to get there takes long
+    second = start(1, **{key: str(tmp_path / "none")})
+    (code, _, waiting), (other_code, _, failing) = first.end(), second.end()
     assert (code, other_code) == (1, 1)
     (own,) = [line.removeprefix("[rank 1] error: ") for line in failing.splitlines() if "error: " in line]
     (line,) = [line for line in waiting.splitlines() if "error: " in line]
-    assert own.endswith("none.jsonl: no such file.")
+    assert str(tmp_path / "none") in own and what in own
     assert re.sub(r" \(process \d+ on \S+\)", "", line) == f"error: Rank 1: {own} The others cannot begin without it."

@@ -48,6 +48,8 @@ from transformers import (
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
+    from nemo_kto.config.schema import KTOConfig
+
 WORDS = "red green blue sea sky tree house dog cat sun moon star rain snow wind fire stone river road hill".split()
 GLOBAL_BATCH_SIZE = 8
 TINY_SIZES: dict[str, Any] = {
@@ -158,7 +160,11 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     ),
     "qwen3_next": (Qwen3NextConfig, {**DELTA, **SHARED, "mlp_only_layers": [1], **_TOKENS}),
     "qwen3_5_moe": (Qwen3_5MoeTextConfig, {**DELTA, **SHARED, **_TOKENS}),
-    "qwen3_5": (Qwen3_5TextConfig, {**DELTA, **_TOKENS}),
+    # as many heads as tensor- and context-parallel ranks together share
+    "qwen3_5": (
+        Qwen3_5TextConfig,
+        {**DELTA, "linear_num_key_heads": 4, "linear_num_value_heads": 8, **_TOKENS},
+    ),
     "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "gaps": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0], **_TOKENS}),  # layers without rotary embedding
 }
@@ -238,22 +244,29 @@ def settings(root: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
     return values | {key.replace("__", "."): value for key, value in changes.items()}
 
 
+def configuration(overrides: dict[str, Any]) -> KTOConfig:
+    """Return the configuration that dotted overrides make."""
+    from omegaconf import OmegaConf
+
+    from nemo_kto.config.compose import parse_config
+
+    raw = OmegaConf.create({})
+    for key, value in overrides.items():
+        OmegaConf.update(raw, key, value)
+    return parse_config(raw)
+
+
 def train_on_rank(port: int, overrides: dict[str, Any], *, callbacks: Sequence[Callback] = ()) -> None:
     """Run the training command's inside on one rank of a pool's processes."""
     import torch.distributed as dist
-    from omegaconf import OmegaConf
 
     from nemo_kto.commands.train import train
-    from nemo_kto.config.compose import parse_config
     from nemo_kto.quiet import silence_loaded_packages
 
     silence_loaded_packages()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    raw = OmegaConf.create({})
-    for key, value in {**overrides, "trainer.devices": world_size}.items():
-        OmegaConf.update(raw, key, value)
-    train(parse_config(raw), callbacks=callbacks)
+    train(configuration({**overrides, "trainer.devices": world_size}), callbacks=callbacks)
 
 
 def refusal_on_rank(port: int, overrides: dict[str, Any]) -> tuple[str, str]:

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.runs.layout import check_division, requested_layout
 from tests.distributed_harness import free_port
-from tests.integration.assets import assert_alike, read_series, settings, train_on_rank
+from tests.integration.assets import assert_alike, configuration, read_series, settings, train_on_rank
 
 Series = dict[str, dict[int, float]]
 
@@ -208,6 +211,17 @@ def cells() -> Iterator[Any]:
                 if recompute in ("selective", "block") and layout not in ("one", "tp2sp_pp2vpp2", "tp2sp_ep2"):
                     continue
                 yield pytest.param(*cell, marks=() if cell in DEFAULT else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_is_one_of_the_model(root: Path, tmp_path: Path, model: str) -> None:
+    """So that the cells which only `make test-slow` runs can be run."""
+    folder, layouts, kind = MODELS[model]
+    sizes = dimensions_of(load_hf_config(root / folder)).divided
+    for world_size, changes in layouts.values():
+        values = settings(root, tmp_path, model__micro_batch_size=2, trainer__devices=world_size, **kind, **changes)
+        config = configuration(values)
+        check_division(config, requested_layout(config, world_size), sizes)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ MODELS = {
     "qwen3_235b_a22b": shapes.QWEN3_235B,
 }
 RECIPES = sorted(file.stem for file in (config_dir() / "recipe").glob("*.yaml"))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 GIB = 2**30
 
 
@@ -62,6 +63,8 @@ def test_each_fits_what_it_names(run_ranks: Callable[..., list[Any]]) -> None:
     assert set(found) == set(RECIPES) and len(RECIPES) >= 10
     for name, (peak, room, ranks) in found.items():
         title = (config_dir() / "recipe" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
+        row = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |"))
+        assert f" {peak / GIB:.1f} GiB" in row, row
         if name.endswith("laptop"):
             assert "16 GB of memory" in title and ranks * (peak + 1.5 * GIB) < 12 * GIB, peak / GIB
         else:

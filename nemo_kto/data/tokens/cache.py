@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256

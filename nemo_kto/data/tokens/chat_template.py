@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError
 
 from nemo_kto.data.reading.records import Messages, RecordError
+from nemo_kto.data.tokens.lost_parts import REASONING, Part, lost
+from nemo_kto.data.tokens.reasoning import OPEN, thought_of, under_known_name, written_behind
 from nemo_kto.data.tokens.special_text import hidden
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, as_string, leaves, quoted_twice, with_arguments
 
@@ -59,6 +61,7 @@ INSTRUCTIONS = ("system", "developer")
 
 SystemPrompts = Literal["keep", "merge_into_user", "drop"]
 
+IN_FIELD = "the chat template reads reasoning in the field"
 OTHER_ARGUMENTS = "the chat template takes tool-call arguments in another form than the record has them in: it gets {}"
 
 
@@ -69,6 +72,9 @@ CLOSED_BLOCK = (
 OPEN_BLOCK = (
     "the chat template writes the conversation otherwise than the prompt of inference goes on; the response begins "
     "behind the tokens with which both begin"
+)
+REASONING_KEPT = (
+    "the chat template takes reasoning out of every answer; that of the rated one is kept, as the model writes it"
 )
 EARLIER_TURNS = (
     "the chat template writes earlier turns otherwise once they are answered; the prompt is that of inference"
@@ -120,7 +126,7 @@ class ChatTemplate:
 
     def knows(self, variable: str, tools: list[Any] | None) -> bool:
         """Whether a variable of that name is in the template that is used with such tools."""
-        template = self._tokenizer.get_chat_template(tools=tools)
+        template = self._template(tools)
         return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
     @cached_property
@@ -141,6 +147,7 @@ class ChatTemplate:
         def render(form: Messages) -> str:
             return self._apply(form, _NOTHING, add_generation_prompt=True)
 
+        messages, _ = under_known_name(messages, self._template(None))
         text, notes = self._first_form(messages, render, as_object)
         if not notes and quoted_twice(messages, text):
             text = render(with_arguments(messages, as_object))
@@ -167,14 +174,38 @@ class ChatTemplate:
 
         def render(form: Messages) -> Rendering:
             prompt = self._apply(form[:-1], given, add_generation_prompt=True)
-            return self._divided(form, given, prompt, self._apply(form, given))
+            whole = self._apply(form, given)
+            return self._with_reasoning(form, given, prompt, whole) or self._divided(form, given, prompt, whole)
 
+        messages, field = under_known_name(messages, self._template(tools))
         rendering, notes = self._first_form(messages, render, as_hidden_object)
         objects = with_arguments(messages, as_hidden_object)
         if not notes and objects != messages and not _has_arguments(messages, rendering.whole):
             with contextlib.suppress(RecordError):  # strings are all that the template takes
                 rendering, notes = render(objects), (OTHER_ARGUMENTS.format("objects"),)
+        notes += () if field is None else (f"{IN_FIELD} '{field}' of a message: it gets it there",)
         return replace(rendering, notes=notes + rendering.notes)
+
+    def _with_reasoning(self, messages: Messages, given: _Given, prompt: str, whole: str) -> Rendering | None:
+        """A conversation with the reasoning in the answer's content that the template takes out; None if it is there.
+
+        Also None where the model has no place for it behind that prompt.
+        """
+        content = messages[-1].get("content", "")
+        thought, _ = thought_of(content)
+        if not lost([Part(REASONING, thought)], whole, self._special):
+            return None
+        header = _header(prompt, self._apply(messages[:-1], given))
+        written = written_behind(header, content)
+        try:
+            probe = {**messages[-1], "content": _PROBE}
+            before, found, behind = self._apply([*messages[:-1], probe], given).partition(_PROBE)
+        except RecordError:
+            return None
+        if written is None or not found or (OPEN not in header and before != prompt):
+            return None
+        answer = written + behind
+        return Rendering(prompt, answer, header, prompt + answer, notes=(REASONING_KEPT,))
 
     def _divided(self, messages: Messages, given: _Given, prompt: str, whole: str) -> Rendering:
         """A conversation with its answer told apart."""
@@ -236,11 +267,18 @@ class ChatTemplate:
                     continue  # the error is that of the messages as they are
             raise error
 
-    def _apply(self, messages: Messages, given: _Given, *, add_generation_prompt: bool = False) -> str:
+    def _template(self, tools: list[Any] | None) -> str:
+        """The template that is used with such tools, where there are several."""
         try:
-            template = self._tokenizer.get_chat_template(tools=given.tools)
-            if "strftime_now" in template:
-                template = _DATE_MACRO + template
+            return self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise RecordError(f"no chat template can be chosen ({error}).") from error
+
+    def _apply(self, messages: Messages, given: _Given, *, add_generation_prompt: bool = False) -> str:
+        template = self._template(given.tools)
+        if "strftime_now" in template:
+            template = _DATE_MACRO + template
+        try:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=template,

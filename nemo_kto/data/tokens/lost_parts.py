@@ -19,17 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_kto.data.reading.records import Messages
+from nemo_kto.data.tokens.reasoning import reasoning_of, thought_of
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, calls_of, leaves
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names that transformers knows for the reasoning of a message; the first that is filled counts."""
+REASONING = "its reasoning"
+"""Name of the part of an answer that is."""
 
-# A block at the beginning, which a model that was cut off has not closed; or up to a closing tag, where the header of
-# the answer opens it.
-_THOUGHT = re.compile(
-    r"\s*(?:<think>(?P<block>.*?)(?:</think>|\Z)|(?P<rest>(?:(?!<think>).)*?)</think>(?!.*<think>))(?P<text>.*)",
-    re.DOTALL,
-)
 _SWITCH = re.compile(r"(?<!<)/(?:no_)?think\b")
 _TAKEN = 0
 
@@ -55,7 +50,7 @@ def prompt_parts(messages: Messages, tools: Sequence[Any] | None) -> list[Part]:
     for message in messages:
         role, content = message["role"], message.get("content") or ""
         if role == "assistant":
-            _, content = _thought(content)
+            _, content = thought_of(content)
             calls = list(_calls(message, "a tool call of an earlier answer"))
             name = "the text beside a tool call of an earlier answer" if calls else "an earlier answer"
             parts += [Part(name, content, first=True), *calls]
@@ -67,11 +62,10 @@ def prompt_parts(messages: Messages, tools: Sequence[Any] | None) -> list[Part]:
 
 def answer_parts(message: dict[str, Any]) -> list[Part]:
     """Returns the parts of a rated answer, in order."""
-    reasoning = next((message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str)), "")
-    thought, content = _thought(message.get("content") or "")
+    thought, content = thought_of(message.get("content") or "")
     calls = list(_calls(message, "its tool call"))
     text = Part("the text beside its tool call" if calls else "its text", content, first=True)
-    return [Part("its reasoning", reasoning), Part("its reasoning", thought), text, *calls]
+    return [Part(REASONING, reasoning_of(message)), Part(REASONING, thought), text, *calls]
 
 
 def lost(parts: Iterable[Part], text: str, special: re.Pattern[str]) -> list[Part]:
@@ -134,14 +128,6 @@ def _forms(text: str) -> Iterator[str]:
 
 def _dense(text: str) -> str:
     return "".join(text.split())
-
-
-def _thought(content: str) -> tuple[str, str]:
-    """The reasoning that an answer begins with, and the rest."""
-    found = _THOUGHT.fullmatch(content)
-    if found is None:
-        return "", content
-    return found["block"] if found["block"] is not None else found["rest"], found["text"]
 
 
 def _tool_texts(tools: Sequence[Any]) -> Iterator[str]:

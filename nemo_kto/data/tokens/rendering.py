@@ -24,15 +24,18 @@ from nemo_kto.data.reading.records import FeedbackRecord, Messages, RecordError,
 from nemo_kto.data.tokens.chat_template import (
     CLOSED_BLOCK,
     EARLIER_TURNS,
+    IN_FIELD,
     INSTRUCTIONS,
     OPEN_BLOCK,
+    REASONING_KEPT,
     ChatTemplate,
     Rendering,
     SystemPrompts,
     instructed,
 )
 from nemo_kto.data.tokens.endings import ended
-from nemo_kto.data.tokens.lost_parts import Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.lost_parts import REASONING, Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.reasoning import CLOSE, OPEN, reasoning_of
 from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object
 
@@ -45,7 +48,11 @@ CHAT = "chat"
 SpecialTokens = Literal["auto", "text", "control"]
 TemplateLosses = Literal["error", "warn"]
 
-_REASONING_TAGS = {"<think>", "</think>"}
+_REASONING_TAGS = {OPEN, CLOSE}
+_KEEP_REASONING = (
+    "Put it into 'content' between <think> and </think>, if the model writes it so; where the prompt of inference has "
+    "closed that block, chat_template_kwargs may open it (enable_thinking, or thinking). Or "
+)
 SPELLED_BY_ASSISTANT = (
     "special tokens that an assistant's message spells are taken as text; model.data.special_tokens=control makes "
     "them what they spell"
@@ -131,6 +138,7 @@ class Renderer:
         """Keeps both; a tokenizer without a chat template renders strings only."""
         self._settings = settings
         self._eos = tokenizer.eos_token
+        self._lacking = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token.content) for token in added if token.special} | set(
             map(str, tokenizer.all_special_tokens)
@@ -218,6 +226,11 @@ class Renderer:
             for name, value in (record.template_kwargs or {}).items()
             if not self.template.knows(name, tools)
         ]
+        notes += [
+            Note(f"the chat template writes {name}, and the tokenizer has none: nothing stands there", shown(name))
+            for name in self._lacking
+            if self.template.knows(name, tools)
+        ]
         notes += self._notes_on_end(clear(answer), end, behind)
         written = [message.get("content", "") for message in conversation if message["role"] == "assistant"]
         if marker is not None and (found := self._special.search("\0".join(written))):
@@ -236,6 +249,10 @@ class Renderer:
 
     def _example(self, kind: str, rendering: Rendering, messages: Messages, clear: Callable[[str], str]) -> str:
         """What a note on a rendering shows."""
+        if kind == REASONING_KEPT:
+            return shown(clear(rendering.answer))
+        if kind.startswith(IN_FIELD):
+            return shown(clear(next(filter(None, map(reasoning_of, messages)))))
         if kind in (OPEN_BLOCK, CLOSED_BLOCK, EARLIER_TURNS):
             prompt, whole = clear(rendering.prompt), clear(rendering.whole)
             common = len(os.path.commonprefix([prompt, whole]))
@@ -257,8 +274,9 @@ class Renderer:
             raise RecordError(f"the chat template writes nothing of the answer but its end{what}.")
         if losses and self._settings.template_losses == "error":
             raise RecordError(
-                f"the chat template leaves {losses[0].name} out of the answer, {shown(clear(losses[0].text))}. Use a "
-                "template that writes it, or set model.data.template_losses=warn to train on the rest."
+                f"the chat template leaves {losses[0].name} out of the answer, {shown(clear(losses[0].text))}. "
+                + (_KEEP_REASONING if losses[0].name == REASONING else "Use a template that writes it, or ")
+                + "set model.data.template_losses=warn to train on the rest."
             )
         return losses
 

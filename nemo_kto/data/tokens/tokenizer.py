@@ -66,9 +66,15 @@ def load_tokenizer(
     if without_torch:
         import_without_torch()
     from transformers import AutoTokenizer, PreTrainedTokenizerBase  # only now: it takes longer than small data does
+    from transformers.models.auto import tokenization_auto
 
+    options: dict[str, bool] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    if hasattr(tokenization_auto, "_use_mistral_format"):
+        # else a folder of Mistral's would be read otherwise where mistral-common is installed, as vLLM has it: by a
+        # class that knows no chat template, and not even all methods of a tokenizer
+        options["mistral_format"] = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the readers behind it raise anything from KeyError to bare Exception
         if not trust_remote_code and has_own_code(folder / "tokenizer_config.json"):
             raise ConfigError(
@@ -80,6 +86,12 @@ def load_tokenizer(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).{hint}"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
+    if type(tokenizer).__name__.startswith("MistralCommon"):
+        raise ConfigError(
+            f"{folder}: transformers {version('transformers')} reads this tokenizer by mistral-common, which knows no "
+            "chat template. Take tekken.json out of the folder, if tokenizer.json is there too; or uninstall "
+            "mistral-common."
+        )
     return tokenizer
 
 

@@ -39,6 +39,8 @@ BESIDE = OBJECTS.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}
 CUTTING = CHAT_TEMPLATE.replace("m['content']", "m['content'][:9]")
 NO_THOUGHTS = CHAT_TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
 """As DeepSeek R1's distilled models do, with all answers."""
+CLOSED = "{% if add_generation_prompt %}<|assistant|></think>{% endif %}"
+"""As DeepSeek-V3.1's header does, unless asked to think."""
 OPENING = "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 """As R1's and QwQ's headers do."""
 CONDITIONAL = (
@@ -108,7 +110,7 @@ def test_a_tool_call_that_becomes_nothing_is_a_bad_record():
 @pytest.mark.parametrize(
     ("template", "answer", "part", "rest"),
     [
-        (NO_THOUGHTS, assistant("<think>\nTwo and two.\n</think>\n\n4"), "its reasoning", "\n\n4</s>"),
+        (NO_THOUGHTS.replace(HEADER, CLOSED), assistant("<think>Two and two.</think>4"), "its reasoning", "4</s>"),
         (CHAT_TEMPLATE, assistant("4", reasoning_content="Two and two."), "its reasoning", "4</s>"),
         (CHAT_TEMPLATE, assistant("4", thinking="Two and two."), "its reasoning", "4</s>"),
         (BESIDE, call(content="I add."), "the text beside its tool call", '[add {"a": 1, "b": "two"}]</s>'),
@@ -129,7 +131,7 @@ def test_a_part_of_an_answer_that_is_left_out(template, answer, part, rest):
 def test_what_was_lost_is_shown():
     bad = encoded(made(CUTTING), user("?"), assistant("one\ntwo\nthree"))
     assert '"three"' in bad.reason
-    bad = encoded(made(NO_THOUGHTS), user("?"), assistant("<think>say </s> now</think>4"))
+    bad = encoded(made(NO_THOUGHTS.replace(HEADER, CLOSED)), user("?"), assistant("<think>say </s> now</think>4"))
     assert '"say </s> now"' in bad.reason  # special tokens that people wrote as they wrote them
 
 
@@ -225,11 +227,40 @@ def test_an_answer_that_does_not_go_on_from_the_header():
     assert r"</s>\n<|assistant|><think>\n" in example and "<table> 4" in example
 
 
-def test_a_template_that_opens_a_block_and_takes_reasoning_out():
-    """R1's: its answers' reasoning is lost, which is an error; without reasoning the header is divided."""
+@pytest.mark.parametrize("header", [HEADER, OPENING])
+def test_the_reasoning_of_the_last_answer_is_kept_where_a_template_takes_it_out_of_all(header):
+    """R1's: the prompt is what inference sends, the response what the model writes behind it."""
+    tokenizer = made(NO_THOUGHTS.replace(HEADER, header))
+    begun = "<think>\n" if header == OPENING else ""
+    turns = user("hi"), assistant("<think>\na greeting\n</think>\n\nhello"), user("2 + 2?")
+    prompt = f"<|user|>hi</s>\n<|assistant|>\n\nhello</s>\n<|user|>2 + 2?</s>\n<|assistant|>{begun}"
+    thoughtful = "<think>\nTwo and two.\n</think>\n\n4"
+    result = encoded(tokenizer, *turns, assistant(thoughtful))
+    assert texts(result, tokenizer) == (prompt, thoughtful.removeprefix(begun) + "</s>")
+    (note,) = result.notes
+    assert "that of the rated one is kept" in note.kind and "Two and two." in note.example
+    assert prompt == tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "response"),
+    [
+        ("<think>\nTwo.\n</think>\n4", "Two.\n</think>\n4</s>"),
+        ("<think>Two.</think>4", "Two.</think>4</s>"),
+        ("\n<think>\n\nTwo.</think>4", "Two.</think>4</s>"),
+        ("Two.\n</think>\n4", "Two.\n</think>\n4</s>"),  # as the model has written it
+        ("<think>\nTwo, and never", "Two, and never</s>"),  # cut off
+    ],
+)
+def test_reasoning_goes_on_in_the_block_that_the_header_opens(content, response):
     tokenizer = made(NO_THOUGHTS.replace(HEADER, OPENING))
-    thoughtful = assistant("<think>\nTwo and two.\n</think>\n\n4")
-    assert "leaves its reasoning out" in encoded(tokenizer, user("2 + 2?"), thoughtful).reason
+    prompt, answer = texts(encoded(tokenizer, user("2 + 2?"), assistant(content)), tokenizer)
+    assert (prompt, answer) == ("<|user|>2 + 2?</s>\n<|assistant|><think>\n", response)
+
+
+def test_a_template_that_opens_a_block_and_takes_reasoning_out():
+    """Without reasoning the header is divided."""
+    tokenizer = made(NO_THOUGHTS.replace(HEADER, OPENING))
     result = encoded(tokenizer, user("2 + 2?"), assistant("5"))
     assert texts(result, tokenizer) == ("<|user|>2 + 2?</s>\n<|assistant|>", "5</s>")
 
@@ -546,3 +577,201 @@ def test_generation_gets_arguments_as_training_does():
     turns = [user("1 + 2?"), call(arguments='{"a": 1}'), {"role": "tool", "content": "3"}]
     (tokens,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
     assert tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
+
+
+# the shapes of published templates
+
+
+def one_line(template):
+    """A template without the line breaks and the indentation that it is written with here."""
+    return "".join(line.strip() for line in template.splitlines())
+
+
+DEEPSEEK = one_line(r"""
+    {{ bos_token }}
+    {% for m in messages %}
+        {% if m.role == 'user' %}<|user|>{{ m.content }}
+        {% elif m.role == 'system' %}{{ m.content }}
+        {% else %}<|assistant|></think>{{ m.content.split('</think>', 1)[-1] }}</s>
+        {% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}<|assistant|>{{ '<think>' if thinking else '</think>' }}{% endif %}
+""")
+"""As DeepSeek-V3.1 does: BOS by the template, reasoning taken out of all answers, whose block is open or closed."""
+
+
+def test_bos_by_the_template_is_there_once_and_reasoning_goes_where_it_was_asked_for():
+    tokenizer = train_byte_level(bos=True)
+    tokenizer.chat_template = DEEPSEEK
+    turns = system("Be brief."), user("2 + 2?")
+    answer = assistant("<think>Two and two.</think>4")
+    result = encoded(tokenizer, *turns, answer, template_kwargs={"thinking": True})
+    prompt, response = texts(result, tokenizer)
+    assert (prompt, response) == ("<s>Be brief.<|user|>2 + 2?<|assistant|><think>", "Two and two.</think>4</s>")
+    assert result.prompt.count(tokenizer.bos_token_id) == 1 and result.prompt[0] == tokenizer.bos_token_id
+    assert result.response.count(tokenizer.eos_token_id) == 1
+    plain = encoded(tokenizer, *turns, assistant("4"))
+    assert texts(plain, tokenizer) == ("<s>Be brief.<|user|>2 + 2?<|assistant|></think>", "4</s>")
+    assert not plain.notes
+    refused = encoded(tokenizer, *turns, answer)  # the prompt says that nothing is to be thought
+    assert refused.reason.startswith('the chat template leaves its reasoning out of the answer, "Two and two."')
+    assert "chat_template_kwargs may open it" in refused.reason
+    in_field = encoded(
+        tokenizer, *turns, assistant("4", reasoning_content="Two and two."), template_kwargs={"thinking": True}
+    )
+    assert "Put it into 'content' between <think> and </think>" in in_field.reason
+
+
+HARMONY_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"]
+HARMONY = one_line(r"""
+    {% set last = messages | length - 1 %}
+    <|start|>system<|message|>Today is {{ strftime_now('%Y-%m-%d') }}<|end|>
+    {% for m in messages %}
+        {% if m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>
+        {% elif 'tool_calls' in m %}
+            {% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}
+            {% set f = m.tool_calls[0].function %}
+            <|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>
+            {{ f.arguments | tojson }}<|call|>
+        {% elif loop.index0 == last and not add_generation_prompt %}
+            {% if 'thinking' in m %}
+                <|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>
+            {% endif %}
+            <|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>
+        {% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
+        {% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}<|start|>assistant{% endif %}
+""")
+"""As gpt-oss does: channels, another end of the last answer, another header than in the prompt of inference."""
+TODAY = "<|start|>system<|message|>Today is 2024-07-26<|end|>"
+
+
+@pytest.mark.parametrize("field", ["thinking", "reasoning_content", "reasoning"])
+def test_channels(field):
+    tokenizer = made(HARMONY, eos="<|return|>", more=HARMONY_TOKENS)
+    turns = user("hi"), assistant("hello", **{field: "a greeting"}), user("2 + 2?")
+    result = encoded(tokenizer, *turns, assistant("4", **{field: "Two and two."}))
+    assert texts(result, tokenizer) == (
+        TODAY + "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|>hello<|end|>"
+        "<|start|>user<|message|>2 + 2?<|end|><|start|>assistant",
+        "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+    )
+    noted = ["the chat template reads reasoning in the field 'thinking' of a message: it gets it there"]
+    assert kinds(result) == ([] if field == "thinking" else noted)
+    assert field == "thinking" or result.notes[0].example == 'data.jsonl:1: "a greeting"'
+    short = encoded(tokenizer, user("2 + 2?"), assistant("4"))
+    assert texts(short, tokenizer)[1] == "<|channel|>final<|message|>4<|return|>" and not short.notes
+
+
+def test_a_call_in_a_channel_ends_with_its_own_token():
+    tokenizer = made(HARMONY, eos="<|return|>", more=HARMONY_TOKENS)
+    result = encoded(tokenizer, user("1 + 2?"), call(thinking="I add."))
+    assert texts(result, tokenizer)[1] == (
+        "<|channel|>analysis<|message|>I add.<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
+        '<|message|>{"a": 1, "b": "two"}<|call|>'
+    )
+    assert kinds(result)[0].startswith("answers end with <|call|>")
+
+
+GLM = one_line(r"""
+    {% set quick = enable_thinking is defined and not enable_thinking %}
+    <sop>
+    {% for m in messages %}
+        {% if m.role == 'user' %}<|user|>{{ '\n' ~ m.content }}{{ '/nothink' if quick }}
+        {% elif m.role == 'assistant' %}
+            {% set r, c = m.reasoning_content or '', m.content %}
+            {% if '</think>' in c %}
+                {% set r, c = c.split('</think>')[0].split('<think>')[-1], c.split('</think>')[-1] %}
+            {% endif %}
+            <|assistant|>
+            {{ '\n<think>' ~ r.strip() ~ '</think>' if loop.last and r else '\n<think></think>' }}
+            {{ '\n' ~ c.strip() }}
+        {% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}<|assistant|>{{ '\n<think></think>' if quick }}{% endif %}
+""")
+"""As GLM-4.5 does: an empty block where nothing was thought, and no end of an answer but the next turn's header."""
+
+
+def test_blocks_that_are_empty_and_answers_without_an_end():
+    tokenizer = made(GLM, more=["<sop>", "<think>", "</think>"])
+    turns = user("hi"), assistant("<think>a greeting</think>hello"), user("2 + 2?")
+    prompt = "<sop><|user|>\nhi<|assistant|>\n<think></think>\nhello<|user|>\n2 + 2?<|assistant|>"
+    for answer in (assistant("4", reasoning_content="Two."), assistant("<think>Two.</think>\n4")):
+        result = encoded(tokenizer, *turns, answer)
+        assert texts(result, tokenizer) == (prompt, "\n<think>Two.</think>\n4</s>")
+        (note,) = kinds(result)
+        assert "ends an answer with no token of its own; the EOS token </s> is put there" in note
+    quick = encoded(tokenizer, user("2 + 2?"), assistant("4"), template_kwargs={"enable_thinking": False})
+    assert texts(quick, tokenizer) == ("<sop><|user|>\n2 + 2?/nothink<|assistant|>\n<think></think>", "\n4</s>")
+
+
+QWEN = one_line(r"""
+    {% if messages[0].role != 'system' and messages | selectattr('role', 'equalto', 'system') | list %}
+        {{ raise_exception('System message must be at the beginning.') }}
+    {% endif %}
+    {% for m in messages %}
+        <|im_start|>{{ m.role ~ '\n' }}
+        {% if m.role == 'assistant' %}
+            {% set r, c = m.reasoning_content or '', m.content %}
+            {% if '</think>' in c %}
+                {% set r, c = c.split('</think>')[0].split('<think>')[-1], c.split('</think>')[-1] %}
+            {% endif %}
+            {{ '<think>\n' ~ r.strip() ~ '\n</think>\n\n' if loop.last }}{{ c.lstrip() }}
+        {% else %}{{ m.content }}
+        {% endif %}
+        <|im_end|>{{ '\n' }}
+    {% endfor %}
+    {% if add_generation_prompt %}
+        {% set quick = enable_thinking is defined and not enable_thinking %}
+        <|im_start|>{{ 'assistant\n' }}{{ '<think>\n\n</think>\n\n' if quick else '<think>\n' }}
+    {% endif %}
+""")
+"""As Qwen3.5 does: the header opens the block of reasoning, the conversation has one with every last answer."""
+
+
+def test_a_header_that_thinks_unless_told_otherwise():
+    tokenizer = made(QWEN, eos="<|im_end|>", more=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    turns = user("hi"), assistant("hello", reasoning_content="a greeting"), user("2 + 2?")
+    prompt = (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
+    )
+    for answer in (assistant("4", reasoning="Two."), assistant("<think>\nTwo.\n</think>\n\n4")):
+        result = encoded(tokenizer, *turns, answer)
+        assert texts(result, tokenizer) == (prompt, "Two.\n</think>\n\n4<|im_end|>")
+    (note,) = kinds(encoded(tokenizer, *turns, assistant("4", reasoning="Two.")))
+    assert "'reasoning_content'" in note
+    quick = encoded(tokenizer, *turns, assistant("4"), template_kwargs={"enable_thinking": False})
+    assert texts(quick, tokenizer) == (prompt + "\n</think>\n\n", "4<|im_end|>") and not quick.notes
+    # nothing was thought where the prompt asks to think: a block that is closed at once
+    silent = encoded(tokenizer, *turns, assistant("4"))
+    assert texts(silent, tokenizer) == (prompt, "\n</think>\n\n4<|im_end|>")
+
+
+def test_a_system_message_in_the_middle_is_refused_with_what_to_set():
+    tokenizer = made(QWEN, eos="<|im_end|>", more=["<|im_start|>", "<|im_end|>"])
+    bad = encoded(tokenizer, user("hi"), assistant("hello"), system("Be brief."), user("2 + 2?"), assistant("4"))
+    assert "System message must be at the beginning" in bad.reason
+    assert "model.data.system=merge_into_user" in bad.reason
+
+
+def test_generation_gets_reasoning_of_earlier_turns_as_training_does():
+    tokenizer = made(HARMONY, eos="<|return|>", more=HARMONY_TOKENS)
+    turns = [user("1 + 2?"), call(reasoning_content="I add."), {"role": "tool", "content": "3"}]
+    (tokens,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
+    assert tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
+    assert "I add." in tokenizer.decode(tokens)
+
+
+def test_a_field_is_read_only_where_a_template_names_it_as_one():
+    """DeepSeek-V3.1's `thinking` is a variable."""
+    tokenizer = made(DEEPSEEK)
+    kept = encoded(tokenizer, user("?"), assistant("4", reasoning_content="Two."), template_losses="warn")
+    assert kinds(kept) == ["the chat template leaves out its reasoning"]
+
+
+def test_a_template_that_cannot_be_chosen():
+    tokenizer = made({"one": CHAT_TEMPLATE, "other": CHAT_TEMPLATE})
+    assert encoded(tokenizer, user("?"), assistant("4")).reason.startswith("no chat template can be chosen (")

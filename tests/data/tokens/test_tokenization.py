@@ -3,13 +3,15 @@
 Expected ids come from the `tokenizers` backend, called on single texts.
 """
 
+import base64
 import json
 import re
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto import tokenization_auto
 
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
 from nemo_kto.data.tokens.cache import TokenCache
@@ -427,6 +429,82 @@ def test_code_in_a_folder_runs_only_for_who_says_so(tokenizer, tmp_path, monkeyp
     assert one(chat("say hello", "yes"), trusted) == one(chat("say hello", "yes"), tokenizer)
     cache = TokenCache(tmp_path, Encoder(trusted, TokenizationSettings()))
     assert cache._workers == 1  # others could not import the class
+
+
+reads_tekken = pytest.mark.skipif(
+    not hasattr(tokenization_auto, "_use_mistral_format"), reason="transformers reads no tekken.json by itself"
+)
+
+
+def write_tekken(folder, **config):
+    """A folder as Mistral publishes them: no tokenizer.json, and perhaps no tokenizer_config.json."""
+    words = [*(bytes([byte]) for byte in range(256)), b"he", b"hel", b"lo", b"hello"]
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]  # and three more that have no names yet
+    content = {
+        "config": {
+            **{"pattern": r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+", "num_vocab_tokens": len(words), "version": "v3"},
+            **{"default_vocab_size": len(words) + 8, "default_num_special_tokens": 8},
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(words)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@reads_tekken
+def test_tekken_is_read_as_it_is_published(tmp_path):
+    """Numbers by hand: those of special tokens, then bytes, then longer words."""
+    write_tekken(tmp_path, bos_token="<s>", eos_token="</s>")
+    tokenizer = load_tokenizer(tmp_path)
+    prompt, response = one(chat("hello", "lo!"), tokenizer)
+    hello, lo = 8 + 256 + 3, 8 + 256 + 2
+    assert (prompt, response) == ([1, 3, hello, 4], [lo, 8 + ord("!"), 2])
+
+
+@reads_tekken
+def test_tekken_is_read_alike_where_mistral_common_is_installed(tmp_path, monkeypatch):
+    """As vLLM installs it: transformers would leave every folder with such a file to it."""
+    from transformers.integrations.mistral import tokenizer as mistral
+
+    write_tekken(tmp_path, bos_token="<s>", eos_token="</s>")
+    monkeypatch.setattr(mistral, "is_mistral_common_available", lambda: True)
+    with pytest.raises(Exception, match=r"(?i)mistral"):  # it is not there
+        AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert one(chat("hello", "lo!"), load_tokenizer(tmp_path))[0] == [1, 3, 8 + 256 + 3, 4]
+
+
+def test_a_tokenizer_of_mistral_common_is_refused(tokenizer, tmp_path, monkeypatch):
+    class MistralCommonTokenizer(PreTrainedTokenizerFast):
+        pass
+
+    tokenizer.save_pretrained(tmp_path)
+    other = MistralCommonTokenizer(tokenizer_object=tokenizer.backend_tokenizer)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(ConfigError, match=r"by mistral-common, .* Take tekken\.json out of the folder"):
+        load_tokenizer(tmp_path)
+
+
+@reads_tekken
+def test_tokens_that_a_template_writes_and_the_tokenizer_does_not_name(tmp_path):
+    write_tekken(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no EOS token: set eos_token in its tokenizer_config\.json"):
+        Encoder(tokenizer, TokenizationSettings())
+    (result,) = Encoder(tokenizer, TokenizationSettings(append_eod=False)).encode([chat("hello", "lo!")])
+    assert result.prompt == [3, 8 + 256 + 3, 4]
+    assert [note.kind for note in result.notes] == [
+        "the chat template writes bos_token, and the tokenizer has none: nothing stands there"
+    ]
 
 
 def test_load_tokenizer_names_the_folder(tmp_path):
