@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_pictures", DOCS / "draw_pictures.py")
+    spec = importlib.util.spec_from_file_location("draw_pictures", DOCS / "tools" / "draw_pictures.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,7 +31,7 @@ def test_the_pictures_are_as_drawn(script: ModuleType, tmp_path: Path) -> None:
     for name in script.PICTURES:
         kept = (DOCS / "pictures" / name).read_text()
         if f"Matplotlib v{matplotlib.__version__}," in kept:  # another version places things otherwise
-            assert (tmp_path / name).read_text() == kept, f"python docs/draw_pictures.py draws {name} otherwise"
+            assert (tmp_path / name).read_text() == kept, f"python docs/tools/draw_pictures.py draws {name} otherwise"
 
 
 def test_every_picture_is_shown() -> None:

@@ -87,8 +87,8 @@ def test_a_broken_link_ends_the_build(tmp_path: Path, link: str, said: str) -> N
         "LICENSE",
     ):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "docs").mkdir()
-    for name in ("losses.md", "site_hooks.py"):
+    (tmp_path / "docs" / "tools").mkdir(parents=True)
+    for name in ("losses.md", "tools/site_hooks.py"):
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text(encoding="utf-8"), encoding="utf-8")
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[0]
     (tmp_path / "mkdocs.yml").write_text(settings + "\nnav: [page.md, losses.md]\n", encoding="utf-8")

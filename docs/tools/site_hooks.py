@@ -15,7 +15,7 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",

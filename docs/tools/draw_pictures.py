@@ -1,4 +1,4 @@
-"""Draws docs/pictures/: `python docs/draw_pictures.py [FOLDER]`.
+"""Draws docs/pictures/: `python docs/tools/draw_pictures.py [FOLDER]`.
 
 The curves are the package's own loss functions and their gradients, so that a picture cannot say anything else than
 what is trained. tests/docs_samples/test_pictures.py draws them again.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_kto.algorithms.losses import LOSSES, LossFunction, kto_loss
 
-HERE = Path(__file__).resolve().parent
+DOCS = Path(__file__).resolve().parents[1]
 UP, DOWN, QUIET = "#1b7f4b", "#b3362c", "#5f6b76"
 LOG_RATIOS = torch.linspace(-40.0, 40.0, 161)
 BETA = 0.2
@@ -160,7 +160,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(folder: Path = HERE / "pictures") -> None:
+def main(folder: Path = DOCS / "pictures") -> None:
     """Draw all pictures into a folder."""
     for name, draw in PICTURES.items():
         figure = draw()
