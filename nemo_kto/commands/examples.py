@@ -11,6 +11,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "model.data.data_prefix.train=feedback.jsonl",
         "nemo-kto train ... trainer.devices=8 model.tensor_model_parallel_size=2 trainer.precision=bf16-mixed",
         "nemo-kto train ... --multirun model.optim.lr=1e-6,5e-6",
+        "nemo-kto train recipe=llama3_8b_lora pretrained_checkpoint.restore_from_path=Llama-3.1-8B ...",
     ),
     "evaluate": (
         "nemo-kto evaluate exp_manager.explicit_log_dir=results/my_run <the other keys of that run>",
@@ -41,7 +42,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recipes": (
         "nemo-kto recipes",
         "nemo-kto recipes llama3_8b_lora",
-        "nemo-kto train recipe=llama3_8b_lora pretrained_checkpoint.restore_from_path=Llama-3.1-8B ...",
     ),
     "data check": (
         "nemo-kto data check feedback.jsonl --tokenizer Llama-3.2-1B --seq-length 2048",
