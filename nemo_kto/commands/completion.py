@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import shtab
 
+from nemo_kto.commands.recipes import recipes
 from nemo_kto.config.descriptions import descriptions
+from nemo_kto.config.overrides import RECIPE
 from nemo_kto.config.reader import leaf_types, options
 from nemo_kto.config.schema import KTOConfig
 
@@ -70,7 +72,7 @@ def run(settings: argparse.Namespace) -> None:
             action.complete = {"bash": _KEYS, "zsh": _KEYS}  # type: ignore[attr-defined]
         elif action.type is Path or action.dest == "files":
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    own = (_bash if settings.shell == "bash" else _zsh)(list(descriptions()), _choices())
+    own = (_bash if settings.shell == "bash" else _zsh)(list(descriptions()), {RECIPE: list(recipes()), **_choices()})
     script = shtab.complete(settings.parser, shell=settings.shell, preamble=own)
     print(script + (_BASH_END.format(function="_shtab_nemo_kto") if settings.shell == "bash" else ""))
 
@@ -108,7 +110,7 @@ def _bash(keys: list[str], choices: Mapping[str, list[str]]) -> str:
         keys=_KEYS,
         overrides=_OVERRIDES,
         names=shlex.quote(" ".join(keys)),
-        keys_with_sign=shlex.quote(" ".join(f"{key}=" for key in keys)),
+        keys_with_sign=shlex.quote(" ".join(f"{key}=" for key in {**choices, **dict.fromkeys(keys)})),
         values="\n".join(values),
     )
 
@@ -119,6 +121,6 @@ def _zsh(keys: list[str], choices: Mapping[str, list[str]]) -> str:
         keys=_KEYS,
         overrides=_OVERRIDES,
         names=" ".join(keys),
-        keys_with_sign=" ".join(f"{key}=" for key in keys),
+        keys_with_sign=" ".join(f"{key}=" for key in {**choices, **dict.fromkeys(keys)}),
         values="\n".join(values),
     )

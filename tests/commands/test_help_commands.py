@@ -146,6 +146,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["cache-reference", "trainer.deterministic", "=", ""], {"true", "false"}),
         (["doctor", "model.transformer_impl", "=", "lo"], {"local"}),
         (["train", "pretrained_checkpoint.restore_from_path", "=", "setup"], {"setup.py"}),
+        (["train", "recipe", "=", "llama3_8b_"], {"llama3_8b_lora"}),
+        (["plan", "reci"], {"recipe=", "compopt -o nospace"}),
         (["config", "model.kto.reference.sync_m"], {"model.kto.reference.sync_mixup_alpha"}),
         (["export-hf", "--dtype", "int"], set()),
         (["export-hf", "--dtype", "b"], {"bfloat16"}),
