@@ -250,8 +250,8 @@ def unlike_llama(hf: Any) -> Refusals:
     field = activation_field(hf)
     if getattr(hf, field) not in ACTIVATIONS:
         found[field] = (getattr(hf, field), f"Supported are {', '.join(ACTIVATIONS)}.")
-    window = own_field(hf, "sliding_window")
-    if window is None and "sliding_attention" in (own_field(hf, "layer_types") or ()):
+    window, kinds = own_field(hf, "sliding_window"), own_field(hf, "layer_types") or ()
+    if window is None and "sliding_window" in own_fields(hf) and "sliding_attention" in kinds:
         found["sliding_window"] = (None, "There are layers with windows in layer_types.")
     elif window is not None and window < 1 and sliding_window(hf):
         found["sliding_window"] = (window, "A token sees at least itself.")
