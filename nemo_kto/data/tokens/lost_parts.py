@@ -138,7 +138,7 @@ def _dense(text: str) -> str:
 
 def _thought(content: str) -> tuple[str, str]:
     """The reasoning that an answer begins with, and the rest."""
-    found = _THOUGHT.fullmatch(content)
+    found = _THOUGHT.fullmatch(content) if "think>" in content else None
     if found is None:
         return "", content
     return found["block"] if found["block"] is not None else found["rest"], found["text"]
