@@ -14,9 +14,8 @@ put the string, quoted once more, into JSON of its own.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -213,7 +212,7 @@ class ChatTemplate:
             answer = whole[len(prompt) :]
             return Rendering(prompt, answer, _header(prompt, self._apply(messages[:-1], given)), whole)
         plain = self._apply(messages[:-1], given)
-        header, common = _header(prompt, plain), len(os.path.commonprefix([prompt, whole]))
+        header, common = _header(prompt, plain), common_length(prompt, whole)
         goes_on = bool(plain) and prompt.startswith(plain) and whole.startswith(plain)
         if goes_on and common > len(plain):  # with a part of the header
             block = self._closed_block(prompt, common)
@@ -244,7 +243,7 @@ class ChatTemplate:
             before, found, _ = self._apply([*messages[:-1], _PROBE_ANSWER], given).partition(_PROBE)
         except RecordError:
             return None
-        common = os.path.commonprefix([before, whole])
+        common = whole[: common_length(before, whole)]
         wanted = header.strip()
         place = common.rfind(wanted) if found and wanted else -1
         if place < 0:
@@ -322,7 +321,20 @@ def instructed(messages: Messages, system: SystemPrompts) -> Messages:
 
 def _header(prompt: str, plain: str) -> str:
     """The header of the answer in a prompt: what the same without it does not have."""
-    return prompt[len(os.path.commonprefix([prompt, plain])) :]
+    return prompt[common_length(prompt, plain) :]
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters, or tokens, two texts begin with alike; `os.path.commonprefix` compares one by one."""
+    low, high = 0, min(len(first), len(second))
+    middle = high
+    while low < high:
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+        middle = (low + high + 1) // 2
+    return low
 
 
 def _has_arguments(messages: Messages, text: str) -> bool:

@@ -14,8 +14,6 @@ on.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,12 +29,13 @@ from nemo_kto.data.tokens.chat_template import (
     ChatTemplate,
     Rendering,
     SystemPrompts,
+    common_length,
     instructed,
 )
 from nemo_kto.data.tokens.endings import ended
 from nemo_kto.data.tokens.lost_parts import REASONING, Part, answer_parts, lost, prompt_parts
 from nemo_kto.data.tokens.reasoning import CLOSE, OPEN, reasoning_of
-from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings
+from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings, token_pattern
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object
 
 if TYPE_CHECKING:
@@ -144,8 +143,8 @@ class Renderer:
             map(str, tokenizer.all_special_tokens)
         )
         special -= _REASONING_TAGS  # they end nothing, and templates divide answers at them
-        self._special = _pattern(special)
-        self._added = _pattern(special | _REASONING_TAGS | {str(token.content) for token in added})
+        self._special = token_pattern(special)
+        self._added = token_pattern(special | _REASONING_TAGS | {str(token.content) for token in added})
         self.template = ChatTemplate(tokenizer, self._special, self._added) if tokenizer.chat_template else None
 
     def render(self, record: FeedbackRecord) -> Text:
@@ -255,7 +254,7 @@ class Renderer:
             return shown(clear(next(filter(None, map(reasoning_of, messages)))))
         if kind in (OPEN_BLOCK, CLOSED_BLOCK, EARLIER_TURNS):
             prompt, whole = clear(rendering.prompt), clear(rendering.whole)
-            common = len(os.path.commonprefix([prompt, whole]))
+            common = common_length(prompt, whole)
             begin = max(0, common - _SHOWN // 2)
             window = slice(begin, begin + _SHOWN)
             return f"{shown(prompt[window])} at inference, {shown(whole[window])} here"
@@ -332,11 +331,6 @@ def _behind(header: str, message: dict[str, Any]) -> dict[str, Any]:
 
 def _as_it_is(text: str) -> str:
     return text
-
-
-def _pattern(tokens: set[str]) -> re.Pattern[str]:
-    names = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 def _text(

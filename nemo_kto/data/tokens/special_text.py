@@ -53,6 +53,12 @@ class Marker:
         return "".join(parts), tuple(spans)
 
 
+def token_pattern(tokens: set[str]) -> re.Pattern[str]:
+    """A pattern that finds any of some tokens, of those at one place the longest; nothing if there are none."""
+    names = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
 def strings(value: Any) -> list[str]:
     """Every string in messages, keys included."""
     if isinstance(value, str):

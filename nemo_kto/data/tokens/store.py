@@ -62,20 +62,22 @@ class TokenChunk:
 
 def make_chunk(results: Iterable[EncodedRecord | BadRecord], *, file: int = 0) -> TokenChunk:
     """Returns what an `Encoder` made of some records of a source's `file`-th file, in the form it is stored in."""
-    tokens: list[int] = []
-    rows, bad = [], []
+    rows, bad, parts = [], [], []
     notes: Notes = {}
+    start = 0
     for result in results:
         if isinstance(result, BadRecord):
             bad.append(result)
             continue
-        keys = token_key(result.prompt), token_key(result.response)
+        prompt, response = np.array(result.prompt, dtype=_TOKEN), np.array(result.response, dtype=_TOKEN)
+        keys = token_key(prompt), token_key(response)
         flags = result.desirable, result.merged, result.verbatim, result.spelled
-        rows.append((len(tokens), len(result.prompt), len(result.response), *keys, *flags, result.weight, file))
-        tokens += result.prompt
-        tokens += result.response
+        rows.append((start, len(prompt), len(response), *keys, *flags, result.weight, file))
+        parts += [prompt, response]
+        start += len(prompt) + len(response)
         add_notes(notes, {note.kind: (1, note.example) for note in result.notes})
-    return TokenChunk(np.array(tokens, dtype=_TOKEN), np.array(rows, dtype=INDEX), bad, notes)
+    tokens = np.concatenate(parts) if parts else np.empty(0, _TOKEN)
+    return TokenChunk(tokens, np.array(rows, dtype=INDEX), bad, notes)
 
 
 class StoreWriter:

@@ -20,7 +20,6 @@ Shapes: `p` tokens of the prompt, `r` tokens of the response.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, Messages, RecordError
+from nemo_kto.data.tokens.chat_template import common_length
+from nemo_kto.data.tokens.dividing import Divider
 from nemo_kto.data.tokens.rendering import Note, Renderer, Text, TokenizationSettings
 from nemo_kto.data.tokens.special_text import Spans
 from nemo_kto.errors import ConfigError
@@ -120,6 +121,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.settings = settings
         self._renderer = Renderer(tokenizer, settings)
+        self._divider = Divider(tokenizer)
         self._special_ids = frozenset(
             [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             + tokenizer.all_special_ids
@@ -166,8 +168,7 @@ class Encoder:
         self, texts: list[tuple[int, FeedbackRecord, Text]]
     ) -> list[tuple[int, EncodedRecord | BadRecord]]:
         try:
-            prompts = self._encode([(text.prompt, text.prompt_spans) for *_, text in texts])
-            prompts, responses, merged = self._encode_responses([text for *_, text in texts], prompts)
+            prompts, responses, merged = self._encode_parts([text for *_, text in texts])
         except RecordError as error:  # of one record: find out of which
             if len(texts) == 1:
                 place, record, _ = texts[0]
@@ -278,13 +279,13 @@ class Encoder:
             "The tokenizer changes a text's tokens when it adds special tokens; such tokenizers do not work."
         )
 
-    def _encode_responses(
-        self, texts: list[Text], prompts: list[list[int]]
-    ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    def _encode_parts(self, texts: list[Text]) -> tuple[list[list[int]], list[list[int]], list[bool]]:
         """Prompt ids, response ids that follow them, and where the two would merge; see the rule at the top."""
-        joint = self._encode([_joined(text) for text in texts])
+        wholes = [_joined(text) for text in texts]
+        joint = self._encode(wholes)
+        prompts = self._encode_prompts(texts, wholes, joint)
         prompts = [
-            prompt if text.continues else list(os.path.commonprefix([prompt, ids]))
+            prompt if text.continues else prompt[: common_length(prompt, ids)]
             for text, prompt, ids in zip(texts, prompts, joint, strict=True)
         ]
         responses = [ids[len(prompt) :] for ids, prompt in zip(joint, prompts, strict=True)]
@@ -297,6 +298,24 @@ class Encoder:
             responses[i] = ids
         return prompts, responses, merged
 
+    def _encode_prompts(
+        self, texts: list[Text], wholes: list[tuple[str, Spans]], joint: list[list[int]]
+    ) -> list[list[int]]:
+        """Prompt ids, which are taken from those of the whole texts as far as both are the same for sure."""
+        divided = [
+            self._divider.divide(text.prompt, whole) if text.continues and not spans else None
+            for text, (whole, spans) in zip(texts, wholes, strict=True)
+        ]
+        rests = [*dict.fromkeys(division.rest for division in divided if division is not None)]
+        ids_of = dict(zip(rests, self._encode([(rest, ()) for rest in rests]), strict=True))
+        prompts = [
+            None if division is None else division.prompt(ids, ids_of[division.rest])
+            for division, ids in zip(divided, joint, strict=True)
+        ]
+        places = [i for i, prompt in enumerate(prompts) if prompt is None]
+        alone = iter(self._encode([(texts[i].prompt, texts[i].prompt_spans) for i in places]))
+        return [next(alone) if prompt is None else prompt for prompt in prompts]
+
     def _encode_after_boundary(
         self, texts: Sequence[str], *, spans: Sequence[Spans] | None = None, split_special_tokens: bool = False
     ) -> list[list[int]]:
@@ -306,6 +325,8 @@ class Encoder:
         and response. Tokenised behind an anchor whose tokens are then taken off again, a response gets no such space.
         Where the anchor merges with the response it cannot be taken off, and the response is tokenised as it is.
         """
+        if not texts:
+            return []
         spans = spans or [()] * len(texts)
         anchor = self._encode([(_ANCHOR, ())])[0]
         behind = [
