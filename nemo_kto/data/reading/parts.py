@@ -53,6 +53,23 @@ def content_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def plain_files(source: Source) -> list[Path] | None:
+    """Returns the files of a source, in order; None for what a function reads, a saved data set, or one of the hub.
+
+    Raises:
+        DataError: See `parts_of`.
+    """
+    try:
+        if source.function is not None or is_saved_dataset(Path(source.path)):
+            return None
+        files = _files(source)
+        for file in files or ():
+            check_file(file)
+        return files
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
 def expected_rows(source: Source) -> int | None:
     """Returns about how many rows a source has, for a progress bar; None where only reading it would tell."""
     counts = [part.count() for part in parts_of(source)]

@@ -7,7 +7,6 @@ and the first to be complete counts.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -30,9 +29,10 @@ import psutil
 from tqdm import tqdm
 
 from nemo_kto.data.reading.chunks import MAX_SHOWN, Chunk, bad_records_error, parse_chunk, read_chunks
-from nemo_kto.data.reading.parts import content_digest, expected_rows
+from nemo_kto.data.reading.parts import expected_rows
 from nemo_kto.data.reading.records import BadRecord
 from nemo_kto.data.reading.sources import Source
+from nemo_kto.data.tokens.content_memo import locked, remembered_digest
 from nemo_kto.data.tokens.store import StoreWriter, TokenChunk, TokenStore, make_chunk
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import tokenizer_digest
@@ -60,7 +60,7 @@ class TokenCache:
     """A folder of token stores.
 
     Args:
-        folder: The folder; made when the first store is.
+        folder: The folder; made when something is to be kept in it.
         encoder: What makes tokens of records.
         workers: Processes that tokenise; None for as many as there are cores to run on, but no more than 32.
     """
@@ -88,7 +88,7 @@ class TokenCache:
             store = _open(final)
             if store is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with _locked(final.with_suffix(".lock"), source):
+                with locked(final.with_suffix(".lock"), f"tokenizes {source.path}"):
                     store = _open(final) or self._make(source, final, skip_bad=skip_bad)
         except OSError as error:
             raise DataError(
@@ -102,7 +102,7 @@ class TokenCache:
     def _key(self, source: Source) -> str:
         parts = [
             _VERSION,
-            content_digest(source),
+            remembered_digest(source, self._folder),
             self._tokenizer_digest,
             asdict(self._encoder.settings),
             asdict(source.reader),
@@ -188,21 +188,6 @@ def _is_abandoned(partial: Path) -> bool:
         return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-@contextlib.contextmanager
-def _locked(file: Path, source: Source) -> Iterator[None]:
-    """Holds a lock that ends with its process, waiting for it; does nothing where the file system has none."""
-    with file.open("ab") as handle:  # closing it gives the lock back
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if is_global_rank_zero():
-                logger.info("Waiting for another process that tokenizes %s (%s)", source.path, file)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.debug("No lock for %s: %s", file, error)
-        yield
 
 
 def _encode(chunk: Chunk, encoder: Encoder) -> tuple[TokenChunk, int]:

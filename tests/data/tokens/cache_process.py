@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens import cache as token_cache
+from nemo_kto.data.tokens import content_memo
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
@@ -52,9 +53,10 @@ def refuse_lock(*arguments):
 def main(file, folder, kind, workers, locks):
     token_cache._ROWS, token_cache._FEW = 1024, 2
     if locks == "0":
-        token_cache.fcntl.flock = refuse_lock
+        content_memo.fcntl.flock = refuse_lock
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    token_cache.logger.setLevel(logging.INFO)
+    for module in (token_cache, content_memo):
+        module.logger.setLevel(logging.INFO)
     encoder = {"held": Held, "endless": Endless}[kind](train_byte_level(), TokenizationSettings())
     print("ready", flush=True)
     sys.stdin.readline()

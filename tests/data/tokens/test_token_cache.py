@@ -20,6 +20,7 @@ from nemo_kto.data.reading.parts import expected_rows
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens import cache as token_cache
+from nemo_kto.data.tokens import content_memo
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.store import TokenStore
@@ -29,7 +30,7 @@ from tests.data.conftest import stored_samples, train_byte_level
 from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-WAITING = "Waiting for another process"
+WAITING = "Waiting for another process that tokenizes"
 """What a process says of a lock that another one holds."""
 
 
@@ -246,7 +247,7 @@ def test_a_damaged_store_is_made_anew(write_jsonl, tmp_path, name, locks, caplog
     file = store.folder / name
     file.write_bytes(b"[]" if name == "counts.json" else file.read_bytes()[:-3])
     if not locks:
-        monkeypatch.setattr(token_cache.fcntl, "flock", refuse_lock)
+        monkeypatch.setattr(content_memo.fcntl, "flock", refuse_lock)
     again = cache(tmp_path).tokens_of(source, skip_bad=False)
     assert len(stored_samples(again)) == 9 and "damaged" in caplog.text
     assert finished(tmp_path) == [store.folder] and not list(tmp_path.glob("*.partial"))
