@@ -46,8 +46,8 @@ def remembered_digest(source: Source, folder: Path) -> str:
         DataError: See `content_digest`.
     """
     files = plain_files(source)
-    if not files or (signature := _signature(files)) is None:
-        return content_digest(source)
+    if not files or (signature := _signature(files)) is None or not _is_settled(signature, time.time()):
+        return content_digest(source)  # which nobody could be told, so that nobody is to wait for it
     name = hashlib.blake2b(json.dumps([str(file.absolute()) for file in files]).encode(), digest_size=16).hexdigest()
     memo = folder / f"{name}.digest"
     found = _recall(memo, signature)
@@ -61,9 +61,8 @@ def remembered_digest(source: Source, folder: Path) -> str:
             logger.debug("The digest of %s cannot be remembered: %s", source.path, error)
         found = _recall(memo, signature)
         if found is None:
-            began = time.time()
             found = content_digest(source)
-            if _is_settled(signature, began) and _signature(files) == signature:
+            if _signature(files) == signature:
                 _remember(memo, signature, found)
     return found
 
