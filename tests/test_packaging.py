@@ -62,7 +62,7 @@ def test_installed_package_finds_its_configuration(wheel, tmp_path):
     installed = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    program = "from nemo_kto.config.compose import config_dir; print(config_dir())"
+    program = "from nemo_kto.config.folders import config_dir; print(config_dir())"
     found = run_python("-c", program, cwd=tmp_path, path=installed)
     assert found.stdout.strip() == str(installed / "nemo_kto" / "conf"), found.stderr
     assert (installed / "nemo_kto" / "conf" / "gpt_kto.yaml").read_bytes() == (ROOT / "conf/gpt_kto.yaml").read_bytes()

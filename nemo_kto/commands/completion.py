@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import shtab
 
-from nemo_kto.commands.recipes import recipes
 from nemo_kto.config.descriptions import descriptions
-from nemo_kto.config.overrides import RECIPE
+from nemo_kto.config.folders import RECIPE, recipes
 from nemo_kto.config.reader import leaf_types, options
 from nemo_kto.config.schema import KTOConfig
 

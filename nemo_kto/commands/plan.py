@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from nemo_kto.config.compose import load_config
-from nemo_kto.config.overrides import RECIPE
+from nemo_kto.config.folders import RECIPE
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.planning.page import as_json, as_text

@@ -5,37 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 
-from rich.console import Console
-
-from nemo_kto.config.compose import config_dir
-from nemo_kto.config.overrides import RECIPE
+from nemo_kto.config.folders import RECIPE, config_dir, recipes
 from nemo_kto.errors import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the names and first lines of all recipes, or one of them whole."""
-    console = Console(soft_wrap=True, highlight=False)
+    """Print the names and first lines of all recipes, or one of them whole.
+
+    Raises:
+        ConfigError: There is no such recipe.
+    """
+    known = recipes()
     if options.name is not None:
-        console.print(_text(options.name), end="", markup=False)
-        return
-    if options.json:
-        print(json.dumps(recipes()))
-        return
-    for name, title in recipes().items():
-        console.print(f"{name:24} {title}", markup=False)
-    console.print(
-        "nemo-kto recipes NAME prints one; nemo-kto train recipe=NAME ... takes it, and other keys win over it."
-    )
-
-
-def recipes() -> dict[str, str]:
-    """Return the name of each recipe -> its first line below Hydra's."""
-    files = sorted((config_dir() / RECIPE).glob("*.yaml"))
-    return {file.stem: file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ") for file in files}
-
-
-def _text(name: str) -> str:
-    file = config_dir() / RECIPE / f"{name}.yaml"
-    if not file.is_file():
-        raise ConfigError(f"There is no recipe {name}. There are: {', '.join(recipes())}.")
-    return file.read_text(encoding="utf-8")
+        if options.name not in known:
+            raise ConfigError(f"There is no recipe {options.name}. There are: {', '.join(known)}.")
+        print((config_dir() / RECIPE / f"{options.name}.yaml").read_text(encoding="utf-8"), end="")
+    elif options.json:
+        print(json.dumps(known))
+    else:
+        for name, title in known.items():
+            print(f"{name:24} {title}")
+        print("\nnemo-kto recipes NAME prints one; nemo-kto train recipe=NAME ... takes it, and other keys win.")

@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kto.config import sweeps
 from nemo_kto.config.checks import check_values
+from nemo_kto.config.folders import config_dir
 from nemo_kto.config.legacy import take_legacy_keys
 from nemo_kto.config.overrides import check_readable, quoted, readable
 from nemo_kto.config.reader import build, flatten, leaf_values, unknown_key_message
@@ -48,13 +49,6 @@ _HYDRA_SETTINGS = (
     *sweeps.SETTINGS,
 )
 """What NeMo's hydra_runner sets too: a run writes nothing into the folder that it is called in."""
-
-
-def config_dir() -> Path:
-    """Return the folder of gpt_kto.yaml: of the clone, or of the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:

@@ -29,6 +29,23 @@ DIVERGED_FILE = "diverged.jsonl"
 """The records of steps whose loss or gradient was not finite."""
 
 
+RECIPE = "recipe"
+"""A folder of configurations beside gpt_kto.yaml: `recipe=NAME` takes one of them, and other overrides win over it."""
+
+
+def config_dir() -> Path:
+    """Return the folder of gpt_kto.yaml: of the clone, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def recipes() -> dict[str, str]:
+    """Return the name of each recipe -> its first line below Hydra's."""
+    files = sorted((config_dir() / RECIPE).glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ") for file in files}
+
+
 def log_directory(config: KTOConfig) -> Path:
     """Return the folder of the run's logs, checkpoints and export."""
     manager = config.exp_manager

@@ -13,12 +13,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from nemo_kto.config.folders import RECIPE
 from nemo_kto.config.reader import leaf_types, options
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
-
-RECIPE = "recipe"
-"""A folder of configurations beside gpt_kto.yaml: `recipe=NAME` takes one of them, and other overrides win over it."""
 
 _PLAIN_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
 

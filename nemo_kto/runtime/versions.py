@@ -17,7 +17,7 @@ TESTED = {
     "torch": ">=2.12,<2.14",
     "megatron-core": ">=0.16.1,<0.20",
     "transformers": ">=5.8.1,<5.24",
-    "lightning": ">=2.4,<2.5",
+    "lightning": ">=2.4,<2.6",
     "nemo_toolkit": ">=3.0,<3.1",
 }
 """Package -> the range whose ends the tests have run with."""

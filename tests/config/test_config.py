@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_kto.config import compose
-from nemo_kto.config.compose import config_dir, parse_config
+from nemo_kto.config.compose import parse_config
+from nemo_kto.config.folders import config_dir
 from nemo_kto.config.legacy import IGNORED, NEUTRAL, RENAMED
 from nemo_kto.config.reader import leaf_types, leaf_values
 from nemo_kto.config.schema import KTOConfig

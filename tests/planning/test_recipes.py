@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_kto.config.compose import config_dir, load_config
+from nemo_kto.config.compose import load_config
+from nemo_kto.config.folders import config_dir
 from nemo_kto.errors import ConfigError
 from nemo_kto.planning.search import Planner
 from nemo_kto.runtime.devices import DEVICES

@@ -325,9 +325,8 @@ class Encoder:
         and response. Tokenised behind an anchor whose tokens are then taken off again, a response gets no such space.
         Where the anchor merges with the response it cannot be taken off, and the response is tokenised as it is.
         """
-        if not texts:
-            return []
         spans = spans or [()] * len(texts)
+        # without any texts, too: transformers keeps `split_special_tokens` of the last call in the tokenizer
         anchor = self._encode([(_ANCHOR, ())])[0]
         behind = [
             (_ANCHOR + text, tuple((first + len(_ANCHOR), last + len(_ANCHOR)) for first, last in inside))
