@@ -49,7 +49,11 @@ def start(program: str, **variables: str) -> subprocess.Popen[str]:
         preexec_fn=default_signals,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    # byte by byte: what `readline` takes of the lines behind it would be lost to `communicate`
+    said = b""
+    while not said.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+        said += byte
+    assert said == b"ready\n"
     return process
 
 

@@ -75,12 +75,12 @@ def _job(planner: Planner) -> Iterator[str]:
 
 
 def _table(planner: Planner, plans: Pasted) -> Iterator[str]:
-    yield f"    {'layout':58} {'memory':>10}  {'step':>8}  {'tokens/s/GPU':>12}  {'MFU':>5}"
+    yield f"    {'layout':58} {'memory':>10}  {'step':>10}  {'tokens/s/GPU':>12}  {'MFU':>5}"
     for number, (plan, _) in enumerate(plans, start=1):
         how = "" if plan.traced else " ~"
         yield (
             f"{number:2}  {_short(plan):58} {_size(plan.memory.peak):>10}{how:2}"
-            f"{_seconds(plan.time.total):>8}  {plan.tokens_per_second:12,.0f}  {plan.utilisation:5.0%}"
+            f"{_seconds(plan.time.total):>10}  {plan.tokens_per_second:12,.0f}  {plan.utilisation:5.0%}"
         )
     if any(not plan.traced for plan, _ in plans):
         yield "    ~ by formula; without it, by a dry run of the step"

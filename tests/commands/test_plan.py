@@ -77,7 +77,7 @@ def test_a_page(folder: Path) -> None:
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert lines[0].startswith("mixtral: ") and "16 GPUs (B200" in lines[1] and "32 tokens on average" in lines[2]
-    assert any("TP2+SP PP2 EP2 DP4 micro-batch 1 recompute full" in line and " MiB ~ " in line for line in lines)
+    assert any("TP2+SP PP2 EP2 DP4 micro-batch 1 recompute full" in line and "iB ~ " in line for line in lines)
     for text in (
         "experts get equally many tokens",
         "exchange of experts' tokens, within its node",
