@@ -42,7 +42,7 @@ def there(name):
 
 
 # beside a numpy 1 the last versions of what wants numpy 2 by now
-beside_numpy_1 = {"ml-dtypes": "==0.5.4", "pandas": "==2.3.3", "pytz": "==2026.2"}
+beside_numpy_1 = {"ml-dtypes": "==0.5.4", "pandas": "==2.3.3", "pyarrow": "==24.0.0", "pytz": "==2026.2"}
 old = beside_numpy_1 if Version(there("numpy") or "2").major < 2 else {}
 tools = {"torch", "hypothesis", "mypy", "pytest", "pytest-xdist", "execnet", "ruff"}
 pins, _, _ = open("constraints.txt", encoding="utf-8").read().partition("\n# only `make docs`")

@@ -50,15 +50,20 @@ def test_only_what_is_missing_is_installed(tmp_path: Path, numpy: str) -> None:
 
 
 def test_beside_numpy_1_comes_what_takes_it(tmp_path: Path) -> None:
-    """By the requirements of pandas 3.1 and ml_dtypes 0.6, which want numpy 2."""
-    (tmp_path / "constraints.txt").write_text("pandas==3.1.1\nml-dtypes==0.6.0\n")
+    """By what pandas 3.1 and ml_dtypes 0.6 require, and pyarrow 26 says when it is imported: they want numpy 2."""
+    (tmp_path / "constraints.txt").write_text("pandas==3.1.1\nml-dtypes==0.6.0\npyarrow==26.0.1\n")
     holds(tmp_path, numpy="1.26.4")
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "packaging").symlink_to(Path(packaging.__file__).parent)
     isolated = MISSING.replace("${PYTHON} -", "${PYTHON} -S -", 1)  # without this Python's own packages
     done = run(isolated, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "missing.txt").read_text().split() == ["pandas==2.3.3", "ml-dtypes==0.5.4", "pytz==2026.2"]
+    assert (tmp_path / "missing.txt").read_text().split() == [
+        "pandas==2.3.3",
+        "ml-dtypes==0.5.4",
+        "pyarrow==24.0.0",
+        "pytz==2026.2",
+    ]
 
 
 def test_what_does_not_fit_ends_the_build_in_a_sentence(tmp_path: Path) -> None:
