@@ -37,6 +37,7 @@ from nemo_kto.commands.train import train
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.planning import search as planning
 from nemo_kto.quiet import silence_loaded_packages
 from nemo_kto.runs.layout import requested_layout
 from nemo_kto.runs.memory import step_memory
@@ -60,15 +61,7 @@ PROMPT, RESPONSE = 256, 256
 EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 """What makes a mixture of a shape."""
 
-SHORT = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "sp": "sequence_parallel",
-}
+SHORT = {**planning.SHORT, "sp": "sequence_parallel"}
 """Short names -> keys of `model`."""
 
 DENSE: tuple[dict[str, Any], ...] = (

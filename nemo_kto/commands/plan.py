@@ -18,22 +18,9 @@ from nemo_kto.config.folders import RECIPE
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.planning.page import as_json, as_text
-from nemo_kto.planning.search import RECOMPUTE, Found, Keys, Plan, Planner
+from nemo_kto.planning.search import RECOMPUTE, SHORT, Found, Keys, Plan, Planner
 from nemo_kto.runs.memory import step_memory
 from nemo_kto.runtime.devices import DEVICES, Device
-
-_SHORT = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "mbs": "micro_batch_size",
-    "first": "num_layers_in_first_pipeline_stage",
-    "last": "num_layers_in_last_pipeline_stage",
-}
-"""Names in `--layout` -> keys of `model`; `recompute` is another."""
 
 _SHOWN = 5
 """Layouts that are printed."""
@@ -134,14 +121,15 @@ def _keys_of(layout: str) -> Keys:
         name, _, value = part.strip().partition("=")
         if name == "recompute" and value in RECOMPUTE:
             keys |= RECOMPUTE[value]
-        elif name in _SHORT and value.isdecimal() and int(value) > 0:
-            keys[_SHORT[name]] = int(value)
+        elif name in SHORT and value.isdecimal() and int(value) > 0:
+            keys[SHORT[name]] = int(value)
         else:
             raise ConfigError(
-                f"--layout {layout}: {part!r} cannot be read. Write {', '.join(f'{name}=N' for name in _SHORT)} or "
+                f"--layout {layout}: {part!r} cannot be read. Write {', '.join(f'{name}=N' for name in SHORT)} or "
                 f"recompute={'|'.join(RECOMPUTE)}, with commas between them."
             )
-    keys["sequence_parallel"] = keys.get(_SHORT["tp"], 1) != 1
+    if SHORT["tp"] in keys:
+        keys["sequence_parallel"] = keys[SHORT["tp"]] != 1
     return keys
 
 
@@ -185,11 +173,10 @@ def _traced(planner: Planner, plan: Plan) -> Plan:
 
 def _pasted(planner: Planner, plan: Plan, given: dict[str, str]) -> list[str]:
     """Return the overrides of a plan, which a run takes as they are; the trainer's own code has read them."""
-    defaults = load_config().model
     layout = {
         f"model.{key}": "null" if value is None else str(value).lower()
         for key, value in plan.keys.items()
-        if value != getattr(defaults, key)
+        if value != getattr(planner.config.model, key)
     }
     devices = {"trainer.devices": planner.node_size, "trainer.num_nodes": planner.gpus // planner.node_size}
     overrides = _written({**given, **devices, **layout})

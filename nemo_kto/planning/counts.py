@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -134,25 +133,6 @@ def parts_of(config: KTOConfig, hf_config: PretrainedConfig, lora: LoRASettings 
         output=norm if sizes.tied else norm + head,
         tied=head if sizes.tied else Part(),
     )
-
-
-def parameters_of_rank(
-    config: KTOConfig, hf_config: PretrainedConfig, lora: LoRASettings | None, layout: Layout, rank: int
-) -> Counter[str]:
-    """Return how many parameters a rank has, `trained` and `frozen`, counted on all that it would build.
-
-    Args:
-        config: See `parts_of`.
-        hf_config: See `parts_of`.
-        lora: See `parts_of`.
-        layout: The checked layout.
-        rank: Which of its ranks.
-    """
-    counted: Counter[str] = Counter()
-    for _, part in _parameters(config, hf_config, lora, layout, rank):
-        counted["trained"] += part.trained.all
-        counted["frozen"] += part.frozen.all
-    return counted
 
 
 def _kind(sizes: Dimensions, lora: LoRASettings | None, layer: int) -> tuple[bool, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_kto.algorithms.logprobs import LOGITS_MEMORY
 from nemo_kto.config.schema import KTOConfig
+from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.family import Dimensions
 from nemo_kto.network.projections import LoRASettings, linear_of
 from nemo_kto.planning.counts import ModelParts
@@ -55,7 +56,9 @@ class RankMemory:
         return self.held + self.activations
 
 
-def held_memory(config: KTOConfig, parts: ModelParts, layout: Layout, stage: int, reference: str) -> RankMemory:
+def held_memory(
+    config: KTOConfig, parts: ModelParts, layout: Layout, stage: int, reference: ReferenceSettings
+) -> RankMemory:
     """Return what a rank of a pipeline stage holds between steps; its activations are 0.
 
     Args:
@@ -63,7 +66,7 @@ def held_memory(config: KTOConfig, parts: ModelParts, layout: Layout, stage: int
         parts: The model's parameters.
         layout: The checked layout.
         stage: Which of its pipeline stages.
-        reference: How the reference is held, as `model.kto.reference.mode` has it.
+        reference: How the reference is held.
     """
     part = parts.of_stage(layout, stage)
     size = params_dtype_of(config).itemsize
@@ -73,14 +76,15 @@ def held_memory(config: KTOConfig, parts: ModelParts, layout: Layout, stage: int
     replicas = layout.data * layout.context
     expert_replicas = layout.world_size // (layout.pipeline * layout.expert * layout.expert_tensor_size)
     state = 8 + (4 if size < 4 else 0)
-    copy = part.trained.of_rank(layout) * size
+    # as `Weights.live_reference`: beside adapters only another model is copied whole
+    copy = (part.trained if reference.model_folder is None else part.all).of_rank(layout) * size
     return RankMemory(
         weights=all_of_rank * size,
         gradients=4 * (outside + experts),
         optimizer=state * (-(-outside // replicas) - (-experts // expert_replicas)),
-        reference=copy if reference == "resident" else 0,
+        reference=copy if reference.mode == "resident" else 0,
         activations=0,
-        host=copy if reference == "cpu_swap" else 0,
+        host=copy if reference.mode == "cpu_swap" else 0,
     )
 
 

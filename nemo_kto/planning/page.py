@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -66,7 +67,7 @@ def _job(planner: Planner) -> Iterator[str]:
     nodes = planner.gpus // planner.node_size
     yield (
         f"{planner.gpus} GPUs ({planner.device.name}, {planner.device.memory_gib:g} GiB), {planner.node_size} in each "
-        f"of {nodes} node{'s' if nodes > 1 else ''}; {config.trainer.precision}, reference {planner.reference}"
+        f"of {nodes} node{'s' if nodes > 1 else ''}; {config.trainer.precision}, reference {planner.reference.mode}"
     )
     yield (
         f"global batch of {config.model.global_batch_size} documents, {planner.length:,} tokens on average, "
@@ -86,7 +87,7 @@ def _table(planner: Planner, plans: Pasted) -> Iterator[str]:
         yield "    ~ by formula; without it, by a dry run of the step"
     yield ""
     for number, (_, overrides) in enumerate(plans, start=1):
-        yield f"{number:2}  {' '.join(overrides)}"
+        yield f"{number:2}  {shlex.join(overrides)}"
 
 
 def _short(plan: Plan) -> str:
@@ -97,7 +98,8 @@ def _short(plan: Plan) -> str:
     if model.num_layers_in_first_pipeline_stage is not None or model.num_layers_in_last_pipeline_stage is not None:
         words.append("uneven")
     words += [f"EP{layout.expert}"] * (layout.expert > 1) + [f"DP{layout.data}"]
-    words.append(f"micro-batch {model.micro_batch_size}")
+    tokens = model.micro_batch_tokens
+    words.append(f"micro-batch {model.micro_batch_size}" if tokens is None else f"micro-batch of {tokens:,} tokens")
     words += [f"recompute {model.activations_checkpoint_granularity}"] * bool(model.activations_checkpoint_granularity)
     return " ".join(words)
 
@@ -109,7 +111,8 @@ def _details(planner: Planner, plan: Plan, _: list[str]) -> Iterator[str]:
     yield from (f"    {_size(value):>10}  {_MEMORY[name]}" for name, value in _parts(memory) if value)
     if memory.host:
         yield f"    besides {_size(memory.host * planner.node_size)} of each host's memory for the reference"
-    yield f"    of {_size(planner.room)} that may be used"
+    over = "" if planner.fits(plan) else f". It does not fit: {_size(memory.peak)} are needed"
+    yield f"    of {_size(planner.room)} that may be used{over}"
     yield "A step:"
     yield from (f"    {_seconds(value):>10}  {_TIME[name]}" for name, value in _parts(plan.time) if value)
     yield "A GPU sends in a step:"

@@ -27,8 +27,25 @@ from nemo_kto.runtime.layout import Layout, padded_vocabulary
 Keys = Mapping[str, Any]
 """Keys of `model`, which say how a job is divided -> their values."""
 
+SHORT = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "mbs": "micro_batch_size",
+    "first": "num_layers_in_first_pipeline_stage",
+    "last": "num_layers_in_last_pipeline_stage",
+}
+"""Short names -> keys of `model`."""
+
 RECOMPUTE: dict[str, Keys] = {
-    "none": {"activations_checkpoint_granularity": None},
+    "none": {
+        "activations_checkpoint_granularity": None,
+        "activations_checkpoint_method": None,
+        "activations_checkpoint_num_layers": None,
+    },
     "full": {
         "activations_checkpoint_granularity": "full",
         "activations_checkpoint_method": "uniform",
@@ -152,7 +169,7 @@ class Planner:
         self.length = length
         self.sizes = dimensions_of(hf_config)
         self.lora = lora_settings(config, hf_config)
-        self.reference = reference_settings(config, hf_config, self.lora, accelerator="gpu").mode
+        self.reference = reference_settings(config, hf_config, self.lora, accelerator="gpu")
         self.parts = parts_of(config, hf_config, self.lora)
         self._fields = family_of(hf_config).fields(hf_config)
         self._flops = DocumentFlops.of(ModelFlops(hf_config, self.lora), length)
@@ -186,9 +203,7 @@ class Planner:
         activations = Activations(config=config, sizes=self.sizes, fields=self._fields, layout=layout, lora=self.lora)
         rows = longest_rows(config, layout)
         stages = []
-        for stage in sorted(
-            {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
-        ):  # others are as the second, or less
+        for stage in sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1}):  # none has more than one of these
             held = held_memory(config, self.parts, layout, stage, self.reference)
             stages.append((replace(held, activations=round(activations.peak(stage, rows))), stage))
         memory, stage = max(stages, key=lambda each: each[0].peak)
@@ -201,7 +216,7 @@ class Planner:
             device=self.device,
             node_size=self.node_size,
             length=self.length,
-            reference=self.reference,
+            reference=self.reference.mode,
         )
         return Plan(
             keys=keys, config=config, layout=layout, stage=stage, memory=memory, speed=speed, time=speed.time(memory)
@@ -230,9 +245,12 @@ class Planner:
         pipelines = [each for each in range(1, self.sizes.layers + 1) if self.gpus % each == 0]
         contexts = _divisors(self.node_size) if self.config.model.data.seq_length > _LONG else [1]
         experts = [1] if mixture is None else [each for each in _divisors(mixture.experts) if each <= self.gpus]
+        # what somebody has said of one of these keys goes with the others as they are
+        recomputed = [{}] if RECOMPUTE["full"].keys() & fixed.keys() else RECOMPUTE.values()
+        sizes = [self.config.model.micro_batch_size] if self.config.model.micro_batch_tokens else _MICRO_BATCHES
         seen = set()
         for tensor, pipeline, context, expert, size, recompute in product(
-            tensor_sizes, pipelines, contexts, experts, _MICRO_BATCHES, RECOMPUTE.values()
+            tensor_sizes, pipelines, contexts, experts, sizes, recomputed
         ):
             for virtual in self._virtual_sizes(pipeline):
                 keys = {

@@ -86,6 +86,35 @@ def test_a_page(folder: Path) -> None:
         assert text in found.stdout
 
 
+def test_a_recipe_with_another_layout(folder: Path) -> None:
+    """What is said of it replaces the recipe's, also where it is a default; the rest of the recipe stays."""
+    found = plan(
+        "--model", folder / "dense.json", "recipe=qwen3_32b", "--layout", "tp=1,vpp=1,recompute=none", "--json"
+    )
+    assert found.returncode == 0, found.stderr
+    (only,) = json.loads(found.stdout)
+    model = load_config(only["overrides"]).model
+    assert (model.tensor_model_parallel_size, model.sequence_parallel) == (1, False)
+    assert (model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size) == (4, 1)
+    kept = plan("--model", folder / "dense.json", "recipe=qwen3_32b", "--layout", "pp=2,vpp=2,tp=2", "--gpus", 16)
+    assert "TP2+SP PP2 VPP2 DP4" in kept.stdout, kept.stderr
+
+
+def test_what_is_given_is_not_searched_for(folder: Path) -> None:
+    """Two documents of the longest kind in a row; attention alone is computed again, which no search would choose."""
+    given = ("model.activations_checkpoint_granularity=selective", "model.micro_batch_tokens=128")
+    found = plan("--model", folder / "mixtral", *SMALL, *given, "--gpu-memory", 3.2)
+    assert found.returncode == 0, found.stderr
+    shown = [line for line in found.stdout.splitlines() if line[:4].strip().isdecimal() and " DP" in line]
+    assert 1 < len(shown) <= 5
+    assert all(" micro-batch of 128 tokens recompute selective" in line for line in shown)
+
+
+def test_a_layout_that_does_not_fit_says_so(folder: Path) -> None:
+    found = plan("--model", folder / "mixtral", *SMALL, "--layout", "tp=1", "--gpu-memory", 3.15789)
+    assert found.returncode == 1 and " that may be used. It does not fit: " in found.stdout
+
+
 def test_nothing_fits(folder: Path) -> None:
     found = plan("--model", folder / "mixtral", *SMALL, "--gpu-memory", 3)
     assert found.returncode == 1

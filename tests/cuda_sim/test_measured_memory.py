@@ -123,7 +123,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
 
     config, hf_config = given(overrides)
     lora = lora_settings(config, hf_config)
-    reference = reference_settings(config, hf_config, lora, accelerator="gpu").mode
+    reference = reference_settings(config, hf_config, lora, accelerator="gpu")
     stage = rank // (layout.world_size // layout.pipeline)
     held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, reference)
     sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)

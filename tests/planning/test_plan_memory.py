@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Starcoder2Config
 
 from nemo_kto.config.schema import KTOConfig
+from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.planning.counts import ModelParts, Parameters, Part, parts_of
 from nemo_kto.planning.memory import Activations, held_memory
@@ -70,6 +72,10 @@ def configured(changes: dict[str, Any], adapters: list[str], precision: Any) -> 
     return config
 
 
+def held_as(mode: str, *, model_folder: Path | None = None) -> ReferenceSettings:
+    return ReferenceSettings(mode=mode, model_folder=model_folder)
+
+
 def compare(names: list[str]) -> dict[str, tuple[int, int, int, int]]:
     """Return case -> bytes held and at the peak, by a dry run and by formula."""
     torch.distributed.destroy_process_group()  # the harness's
@@ -80,7 +86,7 @@ def compare(names: list[str]) -> dict[str, tuple[int, int, int, int]]:
         rank = stage * (layout.world_size // layout.pipeline)
         dry = step_memory(config, hf_config, layout, rank, every_layer=True)
         lora = lora_settings(config, hf_config)
-        held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, "cached")
+        held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, held_as("cached"))
         sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)
         activations = Activations(config=config, sizes=sizes, fields=fields, layout=layout, lora=lora)
         peak = held.held + activations.peak(stage, longest_rows(config, layout))
@@ -104,15 +110,18 @@ def test_what_is_held_by_hand() -> None:
     parts = ModelParts(embedding=Part(), output=Part(), layers=(part, part + frozen), tied=Part())
     layout = Layout(world_size=8, tensor=2, sequence=True, pipeline=2, expert=2, expert_tensor=1)
     config = configured({}, [], "bf16-mixed")
-    first = held_memory(config, parts, layout, 0, "cpu_swap")
+    first = held_memory(config, parts, layout, 0, held_as("cpu_swap"))
     assert (first.weights, first.gradients) == (2 * (10 + 20 + 80), 4 * (10 + 20 + 80))
     # 12 bytes of state: of 30 parameters two replicas have a half each, of 80 of experts two have a half each
     assert first.optimizer == 12 * (15 + 40)
     assert (first.reference, first.host) == (0, 2 * 110)
-    second = held_memory(config, parts, layout, 1, "resident")
+    second = held_memory(config, parts, layout, 1, held_as("resident"))
     assert second.weights == 2 * (110 + 200) and second.gradients == first.gradients
     assert (second.reference, second.host) == (2 * 110, 0)
-    in_float32 = held_memory(configured({}, [], 32), parts, layout, 0, "cached")
+    # another model than the one beside adapters is there whole
+    another = held_memory(config, parts, layout, 1, held_as("cpu_swap", model_folder=Path("another")))
+    assert (another.reference, another.host) == (0, 2 * (110 + 200))
+    in_float32 = held_memory(configured({}, [], 32), parts, layout, 0, held_as("cached"))
     assert (in_float32.weights, in_float32.optimizer, in_float32.held) == (4 * 110, 8 * 55, 4 * 110 + 4 * 110 + 8 * 55)
 
 
