@@ -13,8 +13,8 @@ both pay once, weighs much. Ratios are formed round by round, so that what else 
 Gradients are not clipped: the two losses have norms of different size, and only one side might pay for it.
 
 The second table sets the rate of the training pass beside that of large matrix products, in turns, on the last batch,
-and on a GPU whose data sheet is known beside the peak in that (model FLOPs utilisation). `nemo_kto/runs/flops.py` says
-which operations are counted.
+and on a GPU whose data sheet is known beside the peak in that (model FLOPs utilisation). `nemo_kto/network/flops.py`
+says which operations are counted.
 
 The third table says where the time of a KTO step with a live reference goes, and that of the training pass alone, by
 torch.profiler: each operator's own time, on a GPU that of its kernels. Profiling costs time too, mostly Python's.
@@ -62,8 +62,8 @@ from transformers import AutoModelForCausalLM
 from nemo_kto.commands.train import train
 from nemo_kto.data.batches.packed_rows import Document, KTOBatch, PackedRow
 from nemo_kto.kto.scoring import RowScorer, RowScores
+from nemo_kto.network.flops import ModelFlops
 from nemo_kto.quiet import silence_loaded_packages
-from nemo_kto.runs.flops import ModelFlops
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.devices import peak_flops
 

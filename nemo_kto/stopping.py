@@ -262,7 +262,7 @@ def _set_death_signal(number: int) -> None:
 
 
 _companions: list[Callable[[], None]] = []
-"""What ends the processes that this one has started as ranks of its run."""
+"""What ends the other ranks of the run with this one: kills those that it has started, or tells those that wait."""
 
 
 def end_together(kill: Callable[[], None]) -> None:

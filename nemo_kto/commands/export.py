@@ -8,6 +8,7 @@ import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,37 +37,68 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 def run(options: argparse.Namespace) -> None:
     """Run `nemo-kto export-hf`."""
     repository, private = options.push_to_hub, not options.public
+    if options.public and repository is None:
+        raise ConfigError(
+            "--public says who sees what --push-to-hub uploads. Name a repository, or leave --public out."
+        )
     if repository is not None:
         check_repository(repository, private=private, key="--push-to-hub")
     export_checkpoint(options.checkpoint, options.folder, merge=options.merge, dtype=options.dtype)
     print(f"Wrote {options.folder}", flush=True)
     if repository is not None:
-        print(f"Uploaded to {upload(options.folder, repository, private=private)}")
+        later = f"Remove {options.folder}, and run the same command again."
+        print(f"Uploaded to {upload(options.folder, repository, private=private, later=later)}")
 
 
 def upload_export(config: KTOConfig, *, step: int) -> None:
     """Upload what a run has exported after its last step to where `export.push_to_hub` says; nothing if that is null.
 
     Raises:
+        ConfigError: The folder is one that the run is not known to have written.
         UploadError: It could not be done.
     """
-    repository = config.export.push_to_hub
+    repository, folder = config.export.push_to_hub, export_directory(config)
     if repository is None:
         return
+    if config.export.folder is not None and (_note(config).get("folder"), _note(config).get("step")) != (
+        str(folder.absolute()),
+        step,
+    ):
+        raise ConfigError(
+            f"export.folder={folder} was there already, and may be anything: it is not uploaded to {repository}. Name "
+            "another folder, which is then written and uploaded."
+        )
     print(f"Uploading to {repository}", flush=True)
-    address = upload(export_directory(config), repository, private=config.export.hub_private)
-    note = {"repository": repository, "step": step, "address": address}
-    (log_directory(config) / HUB_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    later = "Run the same command again, which then does only that."
+    address = upload(folder, repository, private=config.export.hub_private, later=later)
+    note_export(config, step=step, repository=repository, address=address)
     print(f"Uploaded to {address}", flush=True)
 
 
 def is_uploaded(config: KTOConfig, *, step: int) -> bool:
     """Return whether what a run has exported after this step is where `export.push_to_hub` says, if it says so."""
-    repository, file = config.export.push_to_hub, log_directory(config) / HUB_FILE
-    if repository is None or not file.is_file():
-        return repository is None
-    note = json.loads(file.read_text(encoding="utf-8"))
-    return (note["repository"], note["step"]) == (repository, step)
+    repository, note = config.export.push_to_hub, _note(config)
+    return repository is None or (note.get("repository"), note.get("step")) == (repository, step)
+
+
+def note_export(config: KTOConfig, *, step: int, **more: str) -> None:
+    """Note what was exported after which step, and `more` of what became of it, where something is to be uploaded."""
+    if config.export.push_to_hub is None:
+        return
+    note = {"folder": str(export_directory(config).absolute()), "step": step, **more}
+    file = log_directory(config) / HUB_FILE
+    partial_file = file.with_name(f"{file.name}.partial")
+    partial_file.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    partial_file.replace(file)
+
+
+def _note(config: KTOConfig) -> dict[str, Any]:
+    """Return what was noted; nothing if that cannot be read, as of a disk that was full: then it is done again."""
+    try:
+        note = json.loads((log_directory(config) / HUB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 class ExportAtEnd(Callback):
@@ -105,6 +137,7 @@ class ExportAtEnd(Callback):
             with adapters_merged(model.models) if merge else nullcontext():
                 export_hf(model.models, model.hf_config, self.folder, source_folder=source, dtype=dtype, card=card)
         if trainer.is_global_zero:
+            note_export(model.config, step=trainer.global_step)
             print(f"Aligned {'adapter' if adapter else 'model'}: {self.folder}", flush=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from nemo_kto import stopping
-from nemo_kto.commands.export import ExportAtEnd, export_checkpoint, is_uploaded, upload_export
+from nemo_kto.commands.export import ExportAtEnd, export_checkpoint, is_uploaded, note_export, upload_export
 from nemo_kto.config.folders import (
     ANSWERS_FILE,
     DIVERGED_FILE,
@@ -139,6 +139,7 @@ def _train(config: KTOConfig, stop: GracefulStop, *, source_folder: Path, callba
         print(f"Logs and checkpoints: {log_dir}", flush=True)
         if trainer.global_step == trainer.max_steps:
             _report(config, log_dir)
+            stopping.finished()  # an upload can be cut off at any time: the same command makes up for it
             upload_export(config, step=trainer.global_step)
     return finished
 
@@ -216,6 +217,7 @@ def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
         folder = export_directory(config)
         if not folder.exists():
             export_checkpoint(last, folder, merge=config.export.merge_adapters, dtype=config.export.dtype)
+            note_export(config, step=step_of(last))
         adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
         print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)
     log_dir = log_directory(config)

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kto.config import sweeps
 from nemo_kto.config.checks import check_values
-from nemo_kto.config.folders import config_dir
+from nemo_kto.config.folders import RECIPE, config_dir
 from nemo_kto.config.legacy import take_legacy_keys
 from nemo_kto.config.overrides import check_readable, quoted, readable
 from nemo_kto.config.reader import build, flatten, leaf_values, unknown_key_message
@@ -64,7 +64,9 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
     """
     if isinstance(overrides, str):
         raise ConfigError(f"The overrides {overrides!r} are no list. Write [{overrides!r}].")
-    written = [] if isinstance(overrides, Mapping) else [readable(override) for override in overrides]
+    values = dict(overrides) if isinstance(overrides, Mapping) else {}
+    recipe = [f"{RECIPE}={values.pop(RECIPE)}"] if RECIPE in values else []
+    written = [readable(override) for override in (recipe if isinstance(overrides, Mapping) else overrides)]
     check_readable(written)
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=None):
@@ -72,9 +74,8 @@ def load_config(overrides: Sequence[str] | Mapping[str, Any] = ()) -> KTOConfig:
     except HydraException as error:
         _refuse_to_compose(error)
     plain = _resolved(raw)
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            _set(plain, str(key), _plain(value))
+    for key, value in values.items():
+        _set(plain, str(key), _plain(value))
     return _checked(plain)
 
 

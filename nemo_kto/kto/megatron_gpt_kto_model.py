@@ -38,8 +38,9 @@ from nemo_kto.kto.objective import Objective
 from nemo_kto.kto.reference import CachedReference, ExchangedReference, ReferencePolicy, ReferenceSettings
 from nemo_kto.kto.scoring import Dropout, RowScorer, unwrapped
 from nemo_kto.kto.starting_weights import Weights
-from nemo_kto.kto.utilisation import StepWork, Utilisation
+from nemo_kto.kto.utilisation import Utilisation
 from nemo_kto.network.families import dimensions_of
+from nemo_kto.network.flops import StepFlops
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.lora import add_adapters
 from nemo_kto.network.megatron_config import Recompute
@@ -78,7 +79,6 @@ class MegatronGPTKTOModel(LightningModule):
             cached; None for nothing.
         records_file: Takes the records of steps that are not finite; None for nothing.
         unusable: Counts those steps.
-        work: Counts the operations of a step, for `mfu`; None for nothing.
         clock: Knows what a training step spends its time with.
     """
 
@@ -113,7 +113,6 @@ class MegatronGPTKTOModel(LightningModule):
         self.reference: ReferencePolicy | None = None
         self.records_file: RecordsFile | None = None
         limits = config.trainer.kto
-        self.work: StepWork | None = None
         self.clock = StepClock()
         self._utilisation = Utilisation()
         self.unusable = UnusableSteps(skip=limits.on_nan == "skip_step", most=limits.max_skipped_steps)
@@ -238,7 +237,8 @@ class MegatronGPTKTOModel(LightningModule):
     def on_train_start(self) -> None:
         """Find out which devices these are."""
         settings: dict[str, Any] = {"dtype": self.params_dtype, "devices": self.layout.world_size}
-        self._utilisation = Utilisation.on(self.device, self.work, **settings)
+        work = StepFlops(self.hf_config, lora=self.lora, reference_mode=self.reference_settings.mode)
+        self._utilisation = Utilisation.on(self.device, work, **settings)
 
     def training_step(self, batch: KTOBatch, batch_idx: int) -> None:
         """Take one optimizer step on this rank's share of a global batch."""

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from nemo_kto.algorithms.metrics import MetricSums
 from nemo_kto.data.batches.packed_rows import Document, KTOBatch
 from nemo_kto.data.batches.upload import upload
+from nemo_kto.network.flops import StepFlops
 from nemo_kto.runtime.devices import peak_flops
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes that the peak is of."""
-
-
-class StepWork(Protocol):
-    """Knows how many operations a training step takes for a document, in all of its passes."""
-
-    def of_sample(self, length: int, response: int) -> int:
-        """Return those of a sample of so many tokens, of which the last ones are the response."""
-        ...
-
-    def of_kl(self, length: int, response: int) -> int:
-        """Return those of a document of the KL set."""
-        ...
 
 
 class Utilisation:
@@ -36,12 +24,12 @@ class Utilisation:
         peak: Operations per second of all devices together; None where it is not known: then nothing is counted.
     """
 
-    def __init__(self, work: StepWork | None = None, *, peak: float | None = None) -> None:
+    def __init__(self, work: StepFlops | None = None, *, peak: float | None = None) -> None:
         self._work = work
         self._peak = peak
 
     @classmethod
-    def on(cls, device: torch.device, work: StepWork | None, *, dtype: torch.dtype, devices: int) -> Utilisation:
+    def on(cls, device: torch.device, work: StepFlops, *, dtype: torch.dtype, devices: int) -> Utilisation:
         """Return it for a run on so many such devices."""
         known = device.type == "cuda" and dtype in HALF
         peak = peak_flops(torch.cuda.get_device_name(device)) if known else None

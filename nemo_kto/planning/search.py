@@ -14,10 +14,10 @@ from transformers import PretrainedConfig
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import dimensions_of, family_of
+from nemo_kto.network.flops import ModelFlops
 from nemo_kto.planning.counts import parts_of
 from nemo_kto.planning.memory import Activations, RankMemory, held_memory
 from nemo_kto.planning.speed import DocumentFlops, Speed, StepTime
-from nemo_kto.runs.flops import ModelFlops
 from nemo_kto.runs.layout import check_divided, requested_layout
 from nemo_kto.runs.memory import longest_rows
 from nemo_kto.runs.reference import lora_settings, reference_settings

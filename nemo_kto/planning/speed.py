@@ -1,6 +1,6 @@
 """How long a training step would take on GPUs that are not at hand, and what it sends over which links.
 
-An estimate, to rank layouts with: operations (`runs/flops.py`) over the GPU's peak, bytes over the bandwidth of the
+An estimate, to rank layouts with: operations (`network/flops.py`) over the GPU's peak, bytes over the bandwidth of the
 link that carries them, and the pipeline's bubble (arXiv 2104.04473, section 2.2). Nothing is taken to overlap. Of
 peaks a share is reached, see the constants; they are assumptions, not measured here.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.network.family import Dimensions
+from nemo_kto.network.flops import ModelFlops
 from nemo_kto.planning.counts import ModelParts
 from nemo_kto.planning.memory import RankMemory
-from nemo_kto.runs.flops import ModelFlops
 from nemo_kto.runs.layout import kl_fraction
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runtime.devices import Device

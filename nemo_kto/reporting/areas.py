@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nemo_kto.reporting.panels import Line, Panel
-from nemo_kto.reporting.plots import COLORS, SMOOTHED_FROM, finite_values, framed, smooth
+from nemo_kto.reporting.plots import COLORS, finite_values, framed, smooth, smoothing_window
 
 HATCHES = ("", "////", "....", "\\\\\\\\", "", "xxxx", "----")
 """As many as there are colours: areas are told apart without them too."""
@@ -62,7 +62,7 @@ def _heap(lines: list[Line]) -> _Heap:
     heights = np.zeros((len(lines), steps.size))
     for row, (places, values) in zip(heights, found, strict=True):
         row[np.searchsorted(steps, places)] = values
-    window = max(5, steps.size // 25 // 2 * 2 + 1) if steps.size >= SMOOTHED_FROM else 1
+    window = smoothing_window(steps.size)
     if window > 1:
         heights = np.stack([smooth(row, window) for row in heights])
     totals = heights.sum(axis=0)

@@ -236,7 +236,12 @@ def _interrupted(line: Line, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _window(line: Line) -> int:
     """Over how many values a line is smoothed; 1: not at all."""
     _, values = finite_values(line)
-    return max(5, values.size // 25 // 2 * 2 + 1) if values.size >= SMOOTHED_FROM and is_noisy(values) else 1
+    return smoothing_window(values.size) if is_noisy(values) else 1
+
+
+def smoothing_window(number: int) -> int:
+    """Over how many of so many values a noisy line is smoothed; 1: not at all."""
+    return max(5, number // 25 // 2 * 2 + 1) if number >= SMOOTHED_FROM else 1
 
 
 def _draw(axes: Axes, line: Line, *, alpha: float) -> Artist:

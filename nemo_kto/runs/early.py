@@ -7,6 +7,9 @@ run that is resumed stands) is left to then.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 from nemo_kto.config.folders import (
     check_named_folders,
     export_folder,
@@ -19,7 +22,7 @@ from nemo_kto.config.plugins import check_callbacks, check_functions
 from nemo_kto.config.schema import DataConfig, KTOConfig, ModelConfig
 from nemo_kto.data.reading.parts import check_there
 from nemo_kto.data.tokens.tokenizer import check_tokenizer_folder
-from nemo_kto.errors import DataError
+from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.network.families import sizes_of_folder
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.checkpoints import checkpoint_to_evaluate, resumable_checkpoint
@@ -30,6 +33,8 @@ from nemo_kto.runtime.launch import check_environment
 from nemo_kto.runtime.layout import ModelSizes
 from nemo_kto.runtime.log_lock import check_free
 from nemo_kto.weights.hub import check_repository
+
+logger = logging.getLogger(__name__)
 
 
 def check_early(config: KTOConfig, command: str, *, locks: bool = True) -> None:
@@ -86,10 +91,24 @@ def check_folders(config: KTOConfig, command: str) -> None:
 
 
 def check_upload(config: KTOConfig) -> None:
-    """Raise a ConfigError if what is trained could not be uploaded where `export.push_to_hub` says; rank 0 asks."""
+    """Raise a ConfigError if what is trained could not be uploaded where `export.push_to_hub` says; rank 0 asks.
+
+    A run that goes on does so all the same, with a warning: what was trained does not wait for the Hub.
+    """
     repository, private = config.export.push_to_hub, config.export.hub_private
-    if repository is not None and is_global_rank_zero():
+    if repository is None or not is_global_rank_zero():
+        return
+    try:
         check_repository(repository, private=private, key="export.push_to_hub")
+    except ConfigError as error:
+        if resumable_checkpoint(config, log_directory(config)) is None:
+            raise
+        _warn_of_upload(str(error))
+
+
+@functools.cache  # a command asks early, and when it begins
+def _warn_of_upload(why: str) -> None:
+    logger.warning("The run goes on, but as it stands nothing can be uploaded at its end. %s", why)
 
 
 def check_known_layout(config: KTOConfig) -> None:

@@ -19,7 +19,6 @@ from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.data import read_data, settle_loss_weights
-from nemo_kto.runs.flops import StepFlops
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of
 from nemo_kto.runs.reference import cache_settings, lora_settings, reference_settings
@@ -49,7 +48,7 @@ class Run:
 
     def model(self) -> MegatronGPTKTOModel:
         """Return the model, to be built when the processes run."""
-        model = MegatronGPTKTOModel(
+        return MegatronGPTKTOModel(
             self.config,
             self.hf_config,
             layout=self.layout,
@@ -60,8 +59,6 @@ class Run:
             steps_per_epoch=self.schedule.per_epoch,
             val_batches=self.schedule.val_batches,
         )
-        model.work = StepFlops(self.hf_config, lora=self.lora, reference_mode=self.reference.mode)
-        return model
 
 
 def prepare(config: KTOConfig, *, trains: bool = True) -> Run:

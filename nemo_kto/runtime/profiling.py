@@ -68,8 +68,11 @@ class ProfileSteps(Callback):
         self._finish(pl_module, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is of a run that has failed."""
-        self._finish(pl_module, trainer.global_step)
+        """Write what there is of a run that has failed; its other ranks are told of that after this, in any case."""
+        try:
+            self._finish(pl_module, trainer.global_step)
+        except Exception:  # of the device, which may be what has failed
+            logger.warning("There is no profile of the steps before the failure.", exc_info=True)
 
     def _start(self, module: Any) -> None:
         on_cuda = module.device.type == "cuda"
@@ -87,11 +90,11 @@ class ProfileSteps(Callback):
             return
         profiler, self._profiler = self._profiler, None
         module.clock.named, on_cuda = self._unnamed, module.device.type == "cuda"
-        profiler.stop()
-        if on_cuda:
-            torch.cuda.profiler.stop()
         name = f"steps_{self._begun}-{step}_rank_{module.global_rank}"
         try:
+            profiler.stop()  # which waits for the device, and raises what has befallen that
+            if on_cuda:
+                torch.cuda.profiler.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
             if on_cuda:

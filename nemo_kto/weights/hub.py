@@ -108,13 +108,19 @@ def _check_account(repository: str, private: bool, key: str, token: str, endpoin
 
 def _unreachable(key: str, repository: str, endpoint: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{key}={repository}: {endpoint} cannot be reached from here ({_reason(error)}). Leave {key} out, and upload "
-        "the folder later from a machine that can."
+        f"{key}={repository}: {endpoint} cannot be reached from here ({_reason(error)}). Leave {key} out, and use "
+        "`nemo-kto export-hf --push-to-hub` later on a machine that can."
     )
 
 
-def upload(folder: Path, repository: str, *, private: bool) -> str:
+def upload(folder: Path, repository: str, *, private: bool, later: str) -> str:
     """Make the repository, if it is not there, and replace what is in it; return its address.
+
+    Args:
+        folder: What is uploaded.
+        repository: See `check_repository`.
+        private: See `check_repository`.
+        later: What to do if it cannot be done now, as a sentence.
 
     Raises:
         UploadError: It could not be done; the folder stays as it is.
@@ -137,9 +143,8 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
                 delete_patterns=STALE,
             )
     except Exception as error:  # of the library, its HTTP client and its transfers
-        later = f"hf upload {repository} {folder} .{' --private' if private else ''}"
         raise UploadError(
-            f"{folder} is complete, but could not be uploaded to {repository}: {_reason(error)}. Later: {later}"
+            f"{folder} is complete, but could not be uploaded to {repository}: {_reason(error)}. {later}"
         ) from error
     return f"{constants.ENDPOINT}/{made.repo_id}"
 

@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch import Callback
 from transformers import AutoConfig
 
+from nemo_kto.network.flops import ModelFlops
 from nemo_kto.network.projections import LoRASettings
-from nemo_kto.runs.flops import backward_flops, forward_flops
 from tests.cuda_sim.test_same_series import BF16, LORA
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
@@ -48,9 +48,9 @@ def seen_run(port: int, overrides: dict[str, Any], peak: float | None) -> list[t
     return seen.steps
 
 
-def summed(count: Callable[..., int], documents: Lengths, config: Any, **keywords: Any) -> int:
+def summed(count: Callable[..., int], documents: Lengths) -> int:
     tokens, responses = zip(*documents, strict=True)
-    return count(config, tokens, responses=sum(responses), **keywords)
+    return count(tokens, sum(responses))
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_a_step_is_counted_once_whatever_the_layout(
         samples = [document for rank in seen[:replicas] for document in rank[step][0]]
         kl_set = [document for rank in seen[:replicas] for document in rank[step][1]]
         assert len(samples) == len(kl_set) == 8
-        flops = summed(forward_flops, samples + kl_set, config, lora=lora)
-        flops += summed(backward_flops, samples, config, lora=lora)
-        flops += reference_passes * summed(forward_flops, samples + kl_set, config)
+        flops = summed(ModelFlops(config, lora).forward, samples + kl_set)
+        flops += summed(ModelFlops(config, lora).backward, samples)
+        flops += reference_passes * summed(ModelFlops(config).forward, samples + kl_set)
         seconds = series["train/step_time"][step]
         assert series["train/mfu"][step] == pytest.approx(flops / seconds / (ranks * PEAK), rel=1e-6)
 

@@ -85,6 +85,8 @@ def test_other_keys_win() -> None:
     config = composed("llama3_8b", "trainer.num_nodes=2", "model.optim.lr=3e-7")
     assert (config.trainer.num_nodes, config.model.optim.lr, config.trainer.devices) == (2, 3e-7, 8)
     assert load_config(["+recipe=llama3_8b"]) == load_config(["recipe=llama3_8b"])
+    of_mapping = load_config({"model.optim.lr": 3e-7, "recipe": "llama3_8b"})
+    assert of_mapping == load_config(["recipe=llama3_8b", "model.optim.lr=3e-7"])
     with pytest.raises(ConfigError, match=r"recipe/llama4.*llama3_70b"):
         composed("llama4")
 

@@ -21,6 +21,7 @@ from tests.integration.test_command import run
 from tests.weights.fake_hub import TOKEN, Hub, Repository, running_hub
 
 KEY = "export.push_to_hub"
+LATER = "Do it later."
 
 
 @pytest.fixture
@@ -103,7 +104,17 @@ def test_offline_is_said_and_what_to_do(hub: Hub, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
     message = refusal("me/x")
-    assert "http://127.0.0.1:9 cannot be reached from here" in message and "upload the folder later" in message
+    assert (
+        "http://127.0.0.1:9 cannot be reached from here" in message
+        and "`nemo-kto export-hf --push-to-hub` later" in message
+    )
+
+
+def test_public_alone_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nemo_kto.cli import main
+
+    assert main(["export-hf", str(tmp_path), str(tmp_path / "hf"), "--public"]) == 1
+    assert "--public says who sees what --push-to-hub uploads" in capsys.readouterr().err
 
 
 # uploads
@@ -120,10 +131,10 @@ def test_a_folder_becomes_a_private_repository(hub: Hub, tmp_path: Path) -> None
     folder = folder_of(
         tmp_path / "hf", model__safetensors="weights", config__json="{}", README__md="---\ntags: [a]\n---\n"
     )
-    assert upload(folder, "alone", private=True) == f"{hub.address}/me/alone"
+    assert upload(folder, "alone", private=True, later=LATER) == f"{hub.address}/me/alone"
     there = hub.repositories["me/alone"]
     assert there.private and there.files == {file.name: file.read_bytes() for file in folder.iterdir()}
-    upload(folder, "us/open", private=False)
+    upload(folder, "us/open", private=False, later=LATER)
     assert not hub.repositories["us/open"].private
 
 
@@ -131,7 +142,7 @@ def test_what_is_left_of_another_model_goes(hub: Hub, tmp_path: Path) -> None:
     old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "picture.png": b"kept"}
     hub.repositories["me/x"] = Repository(private=True, files={**old, "config.json": b"old"})
     folder = folder_of(tmp_path / "hf", model__safetensors="weights", config__json="{}")
-    upload(folder, "me/x", private=True)
+    upload(folder, "me/x", private=True, later=LATER)
     assert set(hub.repositories["me/x"].files) == {"model.safetensors", "config.json", "picture.png"}
     assert hub.repositories["me/x"].files["config.json"] == b"{}"
 
@@ -154,7 +165,7 @@ def test_an_adapter_names_its_base_as_others_call_it(
     card = f"---\ntags:\n- kto\nbase_model: {json.dumps(Path(base).name)}\n---\n# x\n"
     config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": base})
     folder = folder_of(tmp_path / "hf", adapter_config__json=config, adapter_model__safetensors="w", README__md=card)
-    upload(folder, "me/x", private=True)
+    upload(folder, "me/x", private=True, later=LATER)
     files = hub.repositories["me/x"].files
     assert json.loads(files["adapter_config.json"]) == {"peft_type": "LORA", "base_model_name_or_path": name}
     assert files["README.md"].decode() == f"---\ntags:\n- kto\n{line}---\n# x\n"
@@ -168,10 +179,10 @@ def test_an_upload_that_fails_says_how_to_do_it_later(hub: Hub, tmp_path: Path, 
     folder = folder_of(tmp_path / "hf", model__safetensors="weights", config__json="{}")
     hub.refuses = refused
     with pytest.raises(UploadError) as failed:
-        upload(folder, "me/x", private=True)
+        upload(folder, "me/x", private=True, later=LATER)
     message = str(failed.value)
     assert message.startswith(f"{folder} is complete, but could not be uploaded to me/x: ")
-    assert message.endswith(f"Later: hf upload me/x {folder} . --private") and "\n" not in message
+    assert message.endswith(f". {LATER}") and "\n" not in message
     assert TOKEN not in message and sorted(file.name for file in folder.iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -182,7 +193,7 @@ def test_what_became_public_since_training_began_is_left_alone(hub: Hub, tmp_pat
     folder = folder_of(tmp_path / "hf", config__json="{}")
     hub.repositories["me/x"] = Repository(private=False)
     with pytest.raises(UploadError, match="everybody sees it"):
-        upload(folder, "me/x", private=True)
+        upload(folder, "me/x", private=True, later=LATER)
     assert hub.repositories["me/x"].files == {}
 
 
@@ -203,7 +214,7 @@ def train_and_upload(port: int, overrides: dict[str, Any], address: str) -> str:
         speak_to(address, patch.setattr, patch.setenv)
         try:
             train_on_rank(port, overrides)
-        except UploadError as error:
+        except (ConfigError, UploadError) as error:
             return str(error)
     return ""
 
@@ -224,7 +235,10 @@ def test_a_run_uploads_its_adapter_and_a_failure_loses_nothing(
     )
     hub.refuses = "/commit/"
     (failed,) = run_ranks(train_and_upload, 1, free_port(), values, hub.address)
-    assert "could not be uploaded to me/aligned" in failed and (log_dir / "hf" / "adapter_model.safetensors").is_file()
+    assert "could not be uploaded to me/aligned" in failed and failed.endswith(
+        "Run the same command again, which then does only that."
+    )
+    assert (log_dir / "hf" / "adapter_model.safetensors").is_file()
     assert hub.repositories["me/aligned"].files == {}
 
     hub.refuses = None
@@ -234,13 +248,34 @@ def test_a_run_uploads_its_adapter_and_a_failure_loses_nothing(
     assert there.files["adapter_model.safetensors"] == (log_dir / "hf" / "adapter_model.safetensors").read_bytes()
     assert b"LoRA adapter aligned" in there.files["README.md"]
     note = json.loads((log_dir / "hub.json").read_text())
-    assert note == {"repository": "me/aligned", "step": 1, "address": f"{hub.address}/me/aligned"}
+    assert note == {
+        "folder": str(log_dir / "hf"),
+        "step": 1,
+        "repository": "me/aligned",
+        "address": f"{hub.address}/me/aligned",
+    }
 
     hub.asked.clear()
     assert run_ranks(train_and_upload, 1, free_port(), values, hub.address) == [""]
     assert all(line.startswith("GET ") for line in hub.asked)
     files = [path for path in log_dir.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [file for file in files if TOKEN.encode() in file.read_bytes()]
+
+    # what goes on, or has come to its end, does not depend on the Hub; what cannot be read is done again
+    hub.refuses = "/api/"
+    assert run_ranks(train_and_upload, 1, free_port(), values, hub.address) == [""]
+    hub.refuses = None
+    there.files.clear()
+    (log_dir / "hub.json").write_text('{"folder": "/cut')
+    assert run_ranks(train_and_upload, 1, free_port(), values, hub.address) == [""]
+    assert "adapter_model.safetensors" in there.files
+
+    # a folder that somebody else has written is not uploaded
+    mine = folder_of(tmp_path / "private", diary__txt="not for the Hub")
+    other = {**values, "export.folder": str(mine), "export.push_to_hub": "me/other"}
+    (refused,) = run_ranks(train_and_upload, 1, free_port(), other, hub.address)
+    assert refused.startswith(f"export.folder={mine} was there already, and may be anything: it is not uploaded")
+    assert "me/other" not in hub.repositories
 
     last = newest_whole(log_dir / "checkpoints")[0]
     export = ["export-hf", str(last), str(tmp_path / "merged"), "--merge", "--push-to-hub", "us/merged", "--public"]

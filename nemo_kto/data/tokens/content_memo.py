@@ -48,7 +48,9 @@ def remembered_digest(source: Source, folder: Path) -> str:
     files = plain_files(source)
     if not files or (signature := _signature(files)) is None or not _is_settled(signature, time.time()):
         return content_digest(source)  # which nobody could be told, so that nobody is to wait for it
-    name = hashlib.blake2b(json.dumps([str(file.absolute()) for file in files]).encode(), digest_size=16).hexdigest()
+    # the signature too: copies on disks of several machines have others, and nobody is to wait for those of another
+    named = json.dumps([[str(file.absolute()) for file in files], signature])
+    name = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
     memo = folder / f"{name}.digest"
     found = _recall(memo, signature)
     if found is not None:
@@ -62,7 +64,7 @@ def remembered_digest(source: Source, folder: Path) -> str:
         found = _recall(memo, signature)
         if found is None:
             found = content_digest(source)
-            if _signature(files) == signature:
+            if plain_files(source) == files and _signature(files) == signature:
                 _remember(memo, signature, found)
     return found
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_kto.data.reading.records import Messages
-from nemo_kto.data.tokens.reasoning import reasoning_of, thought_of
+from nemo_kto.data.tokens.reasoning import reasonings_of, thought_of
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, calls_of, leaves
 
 REASONING = "its reasoning"
@@ -65,7 +65,7 @@ def answer_parts(message: dict[str, Any]) -> list[Part]:
     thought, content = thought_of(message.get("content") or "")
     calls = list(_calls(message, "its tool call"))
     text = Part("the text beside its tool call" if calls else "its text", content, first=True)
-    return [Part(REASONING, reasoning_of(message)), Part(REASONING, thought), text, *calls]
+    return [*(Part(REASONING, said) for said in reasonings_of(message)), Part(REASONING, thought), text, *calls]
 
 
 def lost(parts: Iterable[Part], text: str, special: re.Pattern[str]) -> list[Part]:

@@ -33,18 +33,25 @@ def thought_of(content: str) -> tuple[str, str]:
 
 def reasoning_of(message: dict[str, object]) -> str:
     """Returns the reasoning that a message has in a field of its own."""
-    return next((value for key in REASONING_KEYS if isinstance(value := message.get(key), str) and value), "")
+    return next(iter(reasonings_of(message)), "")
+
+
+def reasonings_of(message: dict[str, object]) -> list[str]:
+    """Returns the reasoning of each of those fields, once where several say the same."""
+    texts = (message.get(key) for key in REASONING_KEYS)
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
 
 
 def under_known_name(messages: Messages, template: str) -> tuple[Messages, str | None]:
     """Returns messages with their reasoning in the field that a template reads, and its name if any was moved."""
-    known = next((key for key in REASONING_KEYS if _reads(template, key)), None)
-    if known is None:
+    read = [key for key in REASONING_KEYS if _reads(template, key)]
+    if not read:
         return messages, None
+    known = read[0]
     moved = [
         message
-        if not (text := reasoning_of(message)) or message.get(known)
-        else _without_reasoning(message) | {known: text}
+        if not (text := reasoning_of(message)) or any(message.get(key) for key in read)
+        else _without(message, text) | {known: text}
         for message in messages
     ]
     return (moved, known) if moved != messages else (messages, None)
@@ -55,8 +62,9 @@ def _reads(template: str, key: str) -> bool:
     return re.search(rf"[.'\"]{key}\b", template) is not None
 
 
-def _without_reasoning(message: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in message.items() if key not in REASONING_KEYS}
+def _without(message: dict[str, object], text: str) -> dict[str, object]:
+    """Returns a message without a reasoning, under whatever names; another one stays, to be found where it is lost."""
+    return {key: value for key, value in message.items() if key not in REASONING_KEYS or value not in (text, None, "")}
 
 
 def written_behind(header: str, content: str) -> str | None:

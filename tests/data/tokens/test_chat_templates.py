@@ -664,6 +664,18 @@ def test_channels(field):
     assert texts(short, tokenizer)[1] == "<|channel|>final<|message|>4<|return|>" and not short.notes
 
 
+def test_reasoning_in_a_field_that_a_template_reads_stays_there():
+    """It may read several; and what another field says is not dropped without a word."""
+    both = made(CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m.reasoning or m.thinking }}: {{ m['content'] }}"))
+    for field in ("reasoning", "thinking"):
+        result = encoded(both, user("?"), assistant("4", **{field: "Two."}))
+        assert texts(result, both)[1] == "Two.: 4</s>" and not result.notes
+    same = encoded(both, user("?"), assistant("4", thinking="Two.", reasoning_content="Two."))
+    assert texts(same, both)[1] == "Two.: 4</s>" and not same.notes
+    bad = encoded(both, user("?"), assistant("4", thinking="Two.", reasoning_content="And two."))
+    assert bad.reason.startswith('the chat template leaves its reasoning out of the answer, "And two."')
+
+
 def test_a_call_in_a_channel_ends_with_its_own_token():
     tokenizer = made(HARMONY, eos="<|return|>", more=HARMONY_TOKENS)
     result = encoded(tokenizer, user("1 + 2?"), call(thinking="I add."))

@@ -89,6 +89,31 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(write_jsonl, tmp
     assert len(memos(tmp_path / "memos")) == 1
 
 
+def test_a_folder_that_gets_another_file_while_it_is_read_is_not_remembered(write_jsonl, tmp_path, monkeypatch):
+    record = {"prompt": "a", "completion": "b", "label": True}
+    source = Source(str(write_jsonl(record).parent))
+    monkeypatch.setattr(content_memo, "_SETTLED", 0.0)
+
+    def joined(of):
+        write_jsonl(record, name="more.jsonl")
+        return content_digest(of)
+
+    with mock.patch.object(content_memo, "content_digest", joined):
+        remembered_digest(source, tmp_path / "memos")
+    assert not memos(tmp_path / "memos")
+
+
+def test_copies_on_disks_of_several_machines_do_not_wait_for_each_other(write_jsonl, tmp_path, monkeypatch):
+    """Under one path, with their own times; the memos are in one folder."""
+    file = write_jsonl({"prompt": "a", "completion": "b", "label": True})
+    source = Source(str(file))
+    monkeypatch.setattr(content_memo, "_SETTLED", 0.0)
+    for second in (100, 200):
+        os.utime(file, (second, second))
+        remembered_digest(source, tmp_path / "memos")
+    assert len(memos(tmp_path / "memos")) == len([*(tmp_path / "memos").glob("*.lock")]) == 2
+
+
 def test_a_damaged_memo_is_made_anew(write_jsonl, tmp_path, monkeypatch):
     source = Source(str(write_jsonl({"prompt": "a", "completion": "b", "label": True})))
     monkeypatch.setattr(content_memo, "_SETTLED", 0.0)

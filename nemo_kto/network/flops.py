@@ -37,27 +37,6 @@ if TYPE_CHECKING:
     from nemo_kto.network.projections import LoRASettings
 
 
-def forward_flops(
-    hf_config: Any, documents: Sequence[int], *, responses: int | None = None, lora: LoRASettings | None = None
-) -> int:
-    """Return the operations of one forward pass of the whole model.
-
-    Args:
-        hf_config: transformers' configuration of the model.
-        documents: The tokens of each document.
-        responses: How many tokens of all documents the output layer is applied at; None for all of them.
-        lora: The model's adapters, which are on; None for none.
-    """
-    return ModelFlops(hf_config, lora).forward(documents, sum(documents) if responses is None else responses)
-
-
-def backward_flops(
-    hf_config: Any, documents: Sequence[int], *, responses: int | None = None, lora: LoRASettings | None = None
-) -> int:
-    """Return the operations of the backward pass that follows, of what is trained; see `forward_flops`."""
-    return ModelFlops(hf_config, lora).backward(documents, sum(documents) if responses is None else responses)
-
-
 @dataclass(frozen=True)
 class _Core:
     """What a kind of layer takes forward besides linear layers, in multiply-adds.
@@ -102,11 +81,16 @@ class ModelFlops:
         self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, products))
 
     def forward(self, documents: Sequence[int], responses: int) -> int:
-        """Return the operations of a forward pass; see `forward_flops`."""
+        """Return the operations of a forward pass over documents of so many tokens.
+
+        Args:
+            documents: The tokens of each document.
+            responses: How many tokens of all documents the output layer is applied at.
+        """
         return _summed(documents, *self._forward) + 2 * responses * self._output
 
     def backward(self, documents: Sequence[int], responses: int) -> int:
-        """Return the operations of the backward pass of what is trained; see `forward_flops`."""
+        """Return the operations of the backward pass that follows, of what is trained; see `forward`."""
         return _summed(documents, *self._backward) + 2 * responses * self._output_backward
 
 

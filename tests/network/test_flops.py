@@ -14,12 +14,13 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from nemo_kto.network.flops import ModelFlops
 from nemo_kto.network.projections import LoRASettings
-from nemo_kto.runs.flops import ModelFlops, backward_flops, forward_flops
 from nemo_kto.runtime.devices import DEVICES, peak_flops
 from tests.network.tiny_hf import documents, families
 
 LENGTHS = [len(document) for document in documents()]
+TOKENS = sum(LENGTHS)
 FAMILIES = families()
 TRAINED = ("llama", "qwen3", "llama_tied", "phi3", "starcoder2", "gemma2", "deepseek_v3_dense", "mixtral", "qwen2_moe")
 
@@ -95,7 +96,7 @@ def test_a_forward_pass_of_every_family_is_what_pytorch_counts(name: str) -> Non
     expected = counted(lambda: [model(document[None], use_cache=False) for document in documents()])
     if hasattr(config, "linear_conv_kernel_dim"):
         expected += uncounted_of_linear_attention(config)
-    assert forward_flops(config, LENGTHS) == expected
+    assert ModelFlops(config).forward(LENGTHS, TOKENS) == expected
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -103,7 +104,7 @@ def test_a_backward_pass_is_what_pytorch_counts(name: str) -> None:
     config = FAMILIES[name]
     model = transformers_model(config)
     losses = [model(document[None], use_cache=False).logits.sum() for document in documents()]
-    assert backward_flops(config, LENGTHS) == counted(lambda: sum(losses).backward())
+    assert ModelFlops(config).backward(LENGTHS, TOKENS) == counted(lambda: sum(losses).backward())
 
 
 def with_gradient(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -131,8 +132,8 @@ def test_passes_with_adapters_are_what_pytorch_counts(kind: str) -> None:
     model.base_model.model.model.layers[chosen[0]].register_forward_pre_hook(with_gradient)
     losses: list[torch.Tensor] = []
     forward = counted(lambda: losses.extend(model(document[None]).logits.sum() for document in documents()))
-    assert forward_flops(config, LENGTHS, lora=lora) == forward
-    assert backward_flops(config, LENGTHS, lora=lora) == counted(lambda: sum(losses).backward())
+    assert ModelFlops(config, lora).forward(LENGTHS, TOKENS) == forward
+    assert ModelFlops(config, lora).backward(LENGTHS, TOKENS) == counted(lambda: sum(losses).backward())
 
 
 def test_the_output_layer_is_counted_where_it_is_applied() -> None:
@@ -148,8 +149,8 @@ def test_the_output_layer_is_counted_where_it_is_applied() -> None:
     linear = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     attention = (6 + 3) * 2 * 2 * 4  # documents of 3 and 2 tokens: 6 and 3 pairs; two heads, two products of 4
     forward = 2 * (5 * linear + attention + 3 * 8 * 32)
-    assert forward_flops(config, [3, 2], responses=3) == forward
-    assert backward_flops(config, [3, 2], responses=3) == 2 * forward
+    assert ModelFlops(config).forward([3, 2], 3) == forward
+    assert ModelFlops(config).backward([3, 2], 3) == 2 * forward
     assert ModelFlops(config).forward([], 0) == 0
 
 
