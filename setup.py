@@ -11,7 +11,16 @@ assert VERSION is not None, "nemo_kto/__init__.py has no __version__"
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 MLFLOW = ["mlflow-skinny>=3"]
-TEST = ["hypothesis>=6.100", *MLFLOW, "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.4"]
+TEST = [
+    "compressed-tensors>=0.15",
+    "hypothesis>=6.100",
+    *MLFLOW,
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "scikit-learn>=1.4",
+    "torchao>=0.15",
+]
 
 setup(
     name="nemo-kto",
@@ -31,6 +40,7 @@ setup(
         "nemo_kto.docs": ["configuration.md"],
     },
     install_requires=[
+        "bitsandbytes>=0.46",
         "datasets>=3.0",
         "einops",  # imported by nemo_toolkit, which does not declare it
         "huggingface-hub>=1.0,<3",
