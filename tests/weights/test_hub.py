@@ -110,11 +110,10 @@ def test_offline_is_said_and_what_to_do(hub: Hub, monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_public_alone_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_kto.cli import main
-
-    assert main(["export-hf", str(tmp_path), str(tmp_path / "hf"), "--public"]) == 1
-    assert "--public says who sees what --push-to-hub uploads" in capsys.readouterr().err
+def test_public_alone_says_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "nemo_kto.cli", "export-hf", str(tmp_path), str(tmp_path / "hf"), "--public"]
+    code, output, errors = run(words, PYTHONPATH=os.getcwd())
+    assert (code, output) == (1, "") and errors.startswith("error: --public says who sees what --push-to-hub uploads")
 
 
 # uploads
