@@ -117,6 +117,7 @@ def check_values(config: KTOConfig) -> None:
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
     _check_lora(config)
+    _check_quantisation(config)
     if config.export.push_to_hub is not None and not config.export.enabled:
         raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
     _check_reference(config)
@@ -242,6 +243,28 @@ def _check_model_source(config: KTOConfig) -> None:
         )
     elif not Path(path).is_dir():
         raise ConfigError(f"pretrained_checkpoint.restore_from_path={path} is not a folder.")
+
+
+def _check_quantisation(config: KTOConfig) -> None:
+    """Check what is kept in fewer bits: only what is never changed."""
+    peft, reference = config.model.peft, config.model.kto.reference
+    if peft.double_quantization and peft.quantize_base != "nf4":
+        raise ConfigError(
+            "model.peft.double_quantization=true needs model.peft.quantize_base=nf4, whose scales it quantises."
+        )
+    if peft.quantize_base is None:
+        return
+    key = f"model.peft.quantize_base={peft.quantize_base}"
+    if peft.peft_scheme != "lora":
+        raise ConfigError(
+            f"{key} needs model.peft.peft_scheme=lora: weights in so few bits cannot be trained, only adapters beside "
+            "them."
+        )
+    if reference.mode == "cpu_swap":
+        raise ConfigError(
+            f"{key} cannot be used with model.kto.reference.mode=cpu_swap, which exchanges the model's weights for "
+            "others. Use auto: the reference is the model without its adapters."
+        )
 
 
 def _check_lora(config: KTOConfig) -> None:

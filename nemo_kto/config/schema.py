@@ -172,6 +172,8 @@ class PeftConfig:
 
     peft_scheme: Literal["none", "lora"] | None = "none"
     lora_tuning: LoRAConfig = field(default_factory=LoRAConfig)
+    quantize_base: Literal["nf4", "int8"] | None = None
+    double_quantization: bool = False
 
 
 @dataclass(kw_only=True)

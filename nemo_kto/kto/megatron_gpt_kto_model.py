@@ -149,6 +149,7 @@ class MegatronGPTKTOModel(LightningModule):
                 recompute=self.recompute,
                 moe_aux_loss_coeff=model.moe_aux_loss_coeff,
                 unfused=self.lora is not None,
+                quantised=None if self.lora is None else self.lora.base,
             )
             for chunk in range(self.layout.virtual)
         )

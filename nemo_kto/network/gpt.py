@@ -15,14 +15,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.transformer_block import TransformerBlock
 from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.logprobs import LogitShape
 from nemo_kto.network import moe
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.hf_config import check_hf_config
+from nemo_kto.network.latent_attention import WholeLinear
 from nemo_kto.network.layer_specs import attends_by_document, block_spec, check_transformer_impl
 from nemo_kto.network.megatron_config import Recompute, megatron_config
+from nemo_kto.network.quantised_weight import weights_quantised
 from nemo_kto.network.rotary import RotaryEmbedding
 from nemo_kto.network.sharded import mark_divided, sharded_leaves
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
@@ -165,6 +168,7 @@ def build_gpt(
     recompute: Recompute | None = None,
     moe_aux_loss_coeff: float = 0.0,
     unfused: bool = False,
+    quantised: str | None = None,
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
@@ -184,6 +188,8 @@ def build_gpt(
         moe_aux_loss_coeff: Weight of the loss that balances the experts' loads, in a mixture of experts.
         unfused: Build every projection outside the experts from Megatron's own linear layers, also with Transformer
             Engine, as adapters need them.
+        quantised: In which format the weights of linear layers are kept, experts' included, so that they cannot be
+            trained: a key of `quantised_weight.FORMATS`; None for plain numbers.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
@@ -199,7 +205,7 @@ def build_gpt(
         layout,
         params_dtype=params_dtype,
         recompute=recompute,
-        grouped_gemm=use_transformer_engine,
+        grouped_gemm=use_transformer_engine and quantised is None,
         moe_aux_loss_coeff=moe_aux_loss_coeff,
     )
     rotary = RotaryEmbedding(hf_config, sizes.head_channels)
@@ -209,28 +215,31 @@ def build_gpt(
     config.apply_rope_fusion = by_document or megatron_fixes.has_rotary_kernel_for_rows()
     place = parallel.position()
     chunk_number = chunk if layout.virtual > 1 else None
-    model = KTOGPTModel(
+    layers = block_spec(
         config,
-        block_spec(
-            config,
-            use_transformer_engine=use_transformer_engine,
-            by_document=by_document,
-            chunk=chunk_number,
-            unfused=unfused,
-        ),
-        hf_config=hf_config,
-        rotary=rotary if by_document else None,
-        cp_rank=place.cp_rank,
-        vocab_size=padded_vocab_size,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=place.is_first_stage and chunk == 0,
-        post_process=place.is_last_stage and chunk == layout.virtual - 1,
-        parallel_output=True,
-        position_embedding_type="none" if by_document else "rope",
-        rotary_percent=2 * len(rotary.inverse_frequencies) / sizes.head_channels,
-        share_embeddings_and_output_weights=sizes.tied,
-        vp_stage=chunk_number,
+        use_transformer_engine=use_transformer_engine,
+        by_document=by_document,
+        chunk=chunk_number,
+        unfused=unfused or quantised is not None,
+        own_experts=quantised is not None,
     )
+    with weights_quantised(quantised, (ColumnParallelLinear, RowParallelLinear, WholeLinear), until=TransformerBlock):
+        model = KTOGPTModel(
+            config,
+            layers,
+            hf_config=hf_config,
+            rotary=rotary if by_document else None,
+            cp_rank=place.cp_rank,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=place.is_first_stage and chunk == 0,
+            post_process=place.is_last_stage and chunk == layout.virtual - 1,
+            parallel_output=True,
+            position_embedding_type="none" if by_document else "rope",
+            rotary_percent=2 * len(rotary.inverse_frequencies) / sizes.head_channels,
+            share_embeddings_and_output_weights=sizes.tied,
+            vp_stage=chunk_number,
+        )
     mark_tensor_parallel_weights(model)
     moe.mark_expert_weights(model)
     moe.add_expert_biases(model)

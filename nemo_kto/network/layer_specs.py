@@ -26,6 +26,7 @@ def block_spec(
     by_document: bool,
     chunk: int | None,
     unfused: bool = False,
+    own_experts: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the layers of one chunk of a pipeline stage.
 
@@ -35,6 +36,7 @@ def block_spec(
         by_document: Whether attention is `DocumentAttention`.
         chunk: Which one; None unless stages are interleaved.
         unfused: See `build_gpt`.
+        own_experts: Build experts from Megatron's own linear layers too.
     """
     norm = norm_of(config)
     if use_transformer_engine:
@@ -48,7 +50,9 @@ def block_spec(
     kinds = [(experts[layer], layer in linear) for layer in range(first, last)]
     layers = {}
     for number, is_linear in set(kinds):
-        layer = _layer_spec(config, use_transformer_engine, number, unfused=unfused, by_document=by_document)
+        layer = _layer_spec(
+            config, use_transformer_engine, number, unfused=unfused, own_experts=own_experts, by_document=by_document
+        )
         if is_linear:
             _make_linear(layer)
         layers[number, is_linear] = layer
@@ -67,6 +71,7 @@ def _layer_spec(
     num_experts: int | None,
     *,
     unfused: bool,
+    own_experts: bool,
     by_document: bool,
 ) -> ModuleSpec:
     """Return a layer; with `num_experts` one whose feed-forward part is a mixture of experts."""
@@ -80,7 +85,7 @@ def _layer_spec(
     if engine is not None and fused:
         layer = engine
     else:
-        layer = _unfused_layer(config, num_experts, engine)
+        layer = _unfused_layer(config, num_experts, engine, own_experts=own_experts)
     attention = layer.submodules.self_attention
     if by_document:
         attention.submodules.core_attention = DocumentAttention
@@ -95,10 +100,13 @@ def _layer_spec(
     return layer
 
 
-def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleSpec | None) -> ModuleSpec:
+def _unfused_layer(
+    config: ModelConfig, num_experts: int | None, engine: ModuleSpec | None, *, own_experts: bool
+) -> ModuleSpec:
     """Return a layer of Megatron's own linear layers and torch's norms.
 
-    Transformer Engine's attention and experts, where there is such an `engine`, are as good here.
+    Transformer Engine's attention and experts, where there is such an `engine`, are as good here; not so experts whose
+    weights only Megatron's own layers can have.
     """
     layer = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -109,7 +117,8 @@ def _unfused_layer(config: ModelConfig, num_experts: int | None, engine: ModuleS
     if engine is not None:
         attention, engines = (spec.submodules.self_attention.submodules for spec in (layer, engine))
         attention.core_attention = engines.core_attention
-        layer.submodules.mlp = engine.submodules.mlp if num_experts else layer.submodules.mlp
+        if num_experts and not own_experts:
+            layer.submodules.mlp = engine.submodules.mlp
     return layer
 
 

@@ -115,6 +115,8 @@ class LoRASettings:
         alpha: The adapters' output is multiplied by `scale`: alpha / rank, or alpha / sqrt(rank) with `rslora`.
         rslora: See `alpha` (arXiv 2312.03732).
         dropout: Probability with which the adapters do not see an input channel of a token in training.
+        base: In which format the frozen weights of linear layers are kept: a key of `quantised_weight.FORMATS`; None
+            for plain numbers.
     """
 
     projections: tuple[str, ...]
@@ -123,6 +125,7 @@ class LoRASettings:
     alpha: float
     rslora: bool = False
     dropout: float = 0.0
+    base: str | None = None
 
     @property
     def scale(self) -> float:

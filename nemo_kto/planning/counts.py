@@ -154,6 +154,7 @@ def _parameters(
                 vocab_pad_multiple=config.model.make_vocab_size_divisible_by,
                 params_dtype=params_dtype_of(config),
                 unfused=lora is not None,
+                quantised=None if lora is None else lora.base,
             )
             if lora is not None:
                 add_adapters(model, lora)

@@ -48,6 +48,12 @@ def params_dtype_of(config: KTOConfig) -> torch.dtype:
     return PARAMS_DTYPES[config.trainer.precision]
 
 
+def base_format_of(config: KTOConfig) -> str | None:
+    """Return in which format frozen weights beside adapters are kept: a key of `quantised_weight.FORMATS`, or None."""
+    peft = config.model.peft
+    return f"{peft.quantize_base}_double" if peft.double_quantization else peft.quantize_base
+
+
 def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """Return the Hugging Face configuration of the model: of the folder, or from the sizes in `model`.
 

@@ -19,6 +19,7 @@ from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.projections import LoRASettings, layers_with, projections_of
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.model import base_format_of
 from nemo_kto.weights.folder import listed, weights_digest
 from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
@@ -71,6 +72,7 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,
         rslora=lora.rslora,
         dropout=lora.adapter_dropout,
+        base=base_format_of(config),
     )
     check_projections(settings, hf_config)
     if lora.restore_from_path is not None:
@@ -110,6 +112,12 @@ def reference_settings(
     mode, reason = keys.mode, "as configured"
     if mode == "auto":
         mode, reason = _choose(accelerator, adapters=lora is not None, model=other_model, adapter=other_adapter)
+    if other_model is not None and mode != "cached" and lora is not None and lora.base is not None:
+        raise ConfigError(
+            f"model.kto.reference.checkpoint={folder} is another model, which cannot take the place of weights kept as "
+            f"{config.model.peft.quantize_base}. Set model.kto.reference.mode=cached: it is there alone, once, before "
+            "training."
+        )
     if is_global_rank_zero():
         logger.info("Reference: %s, %s", mode, reason)
     return ReferenceSettings(
@@ -162,6 +170,8 @@ def cache_settings(
         "scale of the reference adapter": None if adapter is None else read_adapter_settings(adapter).scale,
         "model.seed and init_method_std": random_weights,
         "trainer.precision": config.trainer.precision,
+        # so that logs of runs without it keep their key
+        **({} if (base := base_format_of(config)) is None else {"model.peft.quantize_base": base}),
         "model.kto.preference_average_log_probs": model.kto.preference_average_log_probs,
         "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
         "model.data.append_eod": model.data.append_eod,

@@ -17,6 +17,7 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
@@ -33,6 +34,7 @@ from nemo_kto.network.weight_rules import (
 )
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.weights.folder import listed
+from nemo_kto.weights.quantise import Quantiser
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,14 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
+            read = functools.partial(_read_finite, source)
+            if isinstance(leaf.data, QuantisedWeight):
+                quantiser = Quantiser(leaf, rule.layout, pieces, read)
+                for region, data in _parts(leaf, rule.layout):
+                    quantiser.fill(data, region)
+                continue
             for region, data in _parts(leaf, rule.layout):
-                block = rule.layout.read(pieces, region, functools.partial(_read_finite, source))
+                block = rule.layout.read(pieces, region, read)
                 data[: len(block)].copy_(block)
                 data[len(block) :].zero_()
 

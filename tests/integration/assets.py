@@ -74,6 +74,9 @@ SHARED: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+WIDE: dict[str, Any] = {  # blocks of 64 input channels, also of half a layer
+    **{"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08},
+}
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 2.0,
     "attention_multiplier": 0.2,
@@ -131,6 +134,8 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {"head_dim": 16}),
     "experts": (Qwen3MoeConfig, EXPERTS),  # three sparse layers and a dense one
     "fused": (Phi3Config, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, **_TOKENS}),
+    "wide": (LlamaConfig, WIDE),
+    "wide_experts": (Qwen3MoeConfig, {**EXPERTS, **WIDE, "moe_intermediate_size": 128, "head_dim": 32}),
     "shared": (Qwen2MoeConfig, {**SHARED, "mlp_only_layers": [1]}),
     "granite": (GraniteConfig, {**GRANITE, **_TOKENS}),
     "granitemoe": (GraniteMoeConfig, {**GRANITE, **_TOKENS, "num_local_experts": 4}),

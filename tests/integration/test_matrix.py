@@ -97,6 +97,13 @@ FEW_ADAPTERS = {
     "model__peft__lora_tuning__layer_selection": [3],
 }
 EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
+NF4 = {"model__peft__quantize_base": "nf4"}
+TWICE = {**NF4, "model__peft__double_quantization": True}
+INT8 = {"model__peft__quantize_base": "int8"}
+QUANTISED_LAYOUTS = {name: LAYOUTS[name] for name in ("one", "dp2", "tp2", "tp2sp", "pp2", "pp2vpp2", "tp2pp2", "cp2")}
+QUANTISED_EXPERT_LAYOUTS = {
+    name: EXPERT_LAYOUTS[name] for name in ("one", "dp2", "tp2sp", "pp2", "ep2", "tp2sp_ep2", "tp2sp_ep2_whole")
+}
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, Any]]] = {
     "dense": ("hf", LAYOUTS, {}),
     "tied": ("tied", TIED_LAYOUTS, {}),
@@ -150,6 +157,12 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
+    "nf4": ("wide", QUANTISED_LAYOUTS, {**ADAPTERS, **NF4}),
+    "nf4 twice": ("wide", QUANTISED_LAYOUTS, {**ADAPTERS, **TWICE}),
+    "int8": ("wide", QUANTISED_LAYOUTS, {**ADAPTERS, **INT8}),
+    "nf4, experts": ("wide_experts", QUANTISED_EXPERT_LAYOUTS, {**EXPERTS_ADAPTERS, **NF4}),
+    "nf4 twice, experts": ("wide_experts", QUANTISED_EXPERT_LAYOUTS, {**EXPERTS_ADAPTERS, **TWICE}),
+    "int8, experts": ("wide_experts", QUANTISED_EXPERT_LAYOUTS, {**EXPERTS_ADAPTERS, **INT8}),
 }
 """Kind of model -> its folder, its layouts, and what its runs are set to."""
 
@@ -195,6 +208,12 @@ DEFAULT = {
     ("few adapters", "pp2", "kept"),
     ("few adapters", "one", "uniform"),
     ("experts, adapters", "ep2_cp2", "kept"),
+    *{("nf4", name, "kept") for name in ("dp2", "tp2", "pp2")},
+    ("nf4", "tp2sp", "uniform"),
+    ("nf4 twice", "tp2", "kept"),
+    ("int8", "tp2sp", "kept"),
+    ("nf4, experts", "ep2", "kept"),
+    ("nf4 twice, experts", "tp2sp_ep2_whole", "kept"),
 }
 """The cells of the default test run: each kind of parallelism, and the combinations that have gone wrong."""
 

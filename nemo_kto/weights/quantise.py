@@ -1,0 +1,150 @@
+"""From the tensors of a Hugging Face folder to weights in fewer bits, some rows at a time.
+
+A matrix's numbers and scales are those that bitsandbytes makes of the folder's matrix, whatever the layout: of a row
+whose numbers share a scale all is read, also where other ranks have the rest, and for scales of scales the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_kto.errors import CheckpointError
+from nemo_kto.network.quantised_weight import (
+    BLOCK,
+    SCALES_BLOCK,
+    Nf4,
+    Parts,
+    QuantisedWeight,
+    groups_of,
+    scale_levels,
+)
+from nemo_kto.network.sharded import Leaf
+from nemo_kto.network.weight_rules import Layout, Piece, Reader, Region
+from nemo_kto.runtime.bits import bitsandbytes
+
+_AT_ONCE = 1 << 25
+"""Most numbers of a matrix that are read in one go where only its scales are wanted."""
+
+
+class Quantiser:
+    """Fills a weight in fewer bits.
+
+    Args:
+        leaf: A block of it.
+        layout: How the folder's tensors make it up.
+        pieces: Those tensors.
+        reader: Reads them.
+    """
+
+    def __init__(self, leaf: Leaf, layout: Layout, pieces: Sequence[Piece], reader: Reader) -> None:
+        self._columns = leaf.global_shape[1]
+        self._layout, self._pieces, self._reader = layout, pieces, reader
+        self._tables: dict[Piece, _Scales] = {}
+
+    def fill(self, weight: QuantisedWeight, region: Region) -> None:
+        """Set rows of the weight, which lie at `region` of the full tensor.
+
+        Raises:
+            CheckpointError: A number is too large for the format.
+        """
+        kind = weight.format
+        rows, columns = region
+        wanted = slice(0, self._columns) if kind.whole_rows else columns
+        block = self._layout.read(self._pieces, (rows, wanted), self._reader).to(weight.device)
+        parts = kind.quantised(block)
+        if kind.whole_rows:
+            parts["codes"] = parts["codes"][:, columns]
+        if not parts["scales"].isfinite().all():
+            raise CheckpointError(
+                f"{self._pieces[0].name} holds numbers that int8, whose rows are float16 before, cannot have. Use "
+                "model.peft.quantize_base=nf4."
+            )
+        if isinstance(kind, Nf4) and kind.double:
+            parts |= self._scales_of_scales(rows, columns, weight.device)
+        weight.write(parts)
+
+    def _scales_of_scales(self, rows: slice, columns: slice, device: torch.device) -> Parts:
+        """Return what the scales of some rows are kept as, in the order of the full tensor's rows."""
+        region = (rows, slice(columns.start // BLOCK, columns.stop // BLOCK))
+
+        def read(name: str) -> torch.Tensor:
+            def reader(piece: Piece, where: Region) -> torch.Tensor:
+                return self._table(piece, device).parts(piece, where)[name]
+
+            return self._layout.read(self._pieces, region, reader)
+
+        return {name: read(name) for name in ("scale_codes", "scale_scales", "scale_offset", "scale_place")}
+
+    def _table(self, piece: Piece, device: torch.device) -> _Scales:
+        whole = _matrix_of(piece)
+        if whole not in self._tables:
+            self._tables[whole] = _Scales.of(whole, self._reader, device)
+        return self._tables[whole]
+
+
+def _matrix_of(piece: Piece) -> Piece:
+    """Return the folder's matrix that a piece is of; an expert in a tensor of all is a matrix of its own."""
+    is_plain = piece.stacked is None and not piece.transposed and piece.every == 1
+    return Piece(piece.name, piece.tensor_shape) if is_plain else piece
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of a matrix in eight bits, as bitsandbytes' `quantize_4bit(compress_statistics=True)` makes them.
+
+    Attributes:
+        codes: `[rows, scales of a row]`.
+        scales: Scale of each `SCALES_BLOCK` of them, row by row; some zeros behind.
+        offset: Their mean, which was taken away.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, matrix: Piece, reader: Reader, device: torch.device) -> _Scales:
+        """Return them; the matrix is read to its end."""
+        first = torch.cat([_largest(reader(matrix, region).to(device)) for region in _rows(matrix)])
+        # the same on every device and for any number of threads, whose sums in float32 differ in their last bit
+        offset = first.double().mean().float()
+        bitsandbytes()
+        levels = scale_levels(device)
+        codes, scales = torch.ops.bitsandbytes.quantize_blockwise.default(first - offset, levels, SCALES_BLOCK)
+        return cls(codes, torch.cat([scales, scales.new_zeros(first.shape[1] // SCALES_BLOCK + 2)]), offset)
+
+    def parts(self, piece: Piece, where: Region) -> Parts:
+        """Return what is kept of a piece's rows and scales.
+
+        Args:
+            piece: A piece of the matrix.
+            where: Its rows, and which scales of each.
+        """
+        if piece.stacked is None and not piece.transposed and piece.every == 1:
+            where = piece.within(where)
+        rows, columns = where
+        number, device = columns.stop - columns.start, self.codes.device
+        first = torch.arange(rows.start, rows.stop, device=device)[:, None] * self.codes.shape[1] + columns.start
+        groups = torch.arange(groups_of(number), device=device)
+        return {
+            "scale_codes": self.codes[rows, columns],
+            "scale_scales": self.scales[first // SCALES_BLOCK + groups],
+            "scale_offset": self.offset.expand(len(first), 1),
+            "scale_place": (first % SCALES_BLOCK).int(),
+        }
+
+
+def _rows(matrix: Piece) -> Iterator[Region]:
+    """Yield all of a matrix, some rows at a time."""
+    rows, columns = matrix.shape
+    at_once = max(1, _AT_ONCE // columns)
+    for start in range(0, rows, at_once):
+        yield slice(start, min(start + at_once, rows)), slice(0, columns)
+
+
+def _largest(block: torch.Tensor) -> torch.Tensor:
+    """Return the scales of rows `[rows, columns / BLOCK]` float32: the greatest absolute numbers."""
+    return block.float().unflatten(1, (-1, BLOCK)).abs().amax(-1)
