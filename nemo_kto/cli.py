@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="of a run with LoRA, write the whole model instead of an adapter for PEFT"
     )
     export.add_argument(
+        "--merge-into-original",
+        action="store_true",
+        help="--merge, into the model's own weights where training had them in fewer bits",
+    )
+    export.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,21 @@ from nemo_kto.errors import ConfigError, DamagedCheckpointError
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.lora import adapters_merged
-from nemo_kto.network.sharded import ADAPTERS
+from nemo_kto.network.quantised_weight import QuantisedWeight, plain_weights
+from nemo_kto.network.sharded import ADAPTERS, sharded_leaves
+from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
 from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
-from nemo_kto.weights.checkpoint_model import load_model, source_of
+from nemo_kto.weights.checkpoint_model import base_format, load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.hub import check_repository, upload
+from nemo_kto.weights.import_hf import import_hf
 from nemo_kto.weights.model_card import model_card, read_facts
 from nemo_kto.weights.peft_adapter import export_adapter, is_adapter, write_adapter
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Value of `export.dtype` -> dtype; None for that of the source."""
@@ -43,7 +50,13 @@ def run(options: argparse.Namespace) -> None:
         )
     if repository is not None:
         check_repository(repository, private=private, key="--push-to-hub")
-    export_checkpoint(options.checkpoint, options.folder, merge=options.merge, dtype=options.dtype)
+    export_checkpoint(
+        options.checkpoint,
+        options.folder,
+        merge=options.merge or options.merge_into_original,
+        into_original=options.merge_into_original,
+        dtype=options.dtype,
+    )
     print(f"Wrote {options.folder}", flush=True)
     if repository is not None:
         later = f"Remove {options.folder}, and run the same command again."
@@ -133,41 +146,85 @@ class ExportAtEnd(Callback):
         if adapter:
             export_adapter(model.models, self.source_folder, self.folder, dtype=dtype, card=card)
         else:
-            source = self.source_folder
-            with adapters_merged(model.models) if merge else nullcontext():
-                export_hf(model.models, model.hf_config, self.folder, source_folder=source, dtype=dtype, card=card)
+            with _merged(model) if merge else nullcontext():
+                export_hf(
+                    model.models,
+                    model.hf_config,
+                    self.folder,
+                    source_folder=self.source_folder,
+                    dtype=dtype,
+                    card=card,
+                )
         if trainer.is_global_zero:
             note_export(model.config, step=trainer.global_step)
             print(f"Aligned {'adapter' if adapter else 'model'}: {self.folder}", flush=True)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False, dtype: str = "auto") -> None:
+@contextmanager
+def _merged(model: MegatronGPTKTOModel) -> Iterator[None]:
+    """Merge the adapters of a run into the base that its configuration says, inside a block."""
+    models, export, folder = model.models, model.config.export, model.config.pretrained_checkpoint.restore_from_path
+    assert model.lora is not None and folder is not None, "adapters have a base"
+    with ExitStack() as stack:
+        if export.merge_into_original:
+            in_fewer_bits = {
+                leaf.key for each in models for leaf in sharded_leaves(each) if isinstance(leaf.data, QuantisedWeight)
+            }
+            stack.enter_context(plain_weights(models))
+            for each in models:
+                import_hf(each, folder, keys=in_fewer_bits)
+        else:
+            _say_merged(model.lora.base)
+        stack.enter_context(adapters_merged(models))
+        yield
+
+
+def _say_merged(base: str | None) -> None:
+    if base is not None and is_global_rank_zero():
+        logger.warning(
+            "The adapters are merged into the base they were trained beside, in %s, made plain numbers. Merged into "
+            "the model's own weights they compute something else: export.merge_into_original=true, or "
+            "--merge-into-original, does that.",
+            base.replace("_double", ", its scales in eight bits"),
+        )
+
+
+def export_checkpoint(
+    checkpoint: Path, folder: Path, *, merge: bool = False, into_original: bool = False, dtype: str = "auto"
+) -> None:
     """Write the weights of a checkpoint, saved under any layout, as a Hugging Face folder, in this one process.
 
     Args:
         checkpoint: A checkpoint folder of a run (`<log dir>/checkpoints/<name>`).
         folder: Folder to create.
         merge: Of a run with LoRA, write the whole model instead of an adapter for PEFT.
+        into_original: With `merge`, where the base was in fewer bits in training, merge into the folder's own weights.
         dtype: Dtype of the written weights, `float32`, `bfloat16` or `float16`; `auto` for that of the folder training
             started from, or, of an adapter, that it was trained in.
 
     Raises:
         CheckpointError: `checkpoint` is not a finished checkpoint of this package, or `folder` is not empty, or the
             base model is not where it was.
-        ConfigError: `merge` without LoRA, or there is no such `dtype`.
+        ConfigError: `merge` without LoRA, `into_original` where the base was not in fewer bits, or there is no such
+            `dtype`.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not one of {', '.join(_DTYPES)}.")
     source = source_of(checkpoint)
     if merge and not is_adapter(source):
         raise ConfigError(f"{checkpoint} has no adapters that could be merged. Leave --merge out.")
+    if into_original and base_format(source) is None:
+        raise ConfigError(f"The base in {checkpoint} was the original. Use --merge instead of --merge-into-original.")
     fault = fault_of(checkpoint, checksums=True)
     if fault is not None:
         raise DamagedCheckpointError(checkpoint, fault)
     with parallel.default_group():
         adapter = is_adapter(source) and not merge
         card = _card_of(checkpoint, adapter=adapter)
-        (_export_adapters if adapter else _export_model)(checkpoint, folder, card, _DTYPES[dtype])
+        if adapter:
+            _export_adapters(checkpoint, folder, card, _DTYPES[dtype])
+        else:
+            _export_model(checkpoint, folder, card, _DTYPES[dtype], into_original=into_original)
 
 
 def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
@@ -186,10 +243,14 @@ def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: to
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")
 
 
-def _export_model(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
+def _export_model(
+    checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None, *, into_original: bool
+) -> None:
     layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = load_model(checkpoint, layout, verify=False)  # it has been
+    model = load_model(checkpoint, layout, verify=False, original_base=into_original)  # it has been
     source = source_of(checkpoint)
+    if is_adapter(source) and not into_original:
+        _say_merged(base_format(source))
     with adapters_merged([model]) if is_adapter(source) else nullcontext():
         export_hf([model], model.hf_config, folder, source_folder=source, dtype=dtype, card=card)

@@ -216,7 +216,14 @@ def _finish(config: KTOConfig, last: Path, schedule: Schedule) -> None:
     if config.export.enabled:
         folder = export_directory(config)
         if not folder.exists():
-            export_checkpoint(last, folder, merge=config.export.merge_adapters, dtype=config.export.dtype)
+            export = config.export
+            export_checkpoint(
+                last,
+                folder,
+                merge=export.merge_adapters,
+                into_original=export.merge_into_original,
+                dtype=export.dtype,
+            )
             note_export(config, step=step_of(last))
         adapter = config.model.peft.peft_scheme == "lora" and not config.export.merge_adapters
         print(f"Aligned {'adapter' if adapter else 'model'}: {folder}", flush=True)

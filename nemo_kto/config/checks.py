@@ -252,6 +252,11 @@ def _check_quantisation(config: KTOConfig) -> None:
         raise ConfigError(
             "model.peft.double_quantization=true needs model.peft.quantize_base=nf4, whose scales it quantises."
         )
+    if config.export.merge_into_original and not (peft.quantize_base and config.export.merge_adapters):
+        raise ConfigError(
+            "export.merge_into_original=true needs model.peft.quantize_base and export.merge_adapters=true: it says "
+            "into which weights adapters are merged."
+        )
     if peft.quantize_base is None:
         return
     key = f"model.peft.quantize_base={peft.quantize_base}"

@@ -85,6 +85,7 @@ class ExportConfig:
     folder: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     merge_adapters: bool = False
+    merge_into_original: bool = False
     push_to_hub: str | None = None
     hub_private: bool = True
 

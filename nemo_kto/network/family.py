@@ -197,7 +197,12 @@ class Dimensions:
     @property
     def divided(self) -> ModelSizes:
         """What a layout has to divide."""
-        mixture = self.mixture
+        mixture, latent, delta = self.mixture, self.latent, self.delta
+        shared = 0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward
+        attention = self.heads * (self.head_channels if latent is None else latent.values)
+        divided = [attention if self.attention_layers else 0, self.feed_forward if self.dense_layers else 0, shared]
+        if delta is not None:
+            divided.append(delta.value_heads * delta.value_channels)
         return ModelSizes(
             num_layers=self.layers,
             num_attention_heads=self.heads,
@@ -207,8 +212,11 @@ class Dimensions:
             expert_layers=() if mixture is None else mixture.sparse_layers,
             expert_ffn_hidden_size=0 if mixture is None else mixture.feed_forward,
             expert_biases=mixture is not None and mixture.biased,
-            linear_key_heads=0 if self.delta is None else self.delta.key_heads,
-            shared_ffn_hidden_size=0 if mixture is None or mixture.shared is None else mixture.shared.feed_forward,
+            linear_key_heads=0 if delta is None else delta.key_heads,
+            shared_ffn_hidden_size=shared,
+            whole_inputs=(self.hidden, *(() if latent is None else (latent.keys_and_values, latent.queries or 0))),
+            divided_inputs=divided,
+            expert_inputs=() if mixture is None else (mixture.feed_forward,),
         )
 
 

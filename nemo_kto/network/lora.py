@@ -50,6 +50,7 @@ from nemo_kto.network.projections import (
     parts_of,
     place_in_layer,
 )
+from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import sharded_leaves
 
 
@@ -371,17 +372,28 @@ def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
     """Add the adapters to the weights beside them inside a `with` block; restore those exactly at its end.
 
     The sums are made in float32 and rounded once to the weights' dtype. Memory: a copy of the adapted weights of this
-    rank in CPU memory.
+    rank in CPU memory; of those in fewer bits none, as their sums are made when they are looked at.
     """
     models = list(models)
-    layers = [module for model in models for module in model.modules() if isinstance(module, _Adapted)]
-    originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]  # type: ignore[attr-defined]
+    layers: list[Any] = [module for model in models for module in model.modules() if isinstance(module, _Adapted)]
+    originals = [_put_aside(layer.weight) for layer in layers]
     try:
         with adapters_off(models), torch.no_grad():
             for layer in layers:
-                layer.weight.copy_(layer.weight.float() + layer.weight_change())  # type: ignore[attr-defined]
+                if isinstance(layer.weight, QuantisedWeight):
+                    merged = layer.weight.plus(layer.weight_change)
+                    layer.weight = torch.nn.Parameter(merged, requires_grad=False)
+                else:
+                    layer.weight.copy_(layer.weight.float() + layer.weight_change())
             yield
     finally:
         with torch.no_grad():
             for layer, original in zip(layers, originals, strict=True):
-                layer.weight.copy_(original)  # type: ignore[attr-defined]
+                if isinstance(original, QuantisedWeight):
+                    layer.weight = original
+                else:
+                    layer.weight.copy_(original)
+
+
+def _put_aside(weight: torch.Tensor) -> torch.Tensor:
+    return weight if isinstance(weight, QuantisedWeight) else weight.detach().to("cpu", copy=True)

@@ -1,19 +1,20 @@
 """Frozen weights in four or eight bits, which become plain numbers each time something is computed with them.
 
-The formats are bitsandbytes': NF4, whose blocks of 64 input channels share a scale (QLoRA, arXiv 2305.14314, section 3),
-its scales in eight bits too if so wanted ("double quantization", ibid.), and a row of integers with one scale
-(LLM.int8(), arXiv 2208.07339, without its second matrix of outliers). A row's numbers depend on that row alone, and with
-double quantisation on a matrix of the Hugging Face folder: so they are the same however rows and columns are divided.
+The formats, and the arithmetic, are bitsandbytes': NF4, whose blocks of 64 input channels share a scale (QLoRA, arXiv
+2305.14314, section 3), its scales in eight bits too if so wanted ("double quantization", ibid.), and rows of integers
+with a scale each (LLM.int8(), arXiv 2208.07339, without its second matrix of outliers). A row's numbers depend on that
+row alone, and with double quantisation on a matrix of the Hugging Face folder: so they are the same however a layout
+divides rows and columns.
 
-torchao has formats of both kinds too. Its NF4 always quantises scales twice, with statistics of whatever part of a
-matrix it is given, which the layout would decide; and nothing that people download is in it.
+torchao has formats of both kinds too. But its NF4 always quantises scales as well, with statistics of whatever part of
+a matrix it is given, which the layout would decide; and what transformers loads in four bits is bitsandbytes'.
 
 Tensor legend: `o/i` output and input channels of a linear layer on this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -26,9 +27,8 @@ from torch.utils._pytree import tree_map_only
 
 from nemo_kto.errors import ConfigError
 from nemo_kto.runtime.bits import bitsandbytes
+from nemo_kto.runtime.layout import NF4_BLOCK
 
-BLOCK = 64
-"""Input channels that share a scale in NF4."""
 SCALES_BLOCK = 256
 """Scales of a matrix, row by row, that share a scale of their own where they are quantised too."""
 
@@ -73,16 +73,18 @@ class Nf4:
         self.double = double
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        scales = columns // BLOCK
+        """See `Format`."""
+        scales = columns // NF4_BLOCK
         return rows * (columns // 2 + (scales + 4 * (groups_of(scales) + 2) if self.double else 4 * scales))
 
     def empty(self, rows: int, columns: int) -> Parts:
-        if columns % BLOCK:
+        """See `Format`."""
+        if columns % NF4_BLOCK:
             raise ConfigError(
-                f"model.peft.quantize_base=nf4: {BLOCK} input channels share a scale, and a linear layer has {columns} "
-                "of them on each rank. Choose another model.tensor_model_parallel_size, or int8."
+                f"{NF4_BLOCK} input channels share a scale, and a linear layer has {columns} on each rank: this "
+                "layout cannot have the base in nf4."
             )
-        scales = columns // BLOCK
+        scales = columns // NF4_BLOCK
         parts = {"codes": torch.empty(rows, columns // 2, dtype=torch.uint8)}
         if not self.double:
             return parts | {"scales": torch.empty(rows, scales)}
@@ -94,17 +96,19 @@ class Nf4:
         }
 
     def quantised(self, block: torch.Tensor) -> Parts:
+        """See `Format`."""
         bitsandbytes()
-        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block.contiguous(), BLOCK, "nf4", torch.uint8)
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
         rows, columns = block.shape
-        return {"codes": codes.view(rows, columns // 2), "scales": scales.view(rows, columns // BLOCK)}
+        return {"codes": codes.view(rows, columns // 2), "scales": scales.view(rows, columns // NF4_BLOCK)}
 
     def plain(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """See `Format`."""
         bitsandbytes()
         codes, scales = parts["codes"], self._scales(parts)
         shape = (len(codes), 2 * codes.shape[1])
         made: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes, scales.flatten(), BLOCK, "nf4", shape, dtype
+            codes, scales.flatten(), NF4_BLOCK, "nf4", shape, dtype
         )
         return made
 
@@ -124,17 +128,21 @@ class Int8:
     whole_rows = True
 
     def bytes_of(self, rows: int, columns: int) -> int:
+        """See `Format`."""
         return rows * (columns + 4)
 
     def empty(self, rows: int, columns: int) -> Parts:
+        """See `Format`."""
         return {"codes": torch.empty(rows, columns, dtype=torch.int8), "scales": torch.empty(rows)}
 
     def quantised(self, block: torch.Tensor) -> Parts:
+        """See `Format`."""
         bitsandbytes()
         codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(block.half().contiguous())
         return {"codes": codes, "scales": scales}
 
     def plain(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """See `Format`."""
         bitsandbytes()
         made: torch.Tensor = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(parts["codes"], parts["scales"])
         return made.to(dtype)
@@ -160,25 +168,40 @@ def scale_levels(device: torch.device) -> torch.Tensor:
 class QuantisedWeight(torch.Tensor):
     """A matrix in fewer bits that takes part in computations as the plain numbers it stands for.
 
-    It has the shape and dtype of those. Rows can be sliced, which gives views; each other operator gets plain numbers,
-    made for it alone: autograd keeps the matrix in fewer bits, and the backward pass makes them again.
+    It has the shape and dtype of those. Rows can be sliced, and rows and columns exchanged, which gives views; each
+    other operator gets plain numbers, made for it alone: autograd keeps the matrix in fewer bits, and the backward
+    pass makes them again.
 
     Attributes:
         kind: Key of `FORMATS`.
         parts: What it is kept as.
+        turned: Whether it is the transpose of what the parts stand for.
+        added: Returns what is added to the plain numbers of the whole matrix, in float32; None for nothing.
     """
 
     kind: str
     parts: Parts
+    turned: bool
+    added: Callable[[], torch.Tensor] | None
 
     @staticmethod
-    def __new__(cls, kind: str, parts: Parts, columns: int, dtype: torch.dtype) -> QuantisedWeight:
-        """Return the matrix that `parts` are."""
+    def __new__(
+        cls,
+        kind: str,
+        parts: Parts,
+        columns: int,
+        dtype: torch.dtype,
+        *,
+        turned: bool = False,
+        added: Callable[[], torch.Tensor] | None = None,
+    ) -> QuantisedWeight:
+        """Return the matrix that `parts` are, with so many input channels."""
         codes = parts["codes"]
+        shape = (columns, len(codes)) if turned else (len(codes), columns)
         made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, (len(codes), columns), dtype=dtype, device=codes.device
+            cls, shape, dtype=dtype, device=codes.device
         )
-        made.kind, made.parts = kind, parts
+        made.kind, made.parts, made.turned, made.added = kind, parts, turned, added
         return made
 
     @classmethod
@@ -193,7 +216,15 @@ class QuantisedWeight(torch.Tensor):
 
     def plain(self) -> torch.Tensor:
         """Return the plain numbers."""
-        return self.format.plain(self.parts, self.dtype)
+        made = self.format.plain(self.parts, self.dtype)
+        if self.added is not None:
+            made = (made.float() + self.added()[self.parts[_NUMBERS]]).to(self.dtype)
+        return made.t() if self.turned else made
+
+    def plus(self, added: Callable[[], torch.Tensor]) -> QuantisedWeight:
+        """Return the matrix with what is added to its plain numbers `[o, i]`, in float32, whenever they are made."""
+        numbers = torch.arange(len(self), device=self.device)
+        return QuantisedWeight(self.kind, self.parts | {_NUMBERS: numbers}, self.shape[1], self.dtype, added=added)
 
     def write(self, parts: Parts) -> None:
         """Take other values over, which are in the same format."""
@@ -204,8 +235,9 @@ class QuantisedWeight(torch.Tensor):
         """Return a tensor like the plain one, of which no number is to be looked at."""
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
-    def _with(self, parts: Parts) -> QuantisedWeight:
-        return QuantisedWeight(self.kind, parts, self.shape[1], self.dtype)
+    def _with(self, parts: Parts, *, turned: bool | None = None) -> QuantisedWeight:
+        columns, now = self.shape[0 if self.turned else 1], self.turned if turned is None else turned
+        return QuantisedWeight(self.kind, parts, columns, self.dtype, turned=now, added=self.added)
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"QuantisedWeight({self.kind}, {tuple(self.shape)}, {self.dtype})"
@@ -221,19 +253,32 @@ class QuantisedWeight(torch.Tensor):
         if isinstance(first, QuantisedWeight):
             if func is aten.detach.default:
                 return first._with(first.parts)
+            if func is aten.t.default:
+                return first._with(first.parts, turned=not first.turned)
             rows = _ROWS.get(func)
-            if rows is not None and (len(args) < rows or args[rows - 1] == 0):
+            if rows is not None and not first.turned and (len(args) < rows or args[rows - 1] == 0):
                 pieces = {name: func(part, *args[1:], **(kwargs or {})) for name, part in first.parts.items()}
                 if isinstance(next(iter(pieces.values())), torch.Tensor):
                     return first._with(pieces)
-                return [first._with(dict(zip(pieces, each, strict=True))) for each in zip(*pieces.values(), strict=True)]
-        if func._schema.is_mutable:
+                return [
+                    first._with(dict(zip(pieces, each, strict=True))) for each in zip(*pieces.values(), strict=True)
+                ]
+        written = (argument for place, argument in enumerate(args) if _is_written(func, place))
+        if any(isinstance(argument, QuantisedWeight) for argument in written):
             raise TypeError(f"{func} would change a weight in fewer bits, which only QuantisedWeight.write does.")
         numbers = QuantisedWeight._nothing if func in _LIKE else QuantisedWeight.plain
         plain = tree_map_only(QuantisedWeight, numbers, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 
+def _is_written(func: Any, place: int) -> bool:
+    """Return whether an operator writes into an argument."""
+    alias = func._schema.arguments[place].alias_info
+    return alias is not None and alias.is_write
+
+
+_NUMBERS = "numbers"
+"""Part that says which rows these are."""
 _ROWS = {
     torch.ops.aten.slice.Tensor: 2,
     torch.ops.aten.split.Tensor: 3,
@@ -243,7 +288,16 @@ _ROWS = {
 
 _LIKE = {
     getattr(torch.ops.aten, name).default
-    for name in ("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+    for name in (
+        "empty_like",
+        "full_like",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "zeros_like",
+    )
 }
 """Operators that ask for shape, dtype and device only."""
 
@@ -282,3 +336,23 @@ def weights_quantised(kind: str | None, classes: tuple[type, ...], *, until: typ
     finally:
         hook.remove()
         stopping.remove()
+
+
+@contextmanager
+def plain_weights(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Give models plain weights, in the host's memory and still to be set, for those in fewer bits, inside a block."""
+    layers: list[Any] = [
+        module
+        for model in models
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), QuantisedWeight)
+    ]
+    before = [layer.weight for layer in layers]
+    try:
+        for layer in layers:
+            weight = torch.empty(layer.weight.shape, dtype=layer.weight.dtype, device="cpu")
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight = weight

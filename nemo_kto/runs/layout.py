@@ -16,6 +16,7 @@ from nemo_kto.runtime.layout import (
     Layout,
     ModelSizes,
     check_batch,
+    check_blocks,
     check_layout,
     check_recompute_groups,
     padded_vocabulary,
@@ -82,6 +83,8 @@ def check_divided(config: KTOConfig, layout: Layout, sizes: ModelSizes) -> None:
 
     settings = config.model
     check_layout(layout, sizes)
+    if settings.peft.quantize_base == "nf4":
+        check_blocks(layout, sizes)
     _check_experts(config, sizes)
     if settings.activations_checkpoint_method == "uniform":
         group = settings.activations_checkpoint_num_layers

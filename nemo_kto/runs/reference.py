@@ -114,9 +114,8 @@ def reference_settings(
         mode, reason = _choose(accelerator, adapters=lora is not None, model=other_model, adapter=other_adapter)
     if other_model is not None and mode != "cached" and lora is not None and lora.base is not None:
         raise ConfigError(
-            f"model.kto.reference.checkpoint={folder} is another model, which cannot take the place of weights kept as "
-            f"{config.model.peft.quantize_base}. Set model.kto.reference.mode=cached: it is there alone, once, before "
-            "training."
+            f"model.kto.reference.checkpoint={folder} is another model, which cannot be exchanged for weights kept in "
+            f"{config.model.peft.quantize_base}. Set model.kto.reference.mode=cached: it is scored before training."
         )
     if is_global_rank_zero():
         logger.info("Reference: %s, %s", mode, reason)

@@ -70,6 +70,10 @@ class Layout:
         )
 
 
+NF4_BLOCK = 64
+"""Input channels of a weight that share a scale in NF4; see `network/quantised_weight.py`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
     """The sizes of a model that a layout has to divide.
@@ -85,6 +89,9 @@ class ModelSizes:
         shared_ffn_hidden_size: Channels inside the expert that all tokens go through; 0 without any.
         expert_biases: Whether experts have biases.
         linear_key_heads: Key heads of linear attention; 0 without any.
+        whole_inputs: Input channels of linear layers that tensor-parallel ranks each have all of.
+        divided_inputs: Those that they divide.
+        expert_inputs: Those of experts that the tensor-parallel ranks of experts divide.
     """
 
     num_layers: int
@@ -97,6 +104,27 @@ class ModelSizes:
     shared_ffn_hidden_size: int = 0
     expert_biases: bool = False
     linear_key_heads: int = 0
+    whole_inputs: Sequence[int] = ()
+    divided_inputs: Sequence[int] = ()
+    expert_inputs: Sequence[int] = ()
+
+
+def check_blocks(layout: Layout, sizes: ModelSizes) -> None:
+    """Raise a ConfigError unless on each rank the input channels of all linear layers make up blocks of NF4."""
+    block, size, expert_size = NF4_BLOCK, layout.tensor, layout.expert_tensor_size
+    for channels, ranks in (
+        *((channels, 1) for channels in sizes.whole_inputs),
+        *((channels, size) for channels in sizes.divided_inputs),
+        *((channels, expert_size) for channels in sizes.expert_inputs),
+    ):
+        if channels % (block * ranks):
+            key = "model.tensor_model_parallel_size" if ranks == size else "model.expert_tensor_parallel_size"
+            divided = f" on {ranks} ranks each ({key})" if ranks > 1 else ""
+            raise ConfigError(
+                f"model.peft.quantize_base=nf4: {block} input channels share a scale, and {channels} of a linear "
+                f"layer{divided} are no whole number of such blocks. Use "
+                f"{'fewer ranks, or ' if ranks > 1 and not channels % block else ''}int8."
+            )
 
 
 def check_layout(layout: Layout, sizes: ModelSizes) -> None:

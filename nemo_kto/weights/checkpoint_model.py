@@ -46,8 +46,25 @@ def source_of(checkpoint: Path) -> Path:
     return source
 
 
+def base_format(source: Path) -> str | None:
+    """Return in which format a run kept the base beside its adapters: a key of `quantised_weight.FORMATS`, or None.
+
+    Args:
+        source: What `source_of` returned.
+    """
+    found: str | None = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8")).get(
+        "model.peft.quantize_base"
+    )
+    return found
+
+
 def load_model(
-    checkpoint: Path, layout: Layout, *, params_dtype: torch.dtype = torch.float32, verify: bool = True
+    checkpoint: Path,
+    layout: Layout,
+    *,
+    params_dtype: torch.dtype = torch.float32,
+    verify: bool = True,
+    original_base: bool = False,
 ) -> KTOGPTModel:
     """Return this rank's part of the model, with the weights of a checkpoint saved under any layout; collective.
 
@@ -58,6 +75,8 @@ def load_model(
         layout: The layout, without interleaved stages; its process groups exist.
         params_dtype: Dtype of parameters and activations.
         verify: See `ShardedCheckpointIO`.
+        original_base: Have the base model as its folder has it, also where adapters were trained beside one in fewer
+            bits.
 
     Raises:
         CheckpointError: The checkpoint or its base model cannot be used.
@@ -67,7 +86,8 @@ def load_model(
     source = source_of(checkpoint)
     hf_config = load_hf_config(source)
     has_adapters = is_adapter(source)
-    model = build_gpt(hf_config, layout, params_dtype=params_dtype, unfused=has_adapters)
+    quantised = None if original_base else base_format(source)
+    model = build_gpt(hf_config, layout, params_dtype=params_dtype, unfused=has_adapters, quantised=quantised)
     if has_adapters:
         base = base_folder(source)
         identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))

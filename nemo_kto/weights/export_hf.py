@@ -18,6 +18,7 @@ from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import SafetensorsFolder, has_weights
 from nemo_kto.network.weight_rules import Piece, Rule, is_of_language_model, match
@@ -254,14 +255,18 @@ def gathered_tensors(
             if rank == 0:
                 full = any_parameter.new_empty(global_shape, dtype=dtype) if full is None else full
                 if owner == 0:
-                    full[region] = leaves[key, corner].data
+                    full[region] = _plain(leaves[key, corner])
                 else:
                     block = full.new_empty([part.stop - part.start for part in region])
                     dist.recv(block, src=owner)
                     full[region] = block
             elif rank == owner:
-                dist.send(leaves[key, corner].data.contiguous(), dst=0)
+                dist.send(_plain(leaves[key, corner]).contiguous().to(any_parameter.device), dst=0)
         yield key, full
+
+
+def _plain(leaf: Leaf) -> torch.Tensor:
+    return leaf.data.plain() if isinstance(leaf.data, QuantisedWeight) else leaf.data
 
 
 def _corner(leaf: Leaf) -> tuple[int, ...]:

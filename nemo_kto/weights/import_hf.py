@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,15 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @torch.no_grad()
-def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
+def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] | None = None) -> None:
     """Fill this rank's part of `model` from a Hugging Face folder; values are cast to the parameters' dtype.
 
     Needs no communication, and holds some rows of one tensor in memory at a time: 64 MB in bfloat16, or whole heads.
+
+    Args:
+        model: A chunk of the model on any rank, not wrapped.
+        folder: The folder.
+        keys: Names in the sharded state dict of the tensors to fill; None for all.
 
     Raises:
         CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes, or a value
@@ -63,6 +68,8 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
         if source.quantised and source.quantisation is not None:
             _warn_dequantised(source.folder, source.quantisation.name)
         for leaf in sharded_leaves(model):
+            if keys is not None and leaf.key not in keys:
+                continue
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
             read = functools.partial(_read_finite, source)

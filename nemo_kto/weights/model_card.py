@@ -31,6 +31,7 @@ _SETTINGS = (
     "model.data.seq_length",
     "model.peft.peft_scheme",
     "model.peft.lora_tuning.adapter_dim",
+    "model.peft.quantize_base",
     "trainer.precision",
     "model.seed",
 )

@@ -13,7 +13,6 @@ import torch
 
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.quantised_weight import (
-    BLOCK,
     SCALES_BLOCK,
     Nf4,
     Parts,
@@ -24,6 +23,7 @@ from nemo_kto.network.quantised_weight import (
 from nemo_kto.network.sharded import Leaf
 from nemo_kto.network.weight_rules import Layout, Piece, Reader, Region
 from nemo_kto.runtime.bits import bitsandbytes
+from nemo_kto.runtime.layout import NF4_BLOCK
 
 _AT_ONCE = 1 << 25
 """Most numbers of a matrix that are read in one go where only its scales are wanted."""
@@ -68,7 +68,7 @@ class Quantiser:
 
     def _scales_of_scales(self, rows: slice, columns: slice, device: torch.device) -> Parts:
         """Return what the scales of some rows are kept as, in the order of the full tensor's rows."""
-        region = (rows, slice(columns.start // BLOCK, columns.stop // BLOCK))
+        region = (rows, slice(columns.start // NF4_BLOCK, columns.stop // NF4_BLOCK))
 
         def read(name: str) -> torch.Tensor:
             def reader(piece: Piece, where: Region) -> torch.Tensor:
@@ -146,5 +146,5 @@ def _rows(matrix: Piece) -> Iterator[Region]:
 
 
 def _largest(block: torch.Tensor) -> torch.Tensor:
-    """Return the scales of rows `[rows, columns / BLOCK]` float32: the greatest absolute numbers."""
-    return block.float().unflatten(1, (-1, BLOCK)).abs().amax(-1)
+    """Return the scales of rows `[rows, columns / NF4_BLOCK]` float32: the greatest absolute numbers."""
+    return block.float().unflatten(1, (-1, NF4_BLOCK)).abs().amax(-1)

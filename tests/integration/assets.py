@@ -185,7 +185,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model_folder(
-    folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False, layers: int = 4
+    folder: Path, *, seed: int = 0, kind: str = "llama", tied: bool = False, layers: int = 4, **other_sizes: Any
 ) -> Path:
     """Save a tiny model of a kind in `KINDS` with its tokenizer; with `tied` its output layer is the embedding."""
     tokenizer = make_tokenizer()
@@ -199,7 +199,7 @@ def make_model_folder(
         "tie_word_embeddings": tied,
     }
     config_class, own = KINDS[kind]
-    config = config_class(**{**sizes, **own})
+    config = config_class(**{**sizes, **own, **other_sizes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for vector in (*model.parameters(), *model.buffers()):

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nemo_kto.commands.export import export_checkpoint
+from nemo_kto.errors import KTOError
 from nemo_kto.runtime.bits import bitsandbytes
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
@@ -30,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4_double": {"model__peft__quantize_base": "nf4", "model__peft__double_quantization": True},
     "int8": {"model__peft__quantize_base": "int8"},
 }
+TOKENS = torch.tensor([[3, 7, 9, 2, 11, 5, 5, 0]])
 
 
 def through(kind: str, weight: torch.Tensor) -> torch.Tensor:
@@ -70,3 +76,109 @@ def test_ten_steps_equal_pefts_beside_what_bitsandbytes_makes_of_the_base(
     expected = oracle(root, model=f"wide_{kind}", adapter=adapter)
     assert_equal(read_series(tmp_path / "log"), expected)
     assert abs(expected["rewards/chosen"][0]) > 1e-3
+
+
+PLAIN_LORA: dict[str, Any] = {
+    "model__peft__peft_scheme": "lora",
+    f"{PREFIX}target_modules": ["all"],
+    f"{PREFIX}adapter_dim": 4,
+    "model__optim__lr": 1e-2,
+    "trainer__kto__max_steps": 3,
+    "exp_manager__create_checkpoint_callback": True,
+    "export__enabled": True,
+}
+
+
+def run_beside(train: Callable[..., Path], root: Path, world_size: int, **changes: Any) -> Path:
+    return train(
+        world_size,
+        **{**PLAIN_LORA, **changes},
+        pretrained_checkpoint__restore_from_path=str(root / "wide"),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, train: Callable[..., Path]) -> Path:
+    """Return the log folder of three steps beside a base in four bits, on two pipeline stages, merged at the end."""
+    return run_beside(
+        train, root, 2, **KINDS["nf4"], export__merge_adapters=True, model__pipeline_model_parallel_size=2
+    )
+
+
+def last(log_dir: Path) -> Path:
+    (folder,) = (log_dir / "checkpoints").glob("*-last")
+    return folder
+
+
+def export(checkpoint: Path, folder: Path, ways: dict[str, Any]) -> str:
+    """Export a checkpoint as the command does; return the error, if any."""
+    dist.destroy_process_group()
+    try:
+        export_checkpoint(checkpoint, folder, **ways)
+    except KTOError as error:
+        return str(error)
+    return ""
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    result: torch.Tensor = model.eval()(TOKENS).logits
+    return result
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_the_first_loss_is_one_half(trained: Path) -> None:
+    assert read_series(trained)["train/loss"][0] == 0.5
+
+
+def test_a_checkpoint_becomes_an_adapter_and_merged_folders(
+    root: Path, trained: Path, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    """PEFT's model beside what bitsandbytes makes of the base is what was trained; merged into it, or the original."""
+    for name, ways in (
+        ("adapter", {}),
+        ("merged", {"merge": True}),
+        ("original", {"merge": True, "into_original": True}),
+    ):
+        assert run_ranks(export, 1, last(trained), tmp_path / name, ways) == [""]
+    base = dequantised(root / "wide", "nf4", tmp_path / "base")
+    adapted = logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), adapted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(load(trained / "hf")), adapted, rtol=1e-4, atol=1e-5)
+    beside = logits(PeftModel.from_pretrained(load(root / "wide"), tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load(tmp_path / "original")), beside, rtol=1e-4, atol=1e-5)
+    assert (adapted - beside).abs().max() > 0.01
+
+
+def test_a_run_merges_into_the_original_itself(root: Path, trained: Path, train: Callable[..., Path]) -> None:
+    log_dir = run_beside(
+        train,
+        root,
+        2,
+        **KINDS["nf4"],
+        export__merge_adapters=True,
+        export__merge_into_original=True,
+        model__tensor_model_parallel_size=2,
+    )
+    weights = load(log_dir / "hf").state_dict()
+    original, merged = load(root / "wide").state_dict(), load(trained / "hf").state_dict()
+    for name in weights:
+        # an adapter changes a weight by far less than four bits do
+        if name.endswith("proj.weight"):
+            assert (weights[name] - original[name]).abs().max() < (weights[name] - merged[name]).abs().max()
+        else:
+            assert torch.equal(weights[name], original[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_one_that_was_not_stopped(root: Path, train: Callable[..., Path], kind: str) -> None:
+    """The base is quantised again, to the same bits."""
+    changes = {**KINDS[kind], "model__optim__sched__name": "Constant"}  # which a shorter run has too
+    whole = run_beside(train, root, 1, **changes)
+    halves = run_beside(train, root, 1, **changes, trainer__kto__max_steps=2)
+    run_beside(train, root, 1, **changes, log_dir=halves)
+    ours, theirs = (load_file(folder / "hf" / "adapter_model.safetensors") for folder in (halves, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
