@@ -174,6 +174,11 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--layout", metavar="tp=N,pp=N,...", help="take this layout instead of looking for the best")
     plan.add_argument("--lora", action="store_true", help="train adapters: model.peft.peft_scheme=lora")
+    plan.add_argument(
+        "--quantize",
+        choices=("nf4", "int8"),
+        help="that, beside a model in four or eight bits: model.peft.quantize_base",
+    )
     plan.add_argument("--reference", metavar="MODE", help="model.kto.reference.mode")
     plan.add_argument(
         "--seq-length", type=_positive, metavar="TOKENS", help="model.data.seq_length, the longest document"

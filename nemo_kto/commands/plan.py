@@ -61,7 +61,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
         ("model.data.seq_length", options.seq_length),
         ("model.global_batch_size", options.global_batch_size),
         ("model.kto.reference.mode", options.reference),
-        ("model.peft.peft_scheme", "lora" if options.lora else None),
+        ("model.peft.peft_scheme", "lora" if options.lora or options.quantize else None),
+        ("model.peft.quantize_base", options.quantize),
     ):
         if value is not None:
             given[key] = str(value)

@@ -14,6 +14,7 @@ Tensor legend: `o/i` output and input channels of a linear layer on this rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from nemo_kto.errors import ConfigError
@@ -158,10 +160,13 @@ def groups_of(scales: int) -> int:
 
 def scale_levels(device: torch.device) -> torch.Tensor:
     """Return what the 256 codes of scales stand for, between -1 and 1 (arXiv 2110.02861, section 1.3)."""
-    functional = bitsandbytes().functional
-    if "dynamic" not in functional.name2qmap:
-        functional.name2qmap["dynamic"] = functional.create_dynamic_map()
-    levels: torch.Tensor = functional.name2qmap["dynamic"].to(device)
+    return _levels().to(device)
+
+
+@functools.cache
+def _levels() -> torch.Tensor:
+    with _disable_current_modes():  # in a dry run, too, they are numbers
+        levels: torch.Tensor = bitsandbytes().functional.create_dynamic_map()
     return levels
 
 

@@ -13,6 +13,7 @@ from nemo_kto.network.family import Dimensions
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.lora import add_adapters
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runtime.dry_run import alone
 from nemo_kto.runtime.layout import Layout, stage_layers
@@ -55,18 +56,37 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Parameters of a part of a model: those that are trained, and those that are not."""
+    """Parameters of a part of a model.
+
+    Attributes:
+        trained: Those that are trained.
+        frozen: Those that are not.
+        quantised: Those among these that are kept in fewer bits.
+        quantised_bytes: The bytes they take.
+    """
 
     trained: Parameters = field(default_factory=Parameters)
     frozen: Parameters = field(default_factory=Parameters)
+    quantised: Parameters = field(default_factory=Parameters)
+    quantised_bytes: Parameters = field(default_factory=Parameters)
 
     def __add__(self, other: Part) -> Part:
-        return Part(trained=self.trained + other.trained, frozen=self.frozen + other.frozen)
+        return Part(
+            trained=self.trained + other.trained,
+            frozen=self.frozen + other.frozen,
+            quantised=self.quantised + other.quantised,
+            quantised_bytes=self.quantised_bytes + other.quantised_bytes,
+        )
 
     @property
     def all(self) -> Parameters:
-        """Return both together."""
+        """Return all parameters."""
         return self.trained + self.frozen
+
+    def bytes_of_rank(self, layout: Layout, size: int) -> int:
+        """Return what a rank's share takes, with numbers of so many bytes."""
+        plain = self.all.of_rank(layout) - self.quantised.of_rank(layout)
+        return plain * size + self.quantised_bytes.of_rank(layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +182,8 @@ def _parameters(
                 kind = "divided" if getattr(parameter, "tensor_model_parallel", False) else "whole"
                 kind = "experts" if ".experts." in name else kind
                 each = Parameters(**{kind: parameter.numel()})
-                yield name, Part(trained=each) if parameter.requires_grad else Part(frozen=each)
+                if isinstance(parameter, QuantisedWeight):
+                    taken = Parameters(**{kind: parameter.format.bytes_of(*parameter.shape)})
+                    yield name, Part(frozen=each, quantised=each, quantised_bytes=taken)
+                else:
+                    yield name, Part(trained=each) if parameter.requires_grad else Part(frozen=each)

@@ -70,7 +70,6 @@ def held_memory(
     """
     part = parts.of_stage(layout, stage)
     size = params_dtype_of(config).itemsize
-    all_of_rank = part.all.of_rank(layout)
     outside, experts = part.trained.outside_experts(layout), part.trained.in_experts(layout)
     # of replicas each has a share of the optimizer's state; context-parallel ranks are replicas of weights as well
     replicas = layout.data * layout.context
@@ -79,7 +78,7 @@ def held_memory(
     # as `Weights.live_reference`: beside adapters only another model is copied whole
     copy = (part.trained if reference.model_folder is None else part.all).of_rank(layout) * size
     return RankMemory(
-        weights=all_of_rank * size,
+        weights=part.bytes_of_rank(layout, size),
         gradients=4 * (outside + experts),
         optimizer=state * (-(-outside // replicas) - (-experts // expert_replicas)),
         reference=copy if reference.mode == "resident" else 0,

@@ -81,6 +81,10 @@ class DryRun(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for kind in {type(tensor) for tensor in tensors}:
+            if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor):
+                with self:  # it is made of tensors, and says what is done with them
+                    return kind.__torch_dispatch__(func, types, args, kwargs)
         if func.name().startswith(_COLLECTIVES):
             return _as_if_received(func, args)
         without = any(isinstance(tensor, FakeTensor) for tensor in tensors)

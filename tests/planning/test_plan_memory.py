@@ -52,6 +52,16 @@ CASES: dict[str, tuple[PretrainedConfig, Layout, int, dict[str, Any], list[str],
     "first of PP3, interleaved": (LLAMA, Layout(world_size=3, pipeline=3, virtual=2), 0, {}, [], "bf16-mixed"),
     "adapters everywhere": (LLAMA, TP2, 0, {}, ["all"], "bf16-mixed"),
     "adapters of attention": (LLAMA, ONE, 0, {}, ["attention_qkv"], "bf16-mixed"),
+    "beside four bits": (LLAMA, TP2, 0, {"quantize_base": "nf4"}, ["all"], "bf16-mixed"),
+    "beside four bits, their scales in eight": (
+        LLAMA,
+        PP3,
+        0,
+        {"quantize_base": "nf4", "double_quantization": True},
+        ["attention"],
+        "bf16-mixed",
+    ),
+    "beside eight bits": (LLAMA, ONE, 0, {"quantize_base": "int8", **FULL}, ["all"], "bf16-mixed"),
     "qwen3": (Qwen3Config(**SIZES, head_dim=32), ONE, 0, {}, [], "bf16-mixed"),
     "gemma3": (Gemma3TextConfig(**SIZES, head_dim=32, pad_token_id=0), TP2, 0, {}, [], "bf16-mixed"),
     "starcoder2": (Starcoder2Config(**SIZES, bos_token_id=1, eos_token_id=2), ONE, 0, {}, [], "bf16-mixed"),
@@ -68,7 +78,7 @@ def configured(changes: dict[str, Any], adapters: list[str], precision: Any) -> 
         config.model.peft.lora_tuning.target_modules = adapters
         config.model.peft.lora_tuning.adapter_dim = 8
     for name, value in changes.items():
-        setattr(config.model, name, value)
+        setattr(config.model if hasattr(config.model, name) else config.model.peft, name, value)
     return config
 
 

@@ -133,6 +133,27 @@ def test_what_makes_a_step_smaller(memories: Callable[..., list[Any]]) -> None:
     assert plain.peak == max(plain.peaks.values()) == plain.peaks["training"] > plain.peaks["scoring"] > plain.held
 
 
+def test_a_base_in_fewer_bits_takes_those(memories: Callable[..., list[Any]]) -> None:
+    """Four bits and 32 for each 64; eight and 32 a row. What a step needs besides is the same but for one matrix."""
+    base = "model__peft__quantize_base"
+    plain, of_two, four, eight, divided = memories(
+        (LORA, llama(), ONE, 0, True),
+        (LORA, llama(), TP2, 0, True),
+        ({**LORA, base: "nf4"}, llama(), ONE, 0, True),
+        ({**LORA, base: "int8"}, llama(), ONE, 0, True),
+        ({**LORA, base: "nf4"}, llama(), TP2, 0, True),
+    )
+    linear = LAYER - 2 * HIDDEN
+    rows = 2 * HIDDEN + 2 * 128 + 2 * INNER + HIDDEN
+    assert plain.parameters - four.parameters == pytest.approx(LAYERS * linear * (2 - 4.5 / 8), rel=0.002)
+    assert plain.parameters - eight.parameters == pytest.approx(LAYERS * (linear - 4 * rows), rel=0.002)
+    assert four.gradients == plain.gradients
+    assert four.optimizer == pytest.approx(plain.optimizer, abs=2048)  # a table of 16 numbers besides
+    assert four.peak - four.held == eight.peak - eight.held <= plain.peak - plain.held + 2 * 2 * HIDDEN * INNER
+    saved, of_half = plain.parameters - four.parameters, of_two.parameters - divided.parameters
+    assert of_half == pytest.approx(saved / 2, rel=0.002)
+
+
 def test_the_rows_of_the_longest_documents() -> None:
     config = configured(model__global_batch_size=64, model__micro_batch_size=2, model__data__seq_length=5)
     row = [(3, 2)] * 2
