@@ -29,6 +29,7 @@ _MEMORY = {
 _TIME = {
     "training": "training pass",
     "scoring": "passes of KL set and reference",
+    "plain": "weights in fewer bits made plain",
     "tensor": "tensor-parallel exchange",
     "context": "context-parallel exchange",
     "experts": "exchange of experts' tokens",

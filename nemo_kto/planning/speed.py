@@ -67,6 +67,7 @@ class StepTime:
     Attributes:
         training: Operations of the pass that makes gradients, of what is recomputed too.
         scoring: Those of the passes of KL set and reference.
+        plain: Making plain numbers of weights in fewer bits, in each pass of each row.
         tensor: Exchange among tensor-parallel ranks.
         context: Among context-parallel ranks.
         experts: Among expert-parallel ranks.
@@ -80,6 +81,7 @@ class StepTime:
 
     training: float
     scoring: float
+    plain: float
     tensor: float
     context: float
     experts: float
@@ -176,10 +178,12 @@ class Speed:
         again = self._recomputed * self._of_slowest(flops.layers, flops.layers)
         training, scoring = (forward + backward + again) / rate, forward * self._scored / rate
         spent = {traffic.kind: traffic.bytes / self._bandwidth(traffic) for traffic in self.traffic()}
-        working = training + scoring + spent["tensor"] + spent["context"] + spent["experts"]
+        plain = self._made_plain()
+        working = training + scoring + plain + spent["tensor"] + spent["context"] + spent["experts"]
         return StepTime(
             training=training,
             scoring=scoring,
+            plain=plain,
             bubble=working * (layout.pipeline - 1) / (layout.virtual * self.rows),
             reference=self._swapping(memory),
             optimizer=(2 * memory.optimizer + memory.gradients) / self.device.memory_bandwidth,
@@ -207,6 +211,15 @@ class Speed:
             return 1.0
         of_chunk = self.sizes.layers / (self.layout.pipeline * self.layout.virtual)
         return min((model.activations_checkpoint_num_layers or 1) / of_chunk, 1.0)
+
+    def _made_plain(self) -> float:
+        """Return the seconds in which weights in fewer bits are read and written as plain numbers."""
+        of_rank = [self.parts.of_stage(self.layout, stage) for stage in range(self.layout.pipeline)]
+        moved = max(
+            part.quantised_bytes.of_rank(self.layout) + part.quantised.of_rank(self.layout) * self._size
+            for part in of_rank
+        )
+        return self.rows * self._passes * moved / self.device.memory_bandwidth
 
     def _swapping(self, memory: RankMemory) -> float:
         """Return the seconds in which policy and reference change places, twice a step and both ways at once."""

@@ -42,6 +42,8 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 _AT_ONCE = 1 << 25
 """Most numbers of a tensor that are read in one go."""
+_QUANTISED_AT_ONCE = 1 << 22
+"""The same where they are quantised, which takes several times their memory."""
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old folders store, as transformers ignores them: they follow from the configuration."""
@@ -75,24 +77,29 @@ def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] |
             read = functools.partial(_read_finite, source)
             if isinstance(leaf.data, QuantisedWeight):
                 quantiser = Quantiser(leaf, rule.layout, pieces, read)
-                for region, data in _parts(leaf, rule.layout):
+                for region, data in _parts(leaf, rule.layout, _QUANTISED_AT_ONCE):
                     quantiser.fill(data, region)
                 continue
-            for region, data in _parts(leaf, rule.layout):
+            for region, data in _parts(leaf, rule.layout, _AT_ONCE):
                 block = rule.layout.read(pieces, region, read)
                 data[: len(block)].copy_(block)
                 data[len(block) :].zero_()
 
 
-def _parts(leaf: Leaf, layout: Layout) -> Iterator[tuple[Region, torch.Tensor]]:
+def _parts(leaf: Leaf, layout: Layout, most: int) -> Iterator[tuple[Region, torch.Tensor]]:
     """Yield (region, view of the parameter) of each part of a leaf that is read in one go: some of its rows.
 
     A vocabulary is a good share of what a rank keeps. Rows that belong to a head stay together.
+
+    Args:
+        leaf: The leaf.
+        layout: How pieces make it up.
+        most: So many numbers at most.
     """
     rows, *rest = leaf.region
     at_once = len(leaf.data)
     if not isinstance(layout, ByHead):
-        at_once = max(1, _AT_ONCE // max(1, math.prod(leaf.data.shape[1:])))
+        at_once = max(1, most // max(1, math.prod(leaf.data.shape[1:])))
     for start in range(0, len(leaf.data), at_once):
         data = leaf.data[start : start + at_once]
         first = rows.start + start

@@ -37,7 +37,7 @@ def composed(name: str, *overrides: str) -> Any:
 
 
 def model_of(name: str) -> Any:
-    return MODELS[re.sub("_(lora|laptop)$", "", name)]
+    return MODELS[re.sub("_(q?lora|laptop)$", "", name)]
 
 
 def peaks() -> dict[str, tuple[int, int, int]]:
@@ -69,13 +69,15 @@ def test_each_fits_what_it_names(run_ranks: Callable[..., list[Any]]) -> None:
         if name.endswith("laptop"):
             assert "16 GB of memory" in title and ranks * (peak + 1.5 * GIB) < 12 * GIB, peak / GIB
         else:
-            assert title.endswith(f": {ranks} GPUs of 80 GB") and peak < room, f"{name}: {peak / GIB:.1f}"
+            gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+            assert title.endswith(f": {gpus} of 80 GB") and peak < room, f"{name}: {peak / GIB:.1f}"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_is_a_configuration(name: str) -> None:
-    """Adapters where the name says so, and a live reference that needs no memory of the GPU."""
+    """Adapters, beside four bits, where the name says so, and a live reference that needs no memory of the GPU."""
     config = composed(name)
+    assert config.model.peft.quantize_base == ("nf4" if name.endswith("qlora") else None)
     assert (config.model.peft.peft_scheme == "lora") == name.endswith(("lora", "laptop"))
     expected = "adapter_off" if config.model.peft.peft_scheme == "lora" else "cpu_swap"
     assert config.model.kto.reference.mode == expected

@@ -52,6 +52,22 @@ def sent(found: Speed) -> dict[str, tuple[float, bool]]:
     return {each.kind: (each.bytes, each.within_node) for each in found.traffic()}
 
 
+def test_weights_in_fewer_bits_are_made_plain_in_each_pass_of_each_row() -> None:
+    """Of 64 rows: forward, backward, of the KL set, and what is recomputed; codes are read, bfloat16 is written."""
+    layer = Part(
+        frozen=Parameters(divided=8_000),
+        quantised=Parameters(divided=8_000),
+        quantised_bytes=Parameters(divided=4_500),
+    )
+    parts = ModelParts(embedding=Part(), output=Part(), layers=(layer,) * 8, tied=Part())
+    layout = Layout(world_size=4, tensor=2, pipeline=2)
+    full = {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"}
+    for recompute, passes in (({}, 3), (full, 4)):
+        found = speed(layout, parts=parts, **recompute).time(NOTHING)
+        assert found.plain == pytest.approx(64 * passes * 4 * (4_500 + 2 * 8_000) / 2 / H100.memory_bandwidth)
+    assert speed(Layout(world_size=1)).time(NOTHING).plain == 0
+
+
 def test_passes() -> None:
     """A pass over the KL set beside the gradient pass, and two of a live reference."""
     of_training = seconds(64 * 30_000)
