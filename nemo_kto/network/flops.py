@@ -27,14 +27,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import Dimensions
+from nemo_kto.network.projections import LoRASettings, module_of
 from nemo_kto.network.weight_rules import Rule
-
-if TYPE_CHECKING:
-    from nemo_kto.network.projections import LoRASettings
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class ModelFlops:
         sizes = family.dimensions(hf_config)
         rules = family.rules(hf_config)
         windows = _windows(family.fields(hf_config), sizes.layers)
-        adapters = _adapters(rules, lora)
+        adapters = _adapters(rules, lora, hf_config)
         linear = [_linear(rules, sizes, layer) for layer in range(sizes.layers)]
         cores = [_core(sizes, layer, windows[layer]) for layer in range(sizes.layers)]
         first, products = min(adapters, default=0), 2 if lora is None else 1
@@ -145,7 +143,7 @@ def _is_routed(rule: Rule) -> bool:
     return "{expert}" in rule.key
 
 
-def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int]:
+def _adapters(rules: Iterable[Rule], lora: LoRASettings | None, hf_config: Any) -> dict[int, int]:
     """Return the number of each layer with adapters -> the multiply-adds of a token in them."""
     if lora is None:
         return {}
@@ -156,16 +154,21 @@ def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int
         if "{layer}" not in rule.key or _is_routed(rule):
             continue
         for piece in rule.pieces:
-            _, _, projection = piece.name.removesuffix(".weight").rpartition(".")
-            if len(piece.shape) != 2 or projection not in lora.projections:
+            if len(piece.shape) != 2 or _projection(piece.name) not in lora.projections:
                 continue
             for layer in set(rule.layers) & set(lora.layers):
                 inputs[layer, piece.name] = piece.shape[1]
                 outputs[layer, piece.name] = outputs.get((layer, piece.name), 0) + piece.shape[0]
     found: dict[int, int] = {}
-    for place, channels in inputs.items():
-        found[place[0]] = found.get(place[0], 0) + lora.rank * (channels + outputs[place])
+    for (layer, name), channels in inputs.items():
+        rank = lora.rank_of(module_of(_projection(name), layer, hf_config))
+        found[layer] = found.get(layer, 0) + rank * (channels + outputs[layer, name])
     return found
+
+
+def _projection(tensor: str) -> str:
+    """Return the projection whose weight a tensor is, by the names of both."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def _core(sizes: Dimensions, layer: int, window: int | None) -> _Core:

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from nemo_kto.algorithms.logprobs import LOGITS_MEMORY
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.family import Dimensions
-from nemo_kto.network.projections import LoRASettings, linear_of
+from nemo_kto.network.projections import LoRASettings, adapted_modules, linear_of
 from nemo_kto.planning.counts import ModelParts
 from nemo_kto.runs.memory import Rows
 from nemo_kto.runs.model import params_dtype_of
@@ -88,6 +90,25 @@ def held_memory(
     )
 
 
+@dataclass(frozen=True)
+class LayerAdapters:
+    """What a layer's adapters keep for the backward pass.
+
+    Attributes:
+        ranks: Their ranks, added up.
+    """
+
+    ranks: int
+
+
+def adapters_by_layer(lora: LoRASettings | None, hf_config: PretrainedConfig) -> dict[int, LayerAdapters]:
+    """Return the number of each layer with adapters -> what they keep."""
+    ranks: dict[int, int] = {}
+    for (layer, _), module in adapted_modules(lora, hf_config).items() if lora is not None else ():
+        ranks[layer] = ranks.get(layer, 0) + lora.rank_of(module)
+    return {layer: LayerAdapters(total) for layer, total in ranks.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """What a model's step keeps and makes, of a rank under a layout.
@@ -98,6 +119,7 @@ class Activations:
         fields: What its family says of it, as Megatron has it.
         layout: The checked layout.
         lora: The adapters that are trained; None for the whole model.
+        adapters: What `adapters_by_layer` has found of them.
     """
 
     config: KTOConfig
@@ -105,6 +127,7 @@ class Activations:
     fields: Mapping[str, Any]
     layout: Layout
     lora: LoRASettings | None
+    adapters: Mapping[int, LayerAdapters]
 
     def peak(self, stage: int, rows: Rows) -> int:
         """Return the bytes that the training pass takes at its peak besides what is held.
@@ -166,7 +189,7 @@ class Activations:
         if self.lora is None or layer not in self.lora.layers:
             return 0.0
         seen = self._has_gradient(layer, "self_attention.linear_proj") * self.sizes.heads * self.sizes.head_channels
-        return self.lora.rank * len(self.lora.projections) + seen / self.layout.tensor
+        return self.adapters[layer].ranks + seen / self.layout.tensor
 
     def _has_gradient(self, layer: int, linear: str) -> bool:
         """Return whether a layer's linear layer is trained, or adapters beside it: then what goes into it is kept."""

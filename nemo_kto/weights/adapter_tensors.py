@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, has_projection, parts_of, place_in_layer
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, adapted_modules, parts_of, place_in_layer
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,13 +49,11 @@ def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, t
     """Return the shape of every tensor of the adapters, by PEFT's name."""
     sizes, model, prefix = linear_sizes(hf), dimensions_of(hf), prefix_of(hf)
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, projection in itertools.product(settings.layers, settings.projections):
-        if not has_projection(projection, layer, model):
-            continue
+    for (layer, projection), module in adapted_modules(settings, hf).items():
         linear, name = place_in_layer(projection, layer, model)
         for matrix in ("lora_a", "lora_b"):
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
-            piece = piece_of(key, sizes, rank=settings.rank, prefix=prefix)
+            piece = piece_of(key, sizes, rank=settings.rank_of(module), prefix=prefix)
             shapes[piece.name] = piece.tensor_shape
     return shapes
 

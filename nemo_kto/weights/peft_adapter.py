@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.finite import is_finite
+from nemo_kto.config.adapter_checks import fault_of_patterns
 from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, ordered
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, adapted_modules, ordered
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.stored import ADAPTER_FILE, check_one_kind
 from nemo_kto.runtime import parallel
@@ -51,13 +52,11 @@ CONFIG_FILE = ADAPTER_FILE
 
 _FEATURES = (
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
     "fan_in_fan_out",
     "layer_replication",
     "lora_bias",
     "modules_to_save",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -70,8 +69,14 @@ _FEATURES = (
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base model as it is; others (PiSSA, OLoRA, LoftQ ...) change its weights."""
 
-_SHAPE = ("target_modules", "adapter_dim", "alpha", "rslora", "layer_selection")
+_SHAPE = ("target_modules", "adapter_dim", "rank_pattern", "alpha", "alpha_pattern", "rslora", "layer_selection")
 """Keys of `model.peft.lora_tuning` that an adapter folder fixes."""
+
+_MEANINGS: dict[tuple[str, ...], Callable[[LoRASettings, str], float]] = {
+    ("adapter_dim", "rank_pattern"): LoRASettings.rank_of,
+    ("alpha", "alpha_pattern"): LoRASettings.alpha_of,
+}
+"""Keys of those that together say what each module has -> what that is."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -153,6 +158,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise CheckpointError(f"{file}: {name}={value!r} is not possible. It is a number of an adapter of PEFT.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        fault = fault_of_patterns(config.get(name) or {}, ranks=name == "rank_pattern")
+        if fault is not None:
+            raise CheckpointError(
+                f"{file}: {name} {fault}. Merge the adapter into its model with PEFT if that loads it."
+            )
     return config
 
 
@@ -164,6 +175,8 @@ def _settings(config: dict[str, Any], projections: Iterable[str], layers: Iterab
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout") or 0.0),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
     )
 
 
@@ -181,6 +194,12 @@ def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedCon
             f"{hf_config.num_hidden_layers} layers. It is of another model."
         )
     theirs, ours = (_as_keys(kind, hf_config.num_hidden_layers) for kind in (found, settings))
+    for keys, meaning in _MEANINGS.items():
+        # patterns that are written in another way may well mean the same
+        if all(
+            meaning(found, name) == meaning(settings, name) for name in adapted_modules(settings, hf_config).values()
+        ):
+            theirs |= {key: ours[key] for key in keys}
     different = [f"model.peft.lora_tuning.{key}={theirs[key]}" for key in _SHAPE if theirs[key] != ours[key]]
     if different:
         raise ConfigError(f"The adapter in {folder} is of another kind. Set {' '.join(different)}.")
@@ -321,6 +340,8 @@ def adapter_config(settings: LoRASettings, *, base_folder: str | Path, hf_config
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
         "use_rslora": settings.rslora,
         "target_modules": targets,
         "layers_to_transform": layers,
@@ -336,7 +357,20 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
     return {
         "target_modules": f"[{', '.join(settings.projections)}]",
         "adapter_dim": settings.rank,
+        "rank_pattern": _as_mapping(settings.rank_pattern),
         "alpha": settings.alpha,
+        "alpha_pattern": _as_mapping(settings.alpha_pattern),
         "rslora": str(settings.rslora).lower(),
         "layer_selection": "null" if whole else [layer + 1 for layer in settings.layers],
     }
+
+
+_OF_HYDRA = re.compile(r"[\\()\[\]{}:=, ]")
+"""What means something in a value on the command line."""
+
+
+def _as_mapping(patterns: Mapping[str, float]) -> str:
+    """Return patterns as the value of a key, which takes no quotes inside."""
+    escaped = {_OF_HYDRA.sub(r"\\\g<0>", pattern): value for pattern, value in patterns.items()}
+    pairs = [f"{pattern}: {value}" for pattern, value in escaped.items()]
+    return f"{{{', '.join(pairs)}}}" if pairs else "null"

@@ -118,7 +118,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     """Return the peak that the planner's formula finds."""
     from nemo_kto.network.families import dimensions_of, family_of
     from nemo_kto.planning.counts import parts_of
-    from nemo_kto.planning.memory import Activations, held_memory
+    from nemo_kto.planning.memory import Activations, adapters_by_layer, held_memory
     from nemo_kto.runs.reference import lora_settings, reference_settings
 
     config, hf_config = given(overrides)
@@ -127,7 +127,14 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     stage = rank // (layout.world_size // layout.pipeline)
     held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, reference)
     sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)
-    activations = Activations(config=config, sizes=sizes, fields=fields, layout=layout, lora=lora)
+    activations = Activations(
+        config=config,
+        sizes=sizes,
+        fields=fields,
+        layout=layout,
+        lora=lora,
+        adapters=adapters_by_layer(lora, hf_config),
+    )
     return held.held + activations.peak(stage, rows)
 
 

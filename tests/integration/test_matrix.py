@@ -96,6 +96,11 @@ FEW_ADAPTERS = {
     "model__peft__lora_tuning__target_modules": ["v_proj", "up_proj"],
     "model__peft__lora_tuning__layer_selection": [3],
 }
+SEVERAL_RANKS = {
+    **ADAPTERS,
+    "model__peft__lora_tuning__rank_pattern": {"layers.[02].*": 3, "o_proj": 6, "up_proj": 1},
+    "model__peft__lora_tuning__alpha_pattern": {"3.mlp.down_proj": 9, "q_proj": 1.5},
+}
 EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, Any]]] = {
     "dense": ("hf", LAYOUTS, {}),
@@ -148,6 +153,7 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
+    "several ranks": ("hf", DENSE_LAYOUTS, SEVERAL_RANKS),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
 }
@@ -192,6 +198,7 @@ DEFAULT = {
     ("glm4_moe", "tp2sp_ep2_whole", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
+    *{("several ranks", name, "kept") for name in ("tp2", "tp2sp", "pp2vpp2")},
     ("few adapters", "pp2", "kept"),
     ("few adapters", "one", "uniform"),
     ("experts, adapters", "ep2_cp2", "kept"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 
@@ -22,14 +24,14 @@ from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import (
-    _Adapted,
+    Adapted,
     adapters_merged,
     adapters_off,
     add_adapters,
     clear_adapters,
     initialize_adapters,
 )
-from nemo_kto.network.projections import LoRASettings, projections_of
+from nemo_kto.network.projections import LoRASettings, adapted_modules, fits_pattern, projections_of
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
@@ -130,10 +132,47 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
+    # the names of modules by their ends, in full and as regular expressions; the first one that fits
+    "patterns": (
+        "llama",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "target_modules": "all-linear",
+            "rank_pattern": {
+                r"layers\.[12]\..*_proj": 2,
+                "model.layers.0.self_attn.k_proj": 6,
+                "q_proj": 5,
+                "mlp.down_proj": 1,
+            },
+            "alpha_pattern": {"3.self_attn.v_proj": 9.5, "o_proj": 2, "^model.layers.[01].mlp.up_proj": 4},
+        },
+    ),
+    "patterns of fused": (
+        "phi3_partial",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "use_rslora": True,
+            "target_modules": "all-linear",
+            "rank_pattern": {"gate_up_proj": 4, "layers.1.self_attn.qkv_proj": 2},
+            "alpha_pattern": {"down_proj": 2},
+        },
+    ),
+    "patterns of shared": (
+        "qwen2_moe_mixed",
+        {
+            "r": 3,
+            "lora_alpha": 3,
+            "target_modules": ["v_proj", "up_proj", "down_proj"],
+            "rank_pattern": {"shared_expert.up_proj": 5},
+            "alpha_pattern": {"mlp.up_proj": 9},
+        },
+    ),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
-SPARSE += ("of glm4_moe_lite", "gates", "experts and gates")
+SPARSE += ("of glm4_moe_lite", "gates", "experts and gates", "patterns of shared")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 _FAMILIES = tiny_hf.families()
@@ -375,9 +414,41 @@ def test_target_modules_that_do_not_exist(names: list[str], word: str) -> None:
 
 
 def test_scales_by_hand() -> None:
-    plain = LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8)
-    assert plain.scale == 0.5
-    assert LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8, rslora=True).scale == 2
+    common: dict[str, Any] = {"projections": ("q_proj",), "layers": (0,), "rank": 16, "alpha": 8}
+    module = "model.layers.0.self_attn.q_proj"
+    assert LoRASettings(**common).scale_of(module) == 0.5
+    assert LoRASettings(**common, rslora=True).scale_of(module) == 2
+    patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2, module: 3}}
+    assert LoRASettings(**common, **patterns).scale_of(module) == 2 / 4
+    assert LoRASettings(**common, **patterns, rslora=True).scale_of(module) == 2 / 2
+    assert LoRASettings(**common, **patterns).scale_of("model.layers.0.self_attn.k_proj") == 0.5
+
+
+MODULES = [
+    f"model.layers.{layer}.{name}" for layer in (1, 11, 21) for name in ("self_attn.q_proj", "mlp.up_proj", "q_proj")
+]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "_proj",
+        ".*_proj",
+        "1.self_attn.q_proj",
+        "layers.1.*",
+        "^model.layers.1.*",
+        r"model\.layers\.\d\.mlp\.up_proj",
+        "model.layers.11.self_attn.q_proj",
+        "(self_attn|mlp).(q|up)_proj",
+        "q_proj|up_proj",
+        "layers",
+        "",
+    ],
+)
+def test_patterns_fit_as_in_peft(pattern: str) -> None:
+    for module in MODULES:
+        assert fits_pattern(pattern, module) == (get_pattern_key([pattern], module) == pattern), module
 
 
 MIXTURES = [name for name, config in tiny_hf.families().items() if dimensions_of(config).mixture is not None]
@@ -417,7 +488,11 @@ def changed(source: Path, folder: Path, **fields: Any) -> Path:
     [
         ({"peft_type": "IA3"}, "is IA3, not LORA"),
         ({"use_dora": True}, "uses use_dora"),
-        ({"bias": "all", "rank_pattern": {"q_proj": 8}}, "uses rank_pattern, bias"),
+        ({"bias": "all", "lora_bias": True}, "uses lora_bias, bias"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern has 0 for 'q_proj', which is no whole number above 0"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern has '8' for 'q_proj', which is no number"),
+        ({"alpha_pattern": {"(q_proj": 8}}, r"alpha_pattern has the key '\(q_proj', which is no regular expression"),
+        ({"rank_pattern": [8]}, r"rank_pattern is \[8\], no mapping"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
         ({"r": "many"}, "adapter_config.json: r='many' is not possible"),
@@ -437,6 +512,30 @@ def test_an_adapter_of_another_shape_says_what_to_set(source: Path) -> None:
         f"Set {prefix}target_modules=[q_proj, v_proj, up_proj] {prefix}adapter_dim=4 {prefix}alpha=2.0 "
         f"{prefix}rslora=true {prefix}layer_selection=[1, 2, 3]."
     )
+
+
+def test_patterns_may_be_written_in_another_way_that_means_the_same(source: Path) -> None:
+    """Each module's rank and alpha, by name; and what is said where one of them is another."""
+    hf_config, folder = tiny_hf.families()["llama"], source / "patterns"
+    found = read_adapter_settings(folder)
+    modules = adapted_modules(found, hf_config).values()
+    same = replace(
+        found,
+        rank=9,
+        rank_pattern={module: found.rank_of(module) for module in modules},
+        alpha_pattern={module: found.alpha_of(module) for module in modules},
+    )
+    check_adapter(folder, same, hf_config)
+    ranks = {**same.rank_pattern, "model.layers.3.mlp.up_proj": 4}
+    with pytest.raises(ConfigError) as error:
+        check_adapter(folder, replace(same, rank_pattern=ranks), hf_config)
+    prefix = "model.peft.lora_tuning."
+    assert str(error.value).endswith(
+        f"Set {prefix}adapter_dim=3 {prefix}rank_pattern={{layers\\\\.\\[12\\]\\\\..*_proj: 2, mlp.down_proj: 1, "
+        "model.layers.0.self_attn.k_proj: 6, q_proj: 5}."
+    )
+    with pytest.raises(ConfigError, match=r"of another kind. Set \S+alpha=7.0 \S+alpha_pattern={3.self_attn"):
+        check_adapter(folder, replace(found, alpha_pattern={}, alpha=8), hf_config)
 
 
 def test_tensors_that_do_not_fit_the_model_are_named(source: Path, tmp_path: Path) -> None:
@@ -510,7 +609,7 @@ def compare_dropout() -> None:
     torch.manual_seed(2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    layers = [module for module in model.modules() if isinstance(module, _Adapted)]
+    layers = [module for module in model.modules() if isinstance(module, Adapted)]
     keys = token_keys(torch.arange(50), torch.zeros(50, dtype=torch.int64), step=4)
     for layer in layers:
         inputs = torch.randn(50, 1, layer.weight.shape[1], requires_grad=True)
