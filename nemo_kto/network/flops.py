@@ -8,7 +8,8 @@ What is counted of a forward pass:
   the layer's window. What a kernel computes of the others, to throw it away, is not counted;
 * linear attention by its recurrence (arXiv 2412.06464, eq. 10), three products of a head's key and value channels a
   token; its chunked forms compute more;
-* adapters of low rank, but of a reference that is the model without them;
+* adapters of low rank, but of a reference that is the model without them; not what DoRA takes besides, the lengths of
+  rows, and with dropout the frozen projection once more;
 * the output layer at response tokens only, as here (`algorithms/logprobs.py`), or at as many as are asked for.
 
 The backward pass takes each product twice, once for the gradient of what goes in and once for that of the weight.

@@ -5,7 +5,8 @@ the Hugging Face model all the same: where it has one projection for each of the
 own (a shared A could not hold three different ones); where its projections are fused too, their parts have one A
 together. So every PEFT adapter can be continued exactly, and one trained here is one PEFT could have trained.
 
-An adapted projection computes `W x + scale * B A dropout(x)` (eq. 3 of the paper), W frozen; `adapters.py` has how.
+An adapted projection computes `W x + scale * B A dropout(x)` (eq. 3 of the paper), W frozen; `adapters.py` has how,
+and what DoRA makes of it.
 
 Tensor legend: `T` tokens of a packed row on this rank, `i` input channels of a projection.
 """
@@ -98,11 +99,12 @@ def _note_dropout_keys(switch: Switch) -> Any:
 def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
     """Fill A with random numbers that depend on `seed` only, never on the layout, and B with zeros.
 
-    A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own.
+    A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own. Magnitudes are
+    those of the weights, which have to be there; collectives: see `clear_adapters`.
     """
+    clear_adapters(model)
     for leaf in sharded_leaves(model, adapters=True):
-        if ".lora_b" in leaf.key:
-            leaf.data.zero_()
+        if not leaf.key.endswith(".lora_a"):
             continue
         full = torch.rand(leaf.global_shape, generator=tensor_generator(seed, leaf.key), device="cpu")
         bound = 1 / math.sqrt(leaf.global_shape[1])
@@ -111,9 +113,18 @@ def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
 
 @torch.no_grad()
 def clear_adapters(model: KTOGPTModel) -> None:
-    """Set all adapters to zero: the model is then the base model."""
+    """Set all adapters to zero, and magnitudes to those of the weights: the model is then the base model.
+
+    With DoRA, each row-parallel layer has an all-reduce over the tensor-parallel ranks.
+    """
     for leaf in sharded_leaves(model, adapters=True):
         leaf.data.zero_()
+    for layer in _adapted_layers([model]):
+        layer.reset_magnitudes()
+
+
+def _adapted_layers(models: Iterable[KTOGPTModel]) -> list[Adapted]:
+    return [module for model in models for module in model.modules() if isinstance(module, Adapted)]
 
 
 @contextmanager
@@ -137,12 +148,12 @@ def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
     rank in CPU memory.
     """
     models = list(models)
-    layers = [module for model in models for module in model.modules() if isinstance(module, Adapted)]
+    layers = _adapted_layers(models)
     originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]  # type: ignore[attr-defined]
     try:
         with adapters_off(models), torch.no_grad():
             for layer in layers:
-                layer.weight.copy_(layer.weight.float() + layer.weight_change())  # type: ignore[attr-defined]
+                layer.weight.copy_(layer.merged_weight())  # type: ignore[attr-defined]
             yield
     finally:
         with torch.no_grad():

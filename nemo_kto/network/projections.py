@@ -130,6 +130,7 @@ class LoRASettings:
         dropout: Probability with which the adapters do not see an input channel of a token in training.
         rank_pattern: The end of a module's name, or a regular expression for it -> its `rank`; the first that fits.
         alpha_pattern: The same -> its `alpha`.
+        dora: Whether the length of each row of a weight is trained as well (arXiv 2402.09353).
     """
 
     projections: tuple[str, ...]
@@ -140,6 +141,7 @@ class LoRASettings:
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapters; see `module_of`."""

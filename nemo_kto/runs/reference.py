@@ -71,6 +71,7 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
         rank=lora.adapter_dim,
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,
         rslora=lora.rslora,
+        dora=lora.dora,
         dropout=lora.adapter_dropout,
         rank_pattern=lora.rank_pattern or {},
         alpha_pattern=lora.alpha_pattern or {},

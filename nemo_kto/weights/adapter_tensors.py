@@ -17,6 +17,8 @@ from nemo_kto.network.projections import LINEAR_OF, LoRASettings, adapted_module
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAGNITUDES = "lora_magnitude_vector"
+"""What the names of the tensors of DoRA's magnitudes end with."""
 
 
 def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -51,7 +53,7 @@ def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, t
     shapes: dict[str, tuple[int, ...]] = {}
     for (layer, projection), module in adapted_modules(settings, hf).items():
         linear, name = place_in_layer(projection, layer, model)
-        for matrix in ("lora_a", "lora_b"):
+        for matrix in ("lora_a", "lora_b", "lora_m")[: 3 if settings.dora else 2]:
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
             piece = piece_of(key, sizes, rank=settings.rank_of(module), prefix=prefix)
             shapes[piece.name] = piece.tensor_shape
@@ -64,9 +66,11 @@ def prefix_of(hf: PretrainedConfig) -> str:
 
 
 _TENSOR = re.compile(
-    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)\.lora_[AB]\.weight"
+    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)"
+    rf"\.(?:lora_[AB]\.weight|{MAGNITUDES})"
 )
-_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([ab])(?:_(\w+))?")
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([abm])(?:_(\w+))?")
+_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": MAGNITUDES}
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
@@ -76,7 +80,7 @@ def _named(key: str, prefix: str) -> tuple[str, str, str]:
     assert match is not None, key
     layer, block, adapters, kind, part = match.groups()
     place = f"{_BLOCKS[block]}.{adapters.replace('-', '.')}"
-    return f"{prefix}{layer}.{place}.lora_{kind.upper()}.weight", adapters, part or ""
+    return f"{prefix}{layer}.{place}.{_NAMES[kind]}", adapters, part or ""
 
 
 def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefix: str) -> Piece:
@@ -85,7 +89,8 @@ def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefi
     parts, block = parts_of(adapters), adapters[: adapters.rfind("-") + 1]
     if name.endswith("lora_A.weight"):
         return Piece(name, (rank, sizes[block + parts[0]][1]))
-    pieces = stacked(name, *((sizes[block + part][0], rank) for part in parts))
+    inner = () if name.endswith(MAGNITUDES) else (rank,)
+    pieces = stacked(name, *((sizes[block + part][0], *inner) for part in parts))
     return pieces[parts.index(part) if part else 0]
 
 

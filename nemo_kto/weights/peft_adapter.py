@@ -33,6 +33,7 @@ from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.stored import ADAPTER_FILE, check_one_kind
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.adapter_tensors import (
+    MAGNITUDES,
     WEIGHTS_FILE,
     expected_shapes,
     joined,
@@ -60,7 +61,6 @@ _FEATURES = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -69,7 +69,16 @@ _FEATURES = (
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base model as it is; others (PiSSA, OLoRA, LoftQ ...) change its weights."""
 
-_SHAPE = ("target_modules", "adapter_dim", "rank_pattern", "alpha", "alpha_pattern", "rslora", "layer_selection")
+_SHAPE = (
+    "target_modules",
+    "adapter_dim",
+    "rank_pattern",
+    "alpha",
+    "alpha_pattern",
+    "rslora",
+    "dora",
+    "layer_selection",
+)
 """Keys of `model.peft.lora_tuning` that an adapter folder fixes."""
 
 _MEANINGS: dict[tuple[str, ...], Callable[[LoRASettings, str], float]] = {
@@ -115,6 +124,11 @@ def read_adapter_settings(folder: Path) -> LoRASettings:
     strange = sorted(name for name, place in found.items() if place is None)
     if strange:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} has tensors of no projection known here: {listed(strange)}.")
+    if not config.get("use_dora") and (odd := sorted(name for name in found if name.endswith(MAGNITUDES))):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} has magnitudes ({listed(odd)}), and {CONFIG_FILE} beside it no use_dora. Save "
+            "the adapter again."
+        )
     places = [place for place in found.values() if place is not None]
     return _settings(config, (projection for _, projection in places), {layer for layer, _ in places})
 
@@ -177,6 +191,7 @@ def _settings(config: dict[str, Any], projections: Iterable[str], layers: Iterab
         dropout=float(config.get("lora_dropout") or 0.0),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
+        dora=bool(config.get("use_dora")),
     )
 
 
@@ -217,10 +232,12 @@ def check_adapter(folder: Path, settings: LoRASettings, hf_config: PretrainedCon
 
 def _incomplete(folder: Path, missing: Sequence[str], found: Collection[str]) -> str:
     """Return what to say of an adapter that lacks tensors of layers and projections of which it has some."""
+    there = {place_of(name) for name in found}
     for name in missing:
-        if {name.replace("lora_A", "lora_B"), name.replace("lora_B", "lora_A")} & set(found):
+        if place_of(name) in there:
             return (
-                f"{folder / WEIGHTS_FILE}: {name} is missing, though its other half is there. Save the adapter again."
+                f"{folder / WEIGHTS_FILE}: {name} is missing, though others of its module are there. Save the adapter "
+                "again."
             )
     places = dict.fromkeys(place for place in map(place_of, missing) if place is not None)
     lacking = listed([f"{projection} of layer {layer + 1}" for layer, projection in places], "projections")
@@ -241,7 +258,7 @@ def import_adapter(model: KTOGPTModel, folder: Path) -> None:
     sizes, prefix = linear_sizes(model.hf_config), prefix_of(model.hf_config)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as source:
         for leaf in sharded_leaves(model, adapters=True):
-            rank = leaf.global_shape[0 if leaf.key.endswith("lora_a") else 1]
+            rank = leaf.global_shape[0 if leaf.key.endswith("lora_a") else -1]
             piece = piece_of(leaf.key, sizes, rank=rank, prefix=prefix)
             block = source.get_slice(piece.name)[piece.within(leaf.region)]
             if not is_finite(block):
@@ -343,6 +360,7 @@ def adapter_config(settings: LoRASettings, *, base_folder: str | Path, hf_config
         "rank_pattern": dict(settings.rank_pattern),
         "alpha_pattern": dict(settings.alpha_pattern),
         "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
         "target_modules": targets,
         "layers_to_transform": layers,
         "bias": "none",
@@ -361,6 +379,7 @@ def _as_keys(settings: LoRASettings, num_layers: int) -> dict[str, Any]:
         "alpha": settings.alpha,
         "alpha_pattern": _as_mapping(settings.alpha_pattern),
         "rslora": str(settings.rslora).lower(),
+        "dora": str(settings.dora).lower(),
         "layer_selection": "null" if whole else [layer + 1 for layer in settings.layers],
     }
 

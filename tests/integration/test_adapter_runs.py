@@ -32,6 +32,7 @@ LORA: dict[str, Any] = {
     "trainer__kto__max_steps": 3,
     "export__enabled": True,
 }
+DORA = {f"{PREFIX}dora": True}
 TOKENS = torch.tensor([[3, 7, 9, 2, 11, 5, 5, 0]])
 
 
@@ -76,6 +77,43 @@ def export(checkpoint: Path, folder: Path, merge: bool) -> str:
     except KTOError as error:
         return str(error)
     return ""
+
+
+@pytest.fixture(scope="module")
+def magnified(train: Callable[..., Path]) -> Path:
+    """Return the log folder of three steps of DoRA on two tensor-parallel ranks, with checkpoints and export."""
+    tensor = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
+    return train(2, **LORA, **DORA, **tensor, exp_manager__create_checkpoint_callback=True)
+
+
+def test_dora_is_exported_for_peft_merged_and_gone_on_from(
+    root: Path, magnified: Path, tmp_path: Path, train: Callable[..., Path], run_ranks: Callable[..., Any]
+) -> None:
+    series = read_series(magnified)
+    assert series["train/loss"][0] == 0.5
+    adapted = logits(PeftModel.from_pretrained(base(root), magnified / "hf"))
+    plain = load_file(magnified / "hf" / "adapter_model.safetensors")
+    lengths = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): weight.norm(dim=1)
+        for name, weight in base(root).named_parameters()
+        if name.endswith("_proj.weight")
+    }
+    magnitudes = {name: tensor for name, tensor in plain.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) == 4 * 4
+    for name, tensor in magnitudes.items():
+        moved = tensor - lengths[name.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")]
+        assert 1e-3 < moved.abs().max() < 0.05, name  # three steps of 1e-2 each at most
+    (checkpoint,) = (magnified / "checkpoints").glob("*-last")
+    for merge in (False, True):
+        assert run_ranks(export, 1, checkpoint, tmp_path / f"{merge}", merge) == [""]
+    ours = load_file(tmp_path / "False" / "adapter_model.safetensors")
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in ours)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+    start = {f"{PREFIX}restore_from_path": str(magnified / "hf"), "trainer__kto__max_steps": 1}
+    for reference in (None, str(magnified / "hf")):
+        once = read_series(train(1, **{**LORA, **DORA, **start}, model__kto__reference__checkpoint=reference))
+        assert (once["train/loss"][0] == 0.5) == (reference is not None)
 
 
 def test_a_checkpoint_holds_adapters_and_their_optimizer_state_only(
@@ -168,6 +206,7 @@ def test_going_on_from_an_exported_adapter(trained: Path, train: Callable[..., P
             {f"{PREFIX}rank_pattern": {"k_proj": 7}, f"{PREFIX}restore_from_path": "adapter"},
             ["Set model.peft.lora_tuning.rank_pattern={layers.1.mlp.down_proj: 2, k_proj: 7}."],
         ),
+        ({**DORA, f"{PREFIX}restore_from_path": "adapter"}, ["Set model.peft.lora_tuning.dora=false."]),
         ({f"{PREFIX}rank_pattern": {"o_proj": 8}}, ["rank_pattern", "o_proj", "model.layers.0.self_attn.q_proj"]),
         ({f"{PREFIX}alpha_pattern": {"q_proj": 0}}, ["alpha_pattern has 0 for 'q_proj'", "above 0"]),
         ({f"{PREFIX}layer_selection": [0, 5]}, ["layer_selection=[0, 5]", "from 1 to 4"]),

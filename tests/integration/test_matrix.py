@@ -101,6 +101,8 @@ SEVERAL_RANKS = {
     "model__peft__lora_tuning__rank_pattern": {"layers.[02].*": 3, "o_proj": 6, "up_proj": 1},
     "model__peft__lora_tuning__alpha_pattern": {"3.mlp.down_proj": 9, "q_proj": 1.5},
 }
+DORA = {**ADAPTERS, "model__peft__lora_tuning__dora": True}
+DORA_OF_ATTENTION = {**DORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, Any]]] = {
     "dense": ("hf", LAYOUTS, {}),
@@ -154,6 +156,8 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
     "several ranks": ("hf", DENSE_LAYOUTS, SEVERAL_RANKS),
+    "dora": ("biases", LAYOUTS, DORA),
+    "deepseek_v3, dora": ("deepseek_v3", MIXTURE_LAYOUTS, DORA_OF_ATTENTION),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
 }
@@ -199,6 +203,9 @@ DEFAULT = {
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
     *{("several ranks", name, "kept") for name in ("tp2", "tp2sp", "pp2vpp2")},
+    *{("dora", name, "kept") for name in ("tp2", "tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
+    ("dora", "tp2sp", "uniform"),
+    ("deepseek_v3, dora", "tp2sp_ep2_whole", "kept"),
     ("few adapters", "pp2", "kept"),
     ("few adapters", "one", "uniform"),
     ("experts, adapters", "ep2_cp2", "kept"),

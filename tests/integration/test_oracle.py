@@ -128,7 +128,9 @@ def make_adapter(folder: Path, base: Path, *, seed: int, **changes: Any) -> Path
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     adapted.save_pretrained(folder)
     return folder
@@ -141,11 +143,17 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rank_pattern": {"layers.1.*": 2, "q_proj": 7}, "alpha_pattern": {"o_proj": 5}},
         {"rank_pattern": {"layers.1.*": 2, "q_proj": 7}, "alpha_pattern": {"self_attn.o_proj": 5}},
     ),
+    "dora": ({"use_dora": True}, {"dora": True}),
 }
 
 
 @pytest.mark.parametrize(
-    ("reference", "kind"), [*(("base", kind) for kind in KINDS), ("start", "several ranks"), ("other", "alike")]
+    ("reference", "kind"),
+    [
+        *(("base", kind) for kind in KINDS),
+        *(("start", kind) for kind in ("several ranks", "dora")),
+        ("other", "alike"),
+    ],
 )
 def test_ten_steps_of_an_adapter_equal_pefts(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], reference: str, kind: str

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 
+from nemo_kto.algorithms import row_norms
 from nemo_kto.algorithms.dropout import keep_mask, token_keys
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
@@ -159,6 +160,18 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"down_proj": 2},
         },
     ),
+    **{
+        f"dora of {name}": (name, {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": targets, **fields})
+        for name, targets, fields in (
+            ("llama", "all-linear", {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 1}}),
+            ("llama_biases", "all-linear", {}),
+            ("phi3_partial", "all-linear", {"use_rslora": True}),
+            ("qwen2_tied", ["q_proj", "v_proj", "up_proj"], {"layers_to_transform": [0, 1, 2]}),
+            ("qwen3_next_mixed", ["q_proj", "v_proj", "o_proj"], {}),
+            ("qwen2_moe_mixed", ["k_proj", "o_proj", "gate_proj", "down_proj"], {}),
+            ("deepseek_v3", ["q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], {}),
+        )
+    },
     "patterns of shared": (
         "qwen2_moe_mixed",
         {
@@ -173,6 +186,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
 SPARSE += ("of glm4_moe_lite", "gates", "experts and gates", "patterns of shared")
+SPARSE += ("dora of qwen3_next_mixed", "dora of qwen2_moe_mixed", "dora of deepseek_v3")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 _FAMILIES = tiny_hf.families()
@@ -203,7 +217,9 @@ def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Te
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     adapted.save_pretrained(folder)
     return peft_logits(base, folder)
@@ -373,6 +389,20 @@ def test_initial_values_are_distributed_as_pefts(results: Path) -> None:
     assert values.std().item() == pytest.approx(3**-0.5, rel=0.05) and values.unique().numel() > 0.99 * values.numel()
 
 
+@pytest.mark.parametrize("name", [name for name in PEFT if name.startswith("dora") and name in READ_BY_PEFT])
+def test_initial_magnitudes_are_pefts(source: Path, results: Path, name: str) -> None:
+    """The lengths of the rows of the weights, in the order that PEFT has them in."""
+    base, settings = PEFT[name]
+    model = AutoModelForCausalLM.from_pretrained(source / base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    expected = {key.replace(".default.weight", ""): value for key, value in adapted.state_dict().items()}
+    ours = load_file(results / "TP1" / name / "initial" / "adapter_model.safetensors")
+    magnitudes = [key for key in ours if key.endswith("lora_magnitude_vector")]
+    assert magnitudes
+    for key in magnitudes:
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-6, atol=0)
+
+
 # settings
 
 
@@ -475,9 +505,9 @@ def test_which_mixtures_have_adapters_in_feed_forward_parts_is_pefts_matter(name
             check_projections(LoRASettings(**settings, projections=tuple(names)), config)
 
 
-def changed(source: Path, folder: Path, **fields: Any) -> Path:
-    """Return a copy of the adapter "all" with other fields in its configuration."""
-    shutil.copytree(source / "all", folder)
+def changed(source: Path, folder: Path, *, of: str = "all", **fields: Any) -> Path:
+    """Return a copy of the adapter `of` with other fields in its configuration."""
+    shutil.copytree(source / of, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     return folder
@@ -487,7 +517,7 @@ def changed(source: Path, folder: Path, **fields: Any) -> Path:
     ("fields", "word"),
     [
         ({"peft_type": "IA3"}, "is IA3, not LORA"),
-        ({"use_dora": True}, "uses use_dora"),
+        ({"use_dora": True, "use_bdlora": {"x": 1}}, "uses use_bdlora"),
         ({"bias": "all", "lora_bias": True}, "uses lora_bias, bias"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern has 0 for 'q_proj', which is no whole number above 0"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern has '8' for 'q_proj', which is no number"),
@@ -512,6 +542,18 @@ def test_an_adapter_of_another_shape_says_what_to_set(source: Path) -> None:
         f"Set {prefix}target_modules=[q_proj, v_proj, up_proj] {prefix}adapter_dim=4 {prefix}alpha=2.0 "
         f"{prefix}rslora=true {prefix}layer_selection=[1, 2, 3]."
     )
+    with pytest.raises(ConfigError, match=r"of another kind. Set model.peft.lora_tuning.dora=true\."):
+        found = read_adapter_settings(source / "dora of llama")
+        check_adapter(source / "dora of llama", replace(found, dora=False), tiny_hf.families()["llama"])
+
+
+def test_magnitudes_without_dora_and_dora_without_magnitudes(source: Path, tmp_path: Path) -> None:
+    folder = changed(source, tmp_path / "adapter", of="dora of llama", use_dora=False)
+    with pytest.raises(CheckpointError, match=r"has magnitudes \(.*lora_magnitude_vector.*no use_dora"):
+        read_adapter_settings(folder)
+    folder = changed(source, tmp_path / "other", use_dora=True)
+    with pytest.raises(CheckpointError, match=r"q_proj.lora_magnitude_vector is missing, though others"):
+        check_adapter(folder, read_adapter_settings(folder), tiny_hf.families()["llama"])
 
 
 def test_patterns_may_be_written_in_another_way_that_means_the_same(source: Path) -> None:
@@ -592,20 +634,55 @@ def count_trained() -> tuple[int, int]:
     return sum(tensor.data.numel() for tensor in state.values()), len(state)
 
 
-def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
-    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
-    run_ranks(compare_dropout, 1)
+def test_a_row_of_zeros_keeps_its_output(run_ranks: Callable[..., Any]) -> None:
+    """It has no direction, and dividing by its length would make a NaN of it."""
+    run_ranks(compare_rows_of_zeros, 1)
 
 
-def compare_dropout() -> None:
+def compare_rows_of_zeros() -> None:
     enable_cpu()
     parallel.initialize(Layout(world_size=1), seed=1)
-    hf_config = tiny_hf.families()["llama"]
+    model = build_gpt(tiny_hf.families()["llama"], Layout(world_size=1))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    add_adapters(model, LoRASettings(projections=("o_proj",), layers=(0,), rank=2, alpha=2, dora=True))
+    layer = model.decoder.layers[0].self_attention.linear_proj
+    with torch.no_grad():
+        layer.weight[3] = 0
+    initialize_adapters(model, seed=1)
+    inputs = torch.randn(5, 1, layer.weight.shape[1])
+    output, _ = layer(inputs)
+    assert torch.equal(output, torch.nn.functional.linear(inputs, layer.weight))
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.adapters.parameters())
+
+
+@pytest.mark.parametrize("rows_at_once", [1 << 23, 100, 24, 7])
+def test_lengths_of_rows_do_not_depend_on_how_many_are_there_at_once(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(row_norms, "_NUMBERS", rows_at_once)
+    weight, lora_a, lora_b = torch.randn(3, 5, 8), torch.randn(2, 8), torch.randn(3, 5, 2)
+    squares = row_norms.row_squares(weight, lora_a, lora_b, scale=0.7)
+    expected = torch.linalg.norm((weight + 0.7 * lora_b @ lora_a).double(), dim=-1).flatten()
+    torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-6, atol=0)
+    whole = row_norms.row_squares(weight.bfloat16(), lora_a, 0 * lora_b, scale=0.7)
+    assert torch.equal(whole, weight.bfloat16().float().square().sum(-1, dtype=torch.float64).flatten())
+
+
+def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
+    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
+    for dora in (False, True):
+        run_ranks(compare_dropout, 1, dora)
+
+
+def compare_dropout(dora: bool) -> None:
+    enable_cpu()
+    parallel.initialize(Layout(world_size=1), seed=1)
+    hf_config = tiny_hf.families()["llama_biases"]
     model = build_gpt(hf_config, Layout(world_size=1))
-    add_adapters(
-        model,
-        LoRASettings(projections=projections_of(["all"], hf_config), layers=(0, 1), rank=3, alpha=6, dropout=0.25),
-    )
+    settings: dict[str, Any] = {"projections": projections_of(["all"], hf_config), "layers": (0, 1), "dora": dora}
+    add_adapters(model, LoRASettings(**settings, rank=3, alpha=6, dropout=0.25))
     torch.manual_seed(2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -614,13 +691,29 @@ def compare_dropout() -> None:
     for layer in layers:
         inputs = torch.randn(50, 1, layer.weight.shape[1], requires_grad=True)
         kept = keep_mask(keys, range(inputs.shape[-1]), salt=layer._dropout_salt, probability=0.25)
-        expected = inputs @ layer.weight.T + (inputs * kept[:, None] / 0.75) @ layer.weight_change().T
+        changed = layer.weight + layer.weight_change()
+        if dora:  # PEFT's way: the base model sees everything, and what changes it does not
+            changed *= (magnitudes_of(layer) / changed.norm(dim=1).detach())[:, None]
+        seen = inputs * kept[:, None] / 0.75
+        expected = inputs @ layer.weight.T + seen @ (changed - layer.weight).T
         layer._switch.dropout_keys = keys
-        dropped, _ = layer(inputs)
+        dropped = without_bias(layer, inputs)
         torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
         ours, theirs = (torch.autograd.grad(output.square().sum(), inputs)[0] for output in (dropped, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
         layer._switch.dropout_keys = None
-        whole, _ = layer(inputs)
-        torch.testing.assert_close(whole, inputs @ (layer.weight + layer.weight_change()).T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(without_bias(layer, inputs), inputs @ changed.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.merged_weight(), changed, rtol=1e-4, atol=1e-5)
     assert len({layer._dropout_salt for layer in layers}) == len(layers) == 8
+
+
+def without_bias(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    output, _ = layer(inputs)
+    return output if layer.bias is None or layer.skip_bias_add else output - layer.bias
+
+
+def magnitudes_of(layer: Any) -> torch.Tensor:
+    """Return the magnitudes of a layer of which every part has some, in the order of its rows."""
+    found = {part: each for adapter in layer.adapters.values() for part, each in adapter().magnitudes.items()}
+    grouped = [found[part].unflatten(0, (layer._groups, -1)) for part, _ in layer._parts]
+    return torch.cat(grouped, dim=1).flatten()

@@ -31,6 +31,7 @@ def configured(*, lora: str = "", **model: Any) -> KTOConfig:
         config.model.peft.lora_tuning.target_modules = ["attention"]
         if lora == "patterns":
             config.model.peft.lora_tuning.rank_pattern = {"layers.[02].*": 5, "o_proj": 3}
+        config.model.peft.lora_tuning.dora = lora == "dora"
     for name, value in model.items():
         setattr(config.model, name, value)
     return config
@@ -92,7 +93,7 @@ def compare_ranks(names: list[str]) -> list[str]:
     wrong = []
     for name in names:
         hf_config, sizes = FAMILIES[name], dimensions_of(FAMILIES[name])
-        for lora in ("", "alike", "patterns"):
+        for lora in ("", "alike", "patterns", "dora"):
             config = configured(lora=lora, make_vocab_size_divisible_by=4)
             settings = lora_settings(config, hf_config)
             parts = parts_of(config, hf_config, settings)
