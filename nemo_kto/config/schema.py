@@ -166,6 +166,7 @@ class LoRAConfig:
     dora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] | None = None
     restore_from_path: str | None = None
 
 

@@ -201,8 +201,8 @@ class Adapted:
         return sums
 
     @torch.no_grad()
-    def reset_magnitudes(self) -> None:
-        """Make the magnitudes, if there are any, the lengths that rows have with A and B as they are."""
+    def start_from_base(self) -> None:
+        """Make the magnitudes, if there are any, the lengths that rows have with A and B as they are: B is zero."""
         matrices = [adapter.matrices() for adapter in self.adapters.values() if adapter.m_names]  # type: ignore[operator]
         norms = self._row_norms(matrices) if matrices else {}
         for each in matrices:

@@ -73,11 +73,13 @@ class ModelFlops:
         adapters = _adapters(rules, lora, hf_config)
         linear = [_linear(rules, sizes, layer) for layer in range(sizes.layers)]
         cores = [_core(sizes, layer, windows[layer]) for layer in range(sizes.layers)]
-        first, products = min(adapters, default=0), 2 if lora is None else 1
+        products = 2 if lora is None else 1
+        first = 0 if lora is not None and "embed_tokens" in lora.whole else min(adapters, default=0)
         self._forward = sum(linear) + sum(adapters.values()), Counter(cores)
         backward = sum(products * each for each in linear[first:]) + 2 * sum(adapters.values())
         self._backward = backward, Counter({core: 2 * number for core, number in Counter(cores[first:]).items()})
-        self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, products))
+        of_output = 2 if lora is None or "lm_head" in lora.whole else 1
+        self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, of_output))
 
     def forward(self, documents: Sequence[int], responses: int) -> int:
         """Return the operations of a forward pass over documents of so many tokens.

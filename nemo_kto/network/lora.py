@@ -34,6 +34,7 @@ from nemo_kto.network.projections import (
     place_in_layer,
 )
 from nemo_kto.network.sharded import sharded_leaves
+from nemo_kto.network.trained_copies import PLACES, Copied, add_copy
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,9 @@ def add_adapters(model: KTOGPTModel, settings: LoRASettings) -> None:
                 adapt(linear, parts, modules=modules, settings=settings, switch=switch)
                 linear._dropout_salt = zlib.crc32(f"{number}.{place}".encode())
         layer.register_forward_pre_hook(_note_dropout_keys(switch), with_kwargs=True)
+    for name in settings.whole:
+        if getattr(model, "pre_process" if name == "embed_tokens" else "post_process"):
+            add_copy(model.get_submodule(PLACES[name]), name, switch)
     model.adapter_switch = switch
     if model.config.recompute_granularity == "full" and model.pre_process:
         # recomputed layers take part in the backward pass only if an input of theirs has a gradient
@@ -99,8 +103,8 @@ def _note_dropout_keys(switch: Switch) -> Any:
 def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
     """Fill A with random numbers that depend on `seed` only, never on the layout, and B with zeros.
 
-    A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own. Magnitudes are
-    those of the weights, which have to be there; collectives: see `clear_adapters`.
+    A is uniform between +-1/sqrt(i), as in PEFT. Each full tensor is drawn from a generator of its own. Magnitudes and
+    copies are those of the weights, which have to be there; collectives: see `clear_adapters`.
     """
     clear_adapters(model)
     for leaf in sharded_leaves(model, adapters=True):
@@ -113,18 +117,18 @@ def initialize_adapters(model: KTOGPTModel, *, seed: int) -> None:
 
 @torch.no_grad()
 def clear_adapters(model: KTOGPTModel) -> None:
-    """Set all adapters to zero, and magnitudes to those of the weights: the model is then the base model.
+    """Set all adapters to zero, magnitudes and copies to what the weights have: the model is then the base model.
 
     With DoRA, each row-parallel layer has an all-reduce over the tensor-parallel ranks.
     """
     for leaf in sharded_leaves(model, adapters=True):
         leaf.data.zero_()
     for layer in _adapted_layers([model]):
-        layer.reset_magnitudes()
+        layer.start_from_base()
 
 
-def _adapted_layers(models: Iterable[KTOGPTModel]) -> list[Adapted]:
-    return [module for model in models for module in model.modules() if isinstance(module, Adapted)]
+def _adapted_layers(models: Iterable[KTOGPTModel]) -> list[Adapted | Copied]:
+    return [module for model in models for module in model.modules() if isinstance(module, Adapted | Copied)]
 
 
 @contextmanager

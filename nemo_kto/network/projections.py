@@ -45,6 +45,9 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 """Projection that returns several parts of a linear layer -> those parts, in their order."""
 
 
+WHOLE = ("embed_tokens", "lm_head")
+"""Embedding and output layer, by their names in Hugging Face, which can be trained whole beside adapters."""
+
 _GROUPS = {
     "attention_qkv": _QKV,
     "attention_dense": (_OUTPUT,),
@@ -131,6 +134,7 @@ class LoRASettings:
         rank_pattern: The end of a module's name, or a regular expression for it -> its `rank`; the first that fits.
         alpha_pattern: The same -> its `alpha`.
         dora: Whether the length of each row of a weight is trained as well (arXiv 2402.09353).
+        whole: Which of `WHOLE` are trained whole besides, in their order.
     """
 
     projections: tuple[str, ...]
@@ -142,6 +146,7 @@ class LoRASettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dora: bool = False
+    whole: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapters; see `module_of`."""

@@ -293,5 +293,6 @@ class Activations:
         sizes, layout = self.sizes, self.layout
         rows = -(-sizes.vocabulary // layout.tensor)
         logits = min(LOGITS_MEMORY, responses * rows * (4 + self._size))
-        weight = 0 if self.lora is not None else rows * sizes.hidden * (4 + self._size)
+        is_trained = self.lora is None or "lm_head" in self.lora.whole
+        weight = rows * sizes.hidden * (4 + self._size) if is_trained else 0
         return logits + weight + self._size * sizes.hidden * (tokens + 2 * responses)

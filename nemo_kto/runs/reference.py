@@ -16,13 +16,22 @@ from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.batches.reference_cache import ReferenceCache
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.projections import LoRASettings, adapted_modules, fits_pattern, layers_with, projections_of
+from nemo_kto.network.projections import (
+    WHOLE,
+    LoRASettings,
+    adapted_modules,
+    fits_pattern,
+    layers_with,
+    projections_of,
+)
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.weights.adapter_config import is_adapter, read_adapter_settings
 from nemo_kto.weights.folder import listed, weights_digest
 from nemo_kto.weights.import_hf import check_weights
-from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
+from nemo_kto.weights.peft_adapter import check_adapter, check_projections
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +81,19 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,
         rslora=lora.rslora,
         dora=lora.dora,
+        whole=tuple(name for name in WHOLE if name in (lora.modules_to_save or ())),
         dropout=lora.adapter_dropout,
         rank_pattern=lora.rank_pattern or {},
         alpha_pattern=lora.alpha_pattern or {},
     )
     check_projections(settings, hf_config)
     _check_patterns(settings, hf_config)
+    if settings.whole and dimensions_of(hf_config).tied:
+        raise ConfigError(
+            f"model.peft.lora_tuning.modules_to_save=[{', '.join(settings.whole)}]: the output layer of this model is "
+            "its embedding (tie_word_embeddings), of which PEFT would make two. Leave it out, or train the whole "
+            "model."
+        )
     if lora.restore_from_path is not None:
         check_adapter(Path(lora.restore_from_path), settings, hf_config)
     return settings

@@ -14,6 +14,7 @@ from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import whole_of
 from nemo_kto.network.projections import LINEAR_OF, LoRASettings, adapted_modules, parts_of, place_in_layer
+from nemo_kto.network.trained_copies import key_of_copy
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,7 +58,14 @@ def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, t
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
             piece = piece_of(key, sizes, rank=settings.rank_of(module), prefix=prefix)
             shapes[piece.name] = piece.tensor_shape
-    return shapes
+    names = whole_tensors(hf)
+    return shapes | {names[key_of_copy(name)]: (model.vocabulary, model.hidden) for name in settings.whole}
+
+
+def whole_tensors(hf: PretrainedConfig) -> dict[str, str]:
+    """Return the name in the sharded state dict of each module that can be trained whole -> PEFT's."""
+    places = {"embed_tokens": prefix_of(hf).removesuffix("layers."), "lm_head": "base_model.model."}
+    return {key_of_copy(name): f"{place}{name}.weight" for name, place in places.items()}
 
 
 def prefix_of(hf: PretrainedConfig) -> str:
@@ -70,6 +78,7 @@ _TENSOR = re.compile(
     rf"\.(?:lora_[AB]\.weight|{MAGNITUDES})"
 )
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([abm])(?:_(\w+))?")
+_WHOLE_TENSOR = re.compile(r"base_model\.model\.(?:model\.(?:language_model\.)?(embed_tokens)|(lm_head))\.weight")
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": MAGNITUDES}
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
@@ -94,15 +103,25 @@ def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefi
     return pieces[parts.index(part) if part else 0]
 
 
-def joined(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict; see `prefix_of`."""
+def joined(tensors: Mapping[str, torch.Tensor], hf: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
+    prefix, names, vocabulary = prefix_of(hf), whole_tensors(hf), dimensions_of(hf).vocabulary
+    whole = {names[key]: tensor[:vocabulary].contiguous() for key, tensor in tensors.items() if key in names}
     found: dict[str, dict[str, torch.Tensor]] = {}
     orders: dict[str, tuple[str, ...]] = {}
     for key, tensor in tensors.items():
+        if key in names:
+            continue
         name, projection, part = _named(key, prefix)
         found.setdefault(name, {})[part] = tensor
         orders[name] = parts_of(projection) if part else ("",)
-    return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
+    return whole | {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
+
+
+def whole_module_of(name: str) -> str | None:
+    """Return the module of `WHOLE` whose weight PEFT's tensor `name` is; None for another tensor."""
+    match = _WHOLE_TENSOR.fullmatch(name)
+    return next(filter(None, match.groups())) if match else None
 
 
 def place_of(name: str) -> tuple[int, str] | None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from nemo_kto.runtime.layout import Layout
-from tests.cuda_sim.test_same_series import BF16, LORA, RECOMPUTE, TP2_SP
+from tests.cuda_sim.test_same_series import BF16, DORA, LORA, RECOMPUTE, TP2_SP
 from tests.distributed_harness import free_port
 from tests.integration.assets import WORDS, make_tokenizer, settings, train_on_rank
 
@@ -143,6 +143,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     [
         pytest.param(Layout(world_size=1), BF16, id="bf16"),
         pytest.param(Layout(world_size=1), {**BF16, **LORA, **RECOMPUTE}, id="bf16 LoRA recompute"),
+        pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **DORA, **TP2_SP}, id="bf16 DoRA TP2 SP"),
         pytest.param(Layout(world_size=1), {"model__kto__reference__mode": "resident"}, id="float32 resident"),
         pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **TP2_SP}, id="bf16 TP2 SP"),
         pytest.param(Layout(world_size=2, pipeline=2), {**BF16, **PP2}, id="bf16 PP2"),

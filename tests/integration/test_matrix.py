@@ -101,6 +101,7 @@ SEVERAL_RANKS = {
     "model__peft__lora_tuning__rank_pattern": {"layers.[02].*": 3, "o_proj": 6, "up_proj": 1},
     "model__peft__lora_tuning__alpha_pattern": {"3.mlp.down_proj": 9, "q_proj": 1.5},
 }
+COPIES = {**LORA, "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"]}
 DORA = {**ADAPTERS, "model__peft__lora_tuning__dora": True}
 DORA_OF_ATTENTION = {**DORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
@@ -156,6 +157,7 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
     "several ranks": ("hf", DENSE_LAYOUTS, SEVERAL_RANKS),
+    "whole beside adapters": ("hf", LAYOUTS, COPIES),
     "dora": ("biases", LAYOUTS, DORA),
     "deepseek_v3, dora": ("deepseek_v3", MIXTURE_LAYOUTS, DORA_OF_ATTENTION),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
@@ -203,6 +205,8 @@ DEFAULT = {
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
     *{("several ranks", name, "kept") for name in ("tp2", "tp2sp", "pp2vpp2")},
+    *{("whole beside adapters", name, "kept") for name in ("tp2", "tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
+    ("whole beside adapters", "tp2sp", "uniform"),
     *{("dora", name, "kept") for name in ("tp2", "tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("dora", "tp2sp", "uniform"),
     ("deepseek_v3, dora", "tp2sp_ep2_whole", "kept"),

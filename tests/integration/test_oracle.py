@@ -132,6 +132,8 @@ def make_adapter(folder: Path, base: Path, *, seed: int, **changes: Any) -> Path
             parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
         elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        elif "modules_to_save" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
     adapted.save_pretrained(folder)
     return folder
 
@@ -144,6 +146,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rank_pattern": {"layers.1.*": 2, "q_proj": 7}, "alpha_pattern": {"self_attn.o_proj": 5}},
     ),
     "dora": ({"use_dora": True}, {"dora": True}),
+    "whole": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
 }
 
 
@@ -151,7 +157,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ("reference", "kind"),
     [
         *(("base", kind) for kind in KINDS),
-        *(("start", kind) for kind in ("several ranks", "dora")),
+        *(("start", kind) for kind in ("several ranks", "dora", "whole")),
         ("other", "alike"),
     ],
 )

@@ -174,6 +174,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model__peft__lora_tuning__target_modules": ["all"],
         "model__peft__lora_tuning__adapter_dim": 3,
         "model__peft__lora_tuning__dora": True,
+        "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"],
         "model__peft__lora_tuning__rank_pattern": {"layers.[12].*": 5},
     },
     "moving reference": {

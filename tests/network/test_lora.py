@@ -36,16 +36,10 @@ from nemo_kto.network.projections import LoRASettings, adapted_modules, fits_pat
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.adapter_config import adapter_config, read_adapter_settings
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import import_hf
-from nemo_kto.weights.peft_adapter import (
-    adapter_config,
-    check_adapter,
-    check_projections,
-    export_adapter,
-    import_adapter,
-    read_adapter_settings,
-)
+from nemo_kto.weights.peft_adapter import check_adapter, check_projections, export_adapter, import_adapter
 from tests.network import tiny_hf
 
 LAYOUTS: dict[str, Layout] = {
@@ -172,6 +166,16 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
             ("deepseek_v3", ["q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], {}),
         )
     },
+    # embedding and output layer, trained whole
+    "both whole": ("llama", {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "output whole": (
+        "llama_biases",
+        {"r": 2, "target_modules": ["o_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    ),
+    "embedding whole": (
+        "qwen3_moe_mixed",
+        {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["model.embed_tokens"]},
+    ),
     "patterns of shared": (
         "qwen2_moe_mixed",
         {
@@ -186,7 +190,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
 SPARSE += ("of glm4_moe_lite", "gates", "experts and gates", "patterns of shared")
-SPARSE += ("dora of qwen3_next_mixed", "dora of qwen2_moe_mixed", "dora of deepseek_v3")
+SPARSE += ("dora of qwen3_next_mixed", "dora of qwen2_moe_mixed", "dora of deepseek_v3", "embedding whole")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 _FAMILIES = tiny_hf.families()
@@ -221,6 +225,8 @@ def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Te
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
             elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     adapted.save_pretrained(folder)
     return peft_logits(base, folder)
 
@@ -523,7 +529,7 @@ def changed(source: Path, folder: Path, *, of: str = "all", **fields: Any) -> Pa
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern has '8' for 'q_proj', which is no number"),
         ({"alpha_pattern": {"(q_proj": 8}}, r"alpha_pattern has the key '\(q_proj', which is no regular expression"),
         ({"rank_pattern": [8]}, r"rank_pattern is \[8\], no mapping"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"modules_to_save": ["score", "lm_head"]}, "has score in modules_to_save.*embed_tokens and lm_head"),
         ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
         ({"r": "many"}, "adapter_config.json: r='many' is not possible"),
     ],
@@ -632,6 +638,20 @@ def count_trained() -> tuple[int, int]:
     )
     state = sharded_trained(model, sharding_metadata())
     return sum(tensor.data.numel() for tensor in state.values()), len(state)
+
+
+def test_modules_that_are_whole_in_one_place_only(source: Path, tmp_path: Path) -> None:
+    """In the configuration and not among the tensors, and the other way round; and in the adapter, but not wanted."""
+    hf_config = tiny_hf.families()["llama"]
+    folder = changed(source, tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"base_model.model.lm_head.weight is missing, as modules_to_save says"):
+        check_adapter(folder, read_adapter_settings(folder), hf_config)
+    folder = changed(source, tmp_path / "other", of="both whole", modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"no projection known here: base_model.model.model.embed_tokens.weight"):
+        read_adapter_settings(folder)
+    found = read_adapter_settings(source / "both whole")
+    with pytest.raises(ConfigError, match=r"Set model.peft.lora_tuning.modules_to_save=\[embed_tokens, lm_head\]\."):
+        check_adapter(source / "both whole", replace(found, whole=("lm_head",)), hf_config)
 
 
 def test_a_row_of_zeros_keeps_its_output(run_ranks: Callable[..., Any]) -> None:
