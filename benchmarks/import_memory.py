@@ -1,6 +1,6 @@
 """Host memory and time of one rank that reads its part of a Hugging Face checkpoint, of a dense model and a mixture.
 
-python benchmarks/import_memory.py [--rounds N] [--shape dense|mixture]
+python benchmarks/import_memory.py [--rounds N] [--shape dense|mixture] [--quantize nf4|nf4_double|int8]
 
 The dense one has the shape of Llama-3-8B, 16 GB of bfloat16; the mixture 6 of the 48 layers of Qwen3-30B-A3B, each
 with 128 experts, 8 GB. They are in files of at most 5 GB with an index, as the real ones are, but the files are
@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed imports of each case")
     parser.add_argument("--shape", choices=[*CASES], help="one model only")
+    parser.add_argument("--quantize", choices=["nf4", "nf4_double", "int8"], help="keep linear layers in fewer bits")
     options = parser.parse_args()
     rows, imports, totals = [], {}, {}
     for shape in CASES if options.shape is None else [options.shape]:
@@ -107,7 +108,7 @@ def main() -> None:
                 for stage in sorted({0, stages - 1}):
                     division = " ".join(f"{kind} {size}" for kind, size in sizes.items())
                     title = f"{shape}, {division}, stage {stage + 1} of {stages}"
-                    found = in_new_process(measure, Path(name), sizes, stage, options.rounds)
+                    found = in_new_process(measure, Path(name), sizes, stage, options.rounds, options.quantize)
                     imports[title] = [asdict(one) for one in found]
                     rows.append(row_of(title, found[0], found[1:]))
     publish("import_memory", rows, checkpoint_bytes=totals, rounds=options.rounds, imports=imports)
@@ -132,7 +133,7 @@ def row_of(title: str, first: Import, others: list[Import]) -> dict[str, str]:
     }
 
 
-def measure(folder: Path, sizes: dict[str, int], stage: int, rounds: int) -> list[Import]:
+def measure(folder: Path, sizes: dict[str, int], stage: int, rounds: int, quantised: str | None) -> list[Import]:
     """Build and read the part of the first rank of a stage, once and `rounds` times more.
 
     In a process of its own: only the first time nothing is left in memory from before.
@@ -165,10 +166,10 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, rounds: int) -> lis
         create_gloo_process_groups=False,  # those need the other ranks
     )
     parallel.initialize(layout, seed=1)  # finds the groups made
-    return [measure_once(folder, layout) for _ in range(rounds + 1)]
+    return [measure_once(folder, layout, quantised) for _ in range(rounds + 1)]
 
 
-def measure_once(folder: Path, layout: Any) -> Import:
+def measure_once(folder: Path, layout: Any, quantised: str | None) -> Import:
     """Build and read this rank's part, and forget it again."""
     from nemo_kto.network.gpt import build_gpt
     from nemo_kto.network.hf_config import load_hf_config
@@ -177,7 +178,7 @@ def measure_once(folder: Path, layout: Any) -> Import:
     hf_config = load_hf_config(folder)
     with Clocks() as clocks, MemoryPoll(clocks) as poll:
         started, in_kernel = time.perf_counter(), os.times().system
-        model = build_gpt(hf_config, layout, params_dtype=torch.bfloat16)
+        model = build_gpt(hf_config, layout, params_dtype=torch.bfloat16, quantised=quantised)
         build = time.perf_counter() - started
         import_hf(model, folder)
         synchronize()
@@ -188,7 +189,7 @@ def measure_once(folder: Path, layout: Any) -> Import:
         assert not parameter.any(), "the checkpoint holds zeros only"
     check, listing = clocks.seconds["_check_tensors"], clocks.seconds["sharded_leaves"]
     return Import(
-        shard=sum(parameter.nbytes for parameter in model.parameters()),
+        shard=sum(map(bytes_of, model.parameters())),
         peak=poll.peak["RssAnon"] - poll.before["RssAnon"],
         left=left,
         mapped=poll.peak["RssFile"] - poll.before["RssFile"],
@@ -199,6 +200,11 @@ def measure_once(folder: Path, layout: Any) -> Import:
         copy=whole - build - check - listing,
         kernel=in_kernel / whole,
     )
+
+
+def bytes_of(parameter: torch.Tensor) -> int:
+    """Return what a parameter takes; one in fewer bits is made of several tensors."""
+    return sum(part.nbytes for part in getattr(parameter, "parts", {"": parameter}).values())
 
 
 class Clocks:

@@ -23,17 +23,19 @@ from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.lora import adapters_merged
 from nemo_kto.network.quantised_weight import QuantisedWeight, plain_weights
 from nemo_kto.network.sharded import ADAPTERS, sharded_leaves
+from nemo_kto.network.trained_copies import PLACES
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
 from nemo_kto.runtime.checkpoint_folders import fault_of
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.adapter_config import is_adapter
 from nemo_kto.weights.checkpoint_model import base_format, load_model, source_of
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.hub import check_repository, upload
 from nemo_kto.weights.import_hf import import_hf
 from nemo_kto.weights.model_card import model_card, read_facts
-from nemo_kto.weights.peft_adapter import export_adapter, is_adapter, write_adapter
+from nemo_kto.weights.peft_adapter import export_adapter, write_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +239,8 @@ def _card_of(checkpoint: Path, *, adapter: bool) -> str | None:
 def _export_adapters(checkpoint: Path, folder: Path, card: str | None, dtype: torch.dtype | None) -> None:
     """Write the adapters of a checkpoint without building the model they belong to."""
     # the optimizer's have names of their own
-    tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith("decoder."))
+    ours = ("decoder.", *PLACES.values())
+    tensors = load_tensors(checkpoint, lambda key: ADAPTERS in key and key.startswith(ours))
     source = checkpoint / SOURCE_FOLDER
     write = partial(write_adapter, tensors, read_hf_config(source), source, folder, dtype=dtype, card=card)
     parallel.run_on_rank_zero(write, f"The adapter cannot be written to {folder}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_kto.config.adapter_checks import check_lora
 from nemo_kto.config.objective_checks import check_objective
 from nemo_kto.config.reader import leaf_values
 from nemo_kto.config.schema import DataConfig, ExpManagerConfig, KTOConfig, ModelConfig, OptimConfig, TrainerKTOConfig
@@ -116,7 +117,7 @@ def check_values(config: KTOConfig) -> None:
     _check_callbacks(config.trainer.callbacks)
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
-    _check_lora(config)
+    check_lora(config)
     _check_quantisation(config)
     if config.export.push_to_hub is not None and not config.export.enabled:
         raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
@@ -270,25 +271,6 @@ def _check_quantisation(config: KTOConfig) -> None:
             f"{key} cannot be used with model.kto.reference.mode=cpu_swap, which exchanges the model's weights for "
             "others. Use auto: the reference is the model without its adapters."
         )
-
-
-def _check_lora(config: KTOConfig) -> None:
-    lora, prefix = config.model.peft.lora_tuning, "model.peft.lora_tuning."
-    if config.model.peft.peft_scheme != "lora":
-        if config.export.merge_adapters:
-            raise ConfigError("export.merge_adapters=true needs model.peft.peft_scheme=lora.")
-        if lora.restore_from_path is not None:
-            raise ConfigError(f"{prefix}restore_from_path={lora.restore_from_path} needs model.peft.peft_scheme=lora.")
-        return
-    if config.pretrained_checkpoint.restore_from_path is None:
-        raise ConfigError(
-            "model.peft.peft_scheme=lora needs a trained model: set pretrained_checkpoint.restore_from_path to its "
-            "Hugging Face folder."
-        )
-    if lora.alpha is not None and lora.alpha <= 0:
-        raise ConfigError(f"{prefix}alpha={lora.alpha} must be above 0.")
-    if not 0 <= lora.adapter_dropout < 1:
-        raise ConfigError(f"{prefix}adapter_dropout={lora.adapter_dropout} must be at least 0 and below 1.")
 
 
 def _check_reference(config: KTOConfig) -> None:

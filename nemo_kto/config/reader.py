@@ -155,6 +155,7 @@ def describe(kind: Any) -> str:
             "text or a mapping": "text, a mapping, or a list of these",
             "a mapping": "a mapping or a list of mappings",
         }
-        return lists[describe(typing.get_args(kind)[0])]
+        items = describe(typing.get_args(kind)[0])
+        return lists.get(items, f"{items}, or a list of these")
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return "null" if kind is type(None) else names[origin or kind]

@@ -164,6 +164,10 @@ class LoRAConfig:
     adapter_dropout: float = 0.0
     layer_selection: list[int] | None = None
     rslora: bool = False
+    dora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] | None = None
     restore_from_path: str | None = None
 
 

@@ -8,7 +8,8 @@ What is counted of a forward pass:
   the layer's window. What a kernel computes of the others, to throw it away, is not counted;
 * linear attention by its recurrence (arXiv 2412.06464, eq. 10), three products of a head's key and value channels a
   token; its chunked forms compute more;
-* adapters of low rank, but of a reference that is the model without them;
+* adapters of low rank, but of a reference that is the model without them; not what DoRA takes besides, the lengths of
+  rows, and with dropout the frozen projection once more;
 * the output layer at response tokens only, as here (`algorithms/logprobs.py`), or at as many as are asked for.
 
 The backward pass takes each product twice, once for the gradient of what goes in and once for that of the weight.
@@ -27,14 +28,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import Dimensions
+from nemo_kto.network.projections import LoRASettings, module_of
 from nemo_kto.network.weight_rules import Rule
-
-if TYPE_CHECKING:
-    from nemo_kto.network.projections import LoRASettings
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,16 @@ class ModelFlops:
         sizes = family.dimensions(hf_config)
         rules = family.rules(hf_config)
         windows = _windows(family.fields(hf_config), sizes.layers)
-        adapters = _adapters(rules, lora)
+        adapters = _adapters(rules, lora, hf_config)
         linear = [_linear(rules, sizes, layer) for layer in range(sizes.layers)]
         cores = [_core(sizes, layer, windows[layer]) for layer in range(sizes.layers)]
-        first, products = min(adapters, default=0), 2 if lora is None else 1
+        products = 2 if lora is None else 1
+        first = 0 if lora is not None and "embed_tokens" in lora.whole else min(adapters, default=0)
         self._forward = sum(linear) + sum(adapters.values()), Counter(cores)
         backward = sum(products * each for each in linear[first:]) + 2 * sum(adapters.values())
         self._backward = backward, Counter({core: 2 * number for core, number in Counter(cores[first:]).items()})
-        self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, products))
+        of_output = 2 if lora is None or "lm_head" in lora.whole else 1
+        self._output, self._output_backward = (times * sizes.hidden * sizes.vocabulary for times in (1, of_output))
 
     def forward(self, documents: Sequence[int], responses: int) -> int:
         """Return the operations of a forward pass over documents of so many tokens.
@@ -145,7 +146,7 @@ def _is_routed(rule: Rule) -> bool:
     return "{expert}" in rule.key
 
 
-def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int]:
+def _adapters(rules: Iterable[Rule], lora: LoRASettings | None, hf_config: Any) -> dict[int, int]:
     """Return the number of each layer with adapters -> the multiply-adds of a token in them."""
     if lora is None:
         return {}
@@ -156,16 +157,21 @@ def _adapters(rules: Iterable[Rule], lora: LoRASettings | None) -> dict[int, int
         if "{layer}" not in rule.key or _is_routed(rule):
             continue
         for piece in rule.pieces:
-            _, _, projection = piece.name.removesuffix(".weight").rpartition(".")
-            if len(piece.shape) != 2 or projection not in lora.projections:
+            if len(piece.shape) != 2 or _projection(piece.name) not in lora.projections:
                 continue
             for layer in set(rule.layers) & set(lora.layers):
                 inputs[layer, piece.name] = piece.shape[1]
                 outputs[layer, piece.name] = outputs.get((layer, piece.name), 0) + piece.shape[0]
     found: dict[int, int] = {}
-    for place, channels in inputs.items():
-        found[place[0]] = found.get(place[0], 0) + lora.rank * (channels + outputs[place])
+    for (layer, name), channels in inputs.items():
+        rank = lora.rank_of(module_of(_projection(name), layer, hf_config))
+        found[layer] = found.get(layer, 0) + rank * (channels + outputs[layer, name])
     return found
+
+
+def _projection(tensor: str) -> str:
+    """Return the projection whose weight a tensor is, by the names of both."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def _core(sizes: Dimensions, layer: int, window: int | None) -> _Core:

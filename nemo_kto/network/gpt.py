@@ -28,6 +28,7 @@ from nemo_kto.network.megatron_config import Recompute, megatron_config
 from nemo_kto.network.quantised_weight import weights_quantised
 from nemo_kto.network.rotary import RotaryEmbedding
 from nemo_kto.network.sharded import mark_divided, sharded_leaves
+from nemo_kto.network.trained_copies import Copied
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
 from nemo_kto.runtime import megatron_fixes, parallel
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
@@ -144,6 +145,8 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         if self.share_embeddings_and_output_weights:
             shared: torch.nn.Parameter = self.shared_embedding_or_output_weight()
             return shared
+        if isinstance(self.output_layer, Copied):
+            return self.output_layer.weight_in_use()
         weight: torch.nn.Parameter = self.output_layer.weight
         return weight
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import dimensions_of, family_of
-from nemo_kto.network.family import Dimensions
+from nemo_kto.network.family import Dimensions, whole_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Value = TypeVar("Value")
 
 LINEAR_OF = {
     "q_proj": "self_attention.linear_qkv",
@@ -39,6 +44,9 @@ _QKV = tuple(name for name in _ALL if name.startswith("self_attention.") and nam
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Projection that returns several parts of a linear layer -> those parts, in their order."""
 
+
+WHOLE = ("embed_tokens", "lm_head")
+"""Embedding and output layer, by their names in Hugging Face, which can be trained whole beside adapters."""
 
 _GROUPS = {
     "attention_qkv": _QKV,
@@ -83,6 +91,14 @@ def place_in_layer(projection: str, layer: int, sizes: Dimensions) -> tuple[str,
     return linear.replace("mlp.", "mlp.shared_experts."), f"{mixture.shared.name}-{projection}"
 
 
+def module_of(projection: str, layer: int, hf_config: PretrainedConfig) -> str:
+    """Return what a projection of a layer is called in the Hugging Face model, which PEFT's patterns match."""
+    linear, name = place_in_layer(projection, layer, dimensions_of(hf_config))
+    block = "self_attn" if linear.startswith("self_attention.") else "mlp"
+    model = "model" if whole_of(hf_config) is None else "model.language_model"
+    return f"{model}.layers.{layer}.{block}.{name.replace('-', '.')}"
+
+
 def has_projection(projection: str, layer: int, sizes: Dimensions) -> bool:
     """Return whether a layer has a projection of the model's; one of linear attention has none for attention."""
     return not LINEAR_OF[projection].startswith("self_attention.") or layer in sizes.attention_layers
@@ -112,11 +128,15 @@ class LoRASettings:
         projections: Hugging Face's names, in the order of `LINEAR_OF`.
         layers: Numbers of the layers, from 0, ascending.
         rank: Rows of A and columns of B.
-        alpha: The adapters' output is multiplied by `scale`: alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        alpha: The adapters' output is multiplied by alpha / rank, or alpha / sqrt(rank) with `rslora`.
         rslora: See `alpha` (arXiv 2312.03732).
         dropout: Probability with which the adapters do not see an input channel of a token in training.
         base: In which format the frozen weights of linear layers are kept: a key of `quantised_weight.FORMATS`; None
             for plain numbers.
+        rank_pattern: The end of a module's name, or a regular expression for it -> its `rank`; the first that fits.
+        alpha_pattern: The same -> its `alpha`.
+        dora: Whether the length of each row of a weight is trained as well (arXiv 2402.09353).
+        whole: Which of `WHOLE` are trained whole besides, in their order.
     """
 
     projections: tuple[str, ...]
@@ -126,11 +146,46 @@ class LoRASettings:
     rslora: bool = False
     dropout: float = 0.0
     base: str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
+    whole: tuple[str, ...] = ()
 
-    @property
-    def scale(self) -> float:
-        """What the adapters' output is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module's adapters; see `module_of`."""
+        return _first_of(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Return the alpha of a module's adapters."""
+        return _first_of(self.alpha_pattern, module, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """Return what the output of a module's adapters is multiplied by."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def adapted_modules(
+    settings: LoRASettings, hf_config: PretrainedConfig, layers: Iterable[int] | None = None
+) -> dict[tuple[int, str], str]:
+    """Return (layer, projection) -> name of each module that has adapters, of some layers or of all."""
+    sizes = dimensions_of(hf_config)
+    return {
+        (layer, projection): module_of(projection, layer, hf_config)
+        for layer in settings.layers
+        if layers is None or layer in layers
+        for projection in settings.projections
+        if has_projection(projection, layer, sizes)
+    }
+
+
+def fits_pattern(pattern: str, module: str) -> bool:
+    """Return whether a pattern means a module, as PEFT has it (`peft.utils.other.get_pattern_key`)."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _first_of(patterns: Mapping[str, Value], module: str, otherwise: Value) -> Value:
+    return next((value for pattern, value in patterns.items() if fits_pattern(pattern, module)), otherwise)
 
 
 def projections_of(target_modules: Iterable[str], hf_config: PretrainedConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ Tensor legend: `o/i` output and input channels of a linear layer on this rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -181,24 +181,15 @@ class QuantisedWeight(torch.Tensor):
         kind: Key of `FORMATS`.
         parts: What it is kept as.
         turned: Whether it is the transpose of what the parts stand for.
-        added: Returns what is added to the plain numbers of the whole matrix, in float32; None for nothing.
     """
 
     kind: str
     parts: Parts
     turned: bool
-    added: Callable[[], torch.Tensor] | None
 
     @staticmethod
     def __new__(
-        cls,
-        kind: str,
-        parts: Parts,
-        columns: int,
-        dtype: torch.dtype,
-        *,
-        turned: bool = False,
-        added: Callable[[], torch.Tensor] | None = None,
+        cls, kind: str, parts: Parts, columns: int, dtype: torch.dtype, *, turned: bool = False
     ) -> QuantisedWeight:
         """Return the matrix that `parts` are, with so many input channels."""
         codes = parts["codes"]
@@ -206,7 +197,7 @@ class QuantisedWeight(torch.Tensor):
         made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=codes.device
         )
-        made.kind, made.parts, made.turned, made.added = kind, parts, turned, added
+        made.kind, made.parts, made.turned = kind, parts, turned
         return made
 
     @classmethod
@@ -222,14 +213,7 @@ class QuantisedWeight(torch.Tensor):
     def plain(self) -> torch.Tensor:
         """Return the plain numbers."""
         made = self.format.plain(self.parts, self.dtype)
-        if self.added is not None:
-            made = (made.float() + self.added()[self.parts[_NUMBERS]]).to(self.dtype)
         return made.t() if self.turned else made
-
-    def plus(self, added: Callable[[], torch.Tensor]) -> QuantisedWeight:
-        """Return the matrix with what is added to its plain numbers `[o, i]`, in float32, whenever they are made."""
-        numbers = torch.arange(len(self), device=self.device)
-        return QuantisedWeight(self.kind, self.parts | {_NUMBERS: numbers}, self.shape[1], self.dtype, added=added)
 
     def write(self, parts: Parts) -> None:
         """Take other values over, which are in the same format."""
@@ -242,7 +226,7 @@ class QuantisedWeight(torch.Tensor):
 
     def _with(self, parts: Parts, *, turned: bool | None = None) -> QuantisedWeight:
         columns, now = self.shape[0 if self.turned else 1], self.turned if turned is None else turned
-        return QuantisedWeight(self.kind, parts, columns, self.dtype, turned=now, added=self.added)
+        return QuantisedWeight(self.kind, parts, columns, self.dtype, turned=now)
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"QuantisedWeight({self.kind}, {tuple(self.shape)}, {self.dtype})"
@@ -282,8 +266,6 @@ def _is_written(func: Any, place: int) -> bool:
     return alias is not None and alias.is_write
 
 
-_NUMBERS = "numbers"
-"""Part that says which rows these are."""
 _ROWS = {
     torch.ops.aten.slice.Tensor: 2,
     torch.ops.aten.split.Tensor: 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -12,7 +13,7 @@ from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import Dimensions
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.lora import add_adapters
-from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.projections import LoRASettings, adapted_modules
 from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runtime.dry_run import alone
@@ -136,7 +137,7 @@ def parts_of(config: KTOConfig, hf_config: PretrainedConfig, lora: LoRASettings 
     sizes = dimensions_of(hf_config)
     apart = Layout(world_size=sizes.layers, pipeline=sizes.layers)
     last = sizes.layers - 1
-    kinds = [_kind(sizes, lora, layer) for layer in range(sizes.layers)]
+    kinds = [_kind(hf_config, sizes, lora, layer) for layer in range(sizes.layers)]
     built = {
         layer: list(_parameters(config, hf_config, lora, apart, layer))
         for layer in {0, last, *(kinds.index(kind) for kind in set(kinds))}
@@ -155,9 +156,11 @@ def parts_of(config: KTOConfig, hf_config: PretrainedConfig, lora: LoRASettings 
     )
 
 
-def _kind(sizes: Dimensions, lora: LoRASettings | None, layer: int) -> tuple[bool, ...]:
+def _kind(hf_config: PretrainedConfig, sizes: Dimensions, lora: LoRASettings | None, layer: int) -> tuple[Any, ...]:
     """Return what the parameters of a layer depend on."""
-    return (layer in sizes.dense_layers, layer in sizes.attention_layers, lora is not None and layer in lora.layers)
+    adapted = {} if lora is None else adapted_modules(lora, hf_config, [layer])
+    ranks = tuple((name, lora.rank_of(module)) for (_, name), module in adapted.items()) if lora is not None else ()
+    return (layer in sizes.dense_layers, layer in sizes.attention_layers, ranks)
 
 
 def _parameters(

@@ -14,15 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from nemo_kto.algorithms.logprobs import LOGITS_MEMORY
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.kto.reference import ReferenceSettings
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import Dimensions
-from nemo_kto.network.projections import LoRASettings, linear_of
+from nemo_kto.network.projections import LoRASettings, adapted_modules, linear_layers, linear_of, place_in_layer
 from nemo_kto.planning.counts import ModelParts
 from nemo_kto.runs.memory import Rows
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runtime.layout import Layout, stage_layers
+from nemo_kto.weights.adapter_tensors import linear_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,50 @@ def held_memory(
     )
 
 
+@dataclass(frozen=True)
+class LayerAdapters:
+    """What a layer's adapters keep for the backward pass.
+
+    Attributes:
+        ranks: Their ranks, added up.
+        divided: With DoRA, outputs of the linear layers that they are beside and whose outputs ranks share.
+        whole: With DoRA, those of the others.
+    """
+
+    ranks: int
+    divided: int
+    whole: int
+
+
+def adapters_by_layer(lora: LoRASettings | None, hf_config: PretrainedConfig) -> dict[int, LayerAdapters]:
+    """Return the number of each layer with adapters -> what they keep."""
+    if lora is None:
+        return {}
+    sizes, channels, parts = dimensions_of(hf_config), linear_sizes(hf_config), linear_layers(hf_config)
+    found = {}
+    for layer in lora.layers:
+        modules = adapted_modules(lora, hf_config, [layer])
+        beside = {linear_of(projection, sizes): projection for _, projection in modules} if lora.dora else {}
+        outputs = {"divided": 0, "whole": 0}
+        for linear, projection in beside.items():
+            _, adapter = place_in_layer(projection, layer, sizes)
+            block = adapter.removesuffix(projection)
+            outputs["whole" if linear in _WHOLE_OUTPUTS else "divided"] += sum(
+                channels[block + part][0] for part in parts[linear]
+            )
+        found[layer] = LayerAdapters(ranks=sum(map(lora.rank_of, modules.values())), **outputs)
+    return found
+
+
+_WHOLE_OUTPUTS = (
+    "self_attention.linear_proj",
+    "mlp.linear_fc2",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_kv_down_proj",
+)
+"""Linear layers whose outputs every tensor-parallel rank has, with sequence parallelism of its tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """What a model's step keeps and makes, of a rank under a layout.
@@ -97,6 +145,7 @@ class Activations:
         fields: What its family says of it, as Megatron has it.
         layout: The checked layout.
         lora: The adapters that are trained; None for the whole model.
+        adapters: What `adapters_by_layer` has found of them.
     """
 
     config: KTOConfig
@@ -104,6 +153,7 @@ class Activations:
     fields: Mapping[str, Any]
     layout: Layout
     lora: LoRASettings | None
+    adapters: Mapping[int, LayerAdapters]
 
     def peak(self, stage: int, rows: Rows) -> int:
         """Return the bytes that the training pass takes at its peak besides what is held.
@@ -161,11 +211,16 @@ class Activations:
         )
 
     def _of_adapters(self, layer: int) -> float:
-        """Return the numbers of a token that adapters keep: their inner channels, and attention's output once more."""
+        """Return the numbers of a token that adapters keep: their inner channels, and attention's output once more.
+
+        With DoRA also what is multiplied by the magnitudes.
+        """
         if self.lora is None or layer not in self.lora.layers:
             return 0.0
         seen = self._has_gradient(layer, "self_attention.linear_proj") * self.sizes.heads * self.sizes.head_channels
-        return self.lora.rank * len(self.lora.projections) + seen / self.layout.tensor
+        kept = self.adapters[layer]
+        whole = kept.whole / (self.layout.tensor if self.layout.sequence else 1)
+        return kept.ranks + whole + (kept.divided + seen) / self.layout.tensor
 
     def _has_gradient(self, layer: int, linear: str) -> bool:
         """Return whether a layer's linear layer is trained, or adapters beside it: then what goes into it is kept."""
@@ -237,5 +292,6 @@ class Activations:
         sizes, layout = self.sizes, self.layout
         rows = -(-sizes.vocabulary // layout.tensor)
         logits = min(LOGITS_MEMORY, responses * rows * (4 + self._size))
-        weight = 0 if self.lora is not None else rows * sizes.hidden * (4 + self._size)
+        is_trained = self.lora is None or "lm_head" in self.lora.whole
+        weight = rows * sizes.hidden * (4 + self._size) if is_trained else 0
         return logits + weight + self._size * sizes.hidden * (tokens + 2 * responses)

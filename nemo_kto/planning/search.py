@@ -16,7 +16,7 @@ from nemo_kto.errors import ConfigError
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.flops import ModelFlops
 from nemo_kto.planning.counts import parts_of
-from nemo_kto.planning.memory import Activations, RankMemory, held_memory
+from nemo_kto.planning.memory import Activations, RankMemory, adapters_by_layer, held_memory
 from nemo_kto.planning.speed import DocumentFlops, Speed, StepTime
 from nemo_kto.runs.layout import check_divided, requested_layout
 from nemo_kto.runs.memory import longest_rows
@@ -172,6 +172,7 @@ class Planner:
         self.reference = reference_settings(config, hf_config, self.lora, accelerator="gpu")
         self.parts = parts_of(config, hf_config, self.lora)
         self._fields = family_of(hf_config).fields(hf_config)
+        self._adapters = adapters_by_layer(self.lora, hf_config)
         self._flops = DocumentFlops.of(ModelFlops(hf_config, self.lora), length)
 
     @property
@@ -200,7 +201,14 @@ class Planner:
             multiple=config.model.make_vocab_size_divisible_by,
             tensor_model_parallel_size=layout.tensor,
         )
-        activations = Activations(config=config, sizes=self.sizes, fields=self._fields, layout=layout, lora=self.lora)
+        activations = Activations(
+            config=config,
+            sizes=self.sizes,
+            fields=self._fields,
+            layout=layout,
+            lora=self.lora,
+            adapters=self._adapters,
+        )
         rows = longest_rows(config, layout)
         stages = []
         for stage in sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1}):  # none has more than one of these

@@ -137,7 +137,7 @@ def _shallow_depth(config: KTOConfig, hf_config: PretrainedConfig, layers: int) 
         layers: Layers of a chunk.
     """
     model, lora = config.model, config.model.peft.lora_tuning
-    if config.model.peft.peft_scheme == "lora" and lora.layer_selection is not None:
+    if config.model.peft.peft_scheme == "lora" and (lora.layer_selection is not None or lora.rank_pattern):
         return None  # layers differ as somebody wanted
     unit = _period(hf_config)
     if model.activations_checkpoint_granularity == "full":

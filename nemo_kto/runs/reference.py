@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,14 +16,23 @@ from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.batches.reference_cache import ReferenceCache
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.kto.reference import CacheSettings, ReferenceSettings
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import own_fields
 from nemo_kto.network.hf_config import load_hf_config
-from nemo_kto.network.projections import LoRASettings, layers_with, projections_of
+from nemo_kto.network.projections import (
+    WHOLE,
+    LoRASettings,
+    adapted_modules,
+    fits_pattern,
+    layers_with,
+    projections_of,
+)
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import base_format_of
+from nemo_kto.weights.adapter_config import is_adapter, read_adapter_settings
 from nemo_kto.weights.folder import listed, weights_digest
 from nemo_kto.weights.import_hf import check_weights
-from nemo_kto.weights.peft_adapter import check_adapter, check_projections, is_adapter, read_adapter_settings
+from nemo_kto.weights.peft_adapter import check_adapter, check_projections
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +81,36 @@ def lora_settings(config: KTOConfig, hf_config: PretrainedConfig) -> LoRASetting
         rank=lora.adapter_dim,
         alpha=lora.adapter_dim if lora.alpha is None else lora.alpha,
         rslora=lora.rslora,
+        dora=lora.dora,
+        whole=tuple(name for name in WHOLE if name in (lora.modules_to_save or ())),
         dropout=lora.adapter_dropout,
         base=base_format_of(config),
+        rank_pattern=lora.rank_pattern or {},
+        alpha_pattern=lora.alpha_pattern or {},
     )
     check_projections(settings, hf_config)
+    _check_patterns(settings, hf_config)
+    if settings.whole and dimensions_of(hf_config).tied:
+        raise ConfigError(
+            f"model.peft.lora_tuning.modules_to_save=[{', '.join(settings.whole)}]: the output layer of this model is "
+            "its embedding (tie_word_embeddings), of which PEFT would make two. Leave it out, or train the whole "
+            "model."
+        )
     if lora.restore_from_path is not None:
         check_adapter(Path(lora.restore_from_path), settings, hf_config)
     return settings
+
+
+def _check_patterns(settings: LoRASettings, hf_config: PretrainedConfig) -> None:
+    """Raise a ConfigError for a pattern that no module with adapters has a name for."""
+    modules = list(adapted_modules(settings, hf_config).values())
+    for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        for pattern in patterns:
+            if not any(fits_pattern(pattern, module) for module in modules):
+                raise ConfigError(
+                    f"model.peft.lora_tuning.{key}: no module that gets adapters is called {pattern}. They are called "
+                    f"{modules[0]} and the like."
+                )
 
 
 def reference_settings(
@@ -166,7 +199,7 @@ def cache_settings(
     key = {
         "reference model": weights_digest(hf_config, folder),
         "reference adapter": None if adapter is None else weights_digest(None, adapter),
-        "scale of the reference adapter": None if adapter is None else read_adapter_settings(adapter).scale,
+        "scale of the reference adapter": None if adapter is None else _scale(read_adapter_settings(adapter)),
         "model.seed and init_method_std": random_weights,
         "trainer.precision": config.trainer.precision,
         # so that logs of runs without it keep their key
@@ -181,6 +214,13 @@ def cache_settings(
     result = CacheSettings(folder=Path(model.kto.reference.cache_dir or log_dir / "reference").absolute(), key=key)
     ReferenceCache(result.folder, key=key, num_samples={}).check()
     return result
+
+
+def _scale(settings: LoRASettings) -> Any:
+    """Return all that the scales of adapters come from, as JSON."""
+    whole = settings.scale_of("")
+    patterns = [dict(settings.rank_pattern), dict(settings.alpha_pattern)]
+    return [whole, *patterns] if any(patterns) else whole
 
 
 def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:

@@ -117,6 +117,10 @@ def _lora_identity(config: KTOConfig, lora: LoRASettings | None) -> dict[str, An
         f"{prefix}layer_selection": None if lora is None else [layer + 1 for layer in lora.layers],
         f"{prefix}rslora": None if lora is None else lora.rslora,
         "model.peft.quantize_base": None if lora is None else lora.base,
+        f"{prefix}dora": True if lora is not None and lora.dora else None,
+        f"{prefix}modules_to_save": None if lora is None else list(lora.whole) or None,
+        f"{prefix}rank_pattern": None if lora is None else dict(lora.rank_pattern) or None,
+        f"{prefix}alpha_pattern": None if lora is None else dict(lora.alpha_pattern) or None,
         f"{prefix}restore_from_path": None if lora is None or start is None else weights_digest(None, Path(start)),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,13 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError, git_lfs_hint
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.projections import LINEAR_OF, LoRASettings, has_projection, parts_of, place_in_layer
+from nemo_kto.network.projections import LINEAR_OF, LoRASettings, adapted_modules, parts_of, place_in_layer
+from nemo_kto.network.trained_copies import key_of_copy
 from nemo_kto.network.weight_rules import Piece, stacked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAGNITUDES = "lora_magnitude_vector"
+"""What the names of the tensors of DoRA's magnitudes end with."""
 
 
 def linear_sizes(hf: PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -50,15 +52,20 @@ def expected_shapes(settings: LoRASettings, hf: PretrainedConfig) -> dict[str, t
     """Return the shape of every tensor of the adapters, by PEFT's name."""
     sizes, model, prefix = linear_sizes(hf), dimensions_of(hf), prefix_of(hf)
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, projection in itertools.product(settings.layers, settings.projections):
-        if not has_projection(projection, layer, model):
-            continue
+    for (layer, projection), module in adapted_modules(settings, hf).items():
         linear, name = place_in_layer(projection, layer, model)
-        for matrix in ("lora_a", "lora_b"):
+        for matrix in ("lora_a", "lora_b", "lora_m")[: 3 if settings.dora else 2]:
             key = f"decoder.layers.{layer}.{linear}.adapters.{name}.{matrix}"
-            piece = piece_of(key, sizes, rank=settings.rank, prefix=prefix)
+            piece = piece_of(key, sizes, rank=settings.rank_of(module), prefix=prefix)
             shapes[piece.name] = piece.tensor_shape
-    return shapes
+    names = whole_tensors(hf)
+    return shapes | {names[key_of_copy(name)]: (model.vocabulary, model.hidden) for name in settings.whole}
+
+
+def whole_tensors(hf: PretrainedConfig) -> dict[str, str]:
+    """Return the name in the sharded state dict of each module that can be trained whole -> PEFT's."""
+    places = {"embed_tokens": prefix_of(hf).removesuffix("layers."), "lm_head": "base_model.model."}
+    return {key_of_copy(name): f"{place}{name}.weight" for name, place in places.items()}
 
 
 def prefix_of(hf: PretrainedConfig) -> str:
@@ -67,9 +74,12 @@ def prefix_of(hf: PretrainedConfig) -> str:
 
 
 _TENSOR = re.compile(
-    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)\.lora_[AB]\.weight"
+    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp|mlp\.shared_experts?)\.(\w+)"
+    rf"\.(?:lora_[AB]\.weight|{MAGNITUDES})"
 )
-_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([ab])(?:_(\w+))?")
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(\w+)\.[\w.]+\.adapters\.([\w-]+)\.lora_([abm])(?:_(\w+))?")
+_WHOLE_TENSOR = re.compile(r"base_model\.model\.(?:model\.(?:language_model\.)?(embed_tokens)|(lm_head))\.weight")
+_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": MAGNITUDES}
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
@@ -79,7 +89,7 @@ def _named(key: str, prefix: str) -> tuple[str, str, str]:
     assert match is not None, key
     layer, block, adapters, kind, part = match.groups()
     place = f"{_BLOCKS[block]}.{adapters.replace('-', '.')}"
-    return f"{prefix}{layer}.{place}.lora_{kind.upper()}.weight", adapters, part or ""
+    return f"{prefix}{layer}.{place}.{_NAMES[kind]}", adapters, part or ""
 
 
 def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefix: str) -> Piece:
@@ -88,19 +98,30 @@ def piece_of(key: str, sizes: Mapping[str, tuple[int, int]], *, rank: int, prefi
     parts, block = parts_of(adapters), adapters[: adapters.rfind("-") + 1]
     if name.endswith("lora_A.weight"):
         return Piece(name, (rank, sizes[block + parts[0]][1]))
-    pieces = stacked(name, *((sizes[block + part][0], rank) for part in parts))
+    inner = () if name.endswith(MAGNITUDES) else (rank,)
+    pieces = stacked(name, *((sizes[block + part][0], *inner) for part in parts))
     return pieces[parts.index(part) if part else 0]
 
 
-def joined(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict; see `prefix_of`."""
+def joined(tensors: Mapping[str, torch.Tensor], hf: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name, from the matrices by their names in the sharded state dict."""
+    prefix, names, vocabulary = prefix_of(hf), whole_tensors(hf), dimensions_of(hf).vocabulary
+    whole = {names[key]: tensor[:vocabulary].contiguous() for key, tensor in tensors.items() if key in names}
     found: dict[str, dict[str, torch.Tensor]] = {}
     orders: dict[str, tuple[str, ...]] = {}
     for key, tensor in tensors.items():
+        if key in names:
+            continue
         name, projection, part = _named(key, prefix)
         found.setdefault(name, {})[part] = tensor
         orders[name] = parts_of(projection) if part else ("",)
-    return {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
+    return whole | {name: torch.cat([matrices[part] for part in orders[name]]) for name, matrices in found.items()}
+
+
+def whole_module_of(name: str) -> str | None:
+    """Return the module of `WHOLE` whose weight PEFT's tensor `name` is; None for another tensor."""
+    match = _WHOLE_TENSOR.fullmatch(name)
+    return next(filter(None, match.groups())) if match else None
 
 
 def place_of(name: str) -> tuple[int, str] | None:

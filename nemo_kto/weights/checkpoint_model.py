@@ -21,9 +21,9 @@ from nemo_kto.runtime.checkpoint import (
 from nemo_kto.runtime.checkpoint_folders import fault_of, is_finished
 from nemo_kto.runtime.checkpoint_manifest import first_fault
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.adapter_config import base_folder, is_adapter, read_adapter_config
 from nemo_kto.weights.folder import weights_digest
 from nemo_kto.weights.import_hf import import_hf
-from nemo_kto.weights.peft_adapter import base_folder, is_adapter, read_adapter_config
 
 
 def source_of(checkpoint: Path) -> Path:

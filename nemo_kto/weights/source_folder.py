@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.weights.adapter_config import CONFIG_FILE, adapter_config
 from nemo_kto.weights.folder import copy_companions
-from nemo_kto.weights.peft_adapter import CONFIG_FILE, adapter_config
 from nemo_kto.weights.source_form import keep_form, write_config
 
 

@@ -265,6 +265,11 @@ def test_tables_of_old_keys_do_not_shadow_todays():
         ("model.optim.lr=1", "model.optim.lr", 1.0),
         ("model.peft.lora_tuning.target_modules=all", "model.peft.lora_tuning.target_modules", ["all"]),
         ("model.peft.lora_tuning.layer_selection=[1,3]", "model.peft.lora_tuning.layer_selection", [1, 3]),
+        (
+            "model.peft.lora_tuning.rank_pattern={k_proj: 8, model.layers.0.self_attn.q_proj: 4}",
+            "model.peft.lora_tuning.rank_pattern",
+            {"k_proj": 8, "model.layers.0.self_attn.q_proj": 4},
+        ),
         ("model.data.shuffle=batches", "model.data.shuffle", "batches"),
         ("model.data.data_prefix.train=a.jsonl", "model.data.data_prefix.train", ["a.jsonl"]),
         (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.cuda_sim.test_same_series import BF16, LORA, TP2_SP
+from tests.cuda_sim.test_same_series import BF16, DORA, LORA, TP2_SP
 from tests.distributed_harness import free_port
 from tests.integration.assets import make_model_folder, settings, train_on_rank
 
@@ -110,6 +110,7 @@ SLOW = pytest.mark.slow
     ("ranks", "changes"),
     [
         pytest.param(1, {**LORA, "model__kto__reference__mode": "cpu_swap"}, id="cpu_swap LoRA"),
+        pytest.param(1, DORA, id="DoRA"),
         pytest.param(1, {"model__kto__reference__mode": "cpu_swap"}, id="cpu_swap", marks=SLOW),
         pytest.param(1, {**BF16, "model__kto__reference__mode": "resident"}, id="resident bf16", marks=SLOW),
         pytest.param(1, {"model__kto__reference__mode": "cached"}, id="cached", marks=SLOW),

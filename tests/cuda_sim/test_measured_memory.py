@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from nemo_kto.runtime.layout import Layout
-from tests.cuda_sim.test_same_series import BF16, LORA, RECOMPUTE, TP2_SP
+from tests.cuda_sim.test_same_series import BF16, DORA, LORA, RECOMPUTE, TP2_SP
 from tests.distributed_harness import free_port
 from tests.integration.assets import WORDS, make_tokenizer, settings, train_on_rank
 
@@ -118,7 +118,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     """Return the peak that the planner's formula finds."""
     from nemo_kto.network.families import dimensions_of, family_of
     from nemo_kto.planning.counts import parts_of
-    from nemo_kto.planning.memory import Activations, held_memory
+    from nemo_kto.planning.memory import Activations, adapters_by_layer, held_memory
     from nemo_kto.runs.reference import lora_settings, reference_settings
 
     config, hf_config = given(overrides)
@@ -127,7 +127,14 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     stage = rank // (layout.world_size // layout.pipeline)
     held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, reference)
     sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)
-    activations = Activations(config=config, sizes=sizes, fields=fields, layout=layout, lora=lora)
+    activations = Activations(
+        config=config,
+        sizes=sizes,
+        fields=fields,
+        layout=layout,
+        lora=lora,
+        adapters=adapters_by_layer(lora, hf_config),
+    )
     return held.held + activations.peak(stage, rows)
 
 
@@ -136,6 +143,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
     [
         pytest.param(Layout(world_size=1), BF16, id="bf16"),
         pytest.param(Layout(world_size=1), {**BF16, **LORA, **RECOMPUTE}, id="bf16 LoRA recompute"),
+        pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **DORA, **TP2_SP}, id="bf16 DoRA TP2 SP"),
         pytest.param(Layout(world_size=1), {"model__kto__reference__mode": "resident"}, id="float32 resident"),
         pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **TP2_SP}, id="bf16 TP2 SP"),
         pytest.param(Layout(world_size=2, pipeline=2), {**BF16, **PP2}, id="bf16 PP2"),

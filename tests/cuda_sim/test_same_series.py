@@ -26,6 +26,11 @@ LORA = {
     "model__peft__lora_tuning__target_modules": ["all"],
     "model__peft__lora_tuning__adapter_dropout": 0.1,
 }
+DORA = {
+    **LORA,
+    "model__peft__lora_tuning__dora": True,
+    "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"],
+}
 RECOMPUTE = {
     "model__activations_checkpoint_granularity": "full",
     "model__activations_checkpoint_method": "uniform",
@@ -92,6 +97,7 @@ def assert_same(
             marks=pytest.mark.slow,
         ),
         pytest.param(1, {**LORA, **RECOMPUTE}, id="LoRA recompute"),
+        pytest.param(2, {**DORA, **TP2_SP}, id="DoRA TP2 SP"),
         pytest.param(1, MOVING, id="cpu_swap sync"),
     ],
 )

@@ -34,8 +34,9 @@ from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.adapter_config import read_adapter_settings
 from nemo_kto.weights.import_hf import import_hf
-from nemo_kto.weights.peft_adapter import import_adapter, read_adapter_settings
+from nemo_kto.weights.peft_adapter import import_adapter
 from tests.network import tiny_hf
 
 LAYOUTS: dict[str, Layout] = {

@@ -26,10 +26,13 @@ LORA: dict[str, Any] = {
     f"{PREFIX}target_modules": ["attention_qkv", "mlp_fc2"],
     f"{PREFIX}adapter_dim": 4,
     f"{PREFIX}alpha": 8,
+    f"{PREFIX}rank_pattern": {"layers.1.mlp.down_proj": 2, "k_proj": 7},
+    f"{PREFIX}alpha_pattern": {"model.layers.3.*": 3},
     "model__optim__lr": 1e-2,
     "trainer__kto__max_steps": 3,
     "export__enabled": True,
 }
+DORA = {f"{PREFIX}dora": True, f"{PREFIX}modules_to_save": ["embed_tokens", "lm_head"]}
 TOKENS = torch.tensor([[3, 7, 9, 2, 11, 5, 5, 0]])
 
 
@@ -74,6 +77,46 @@ def export(checkpoint: Path, folder: Path, merge: bool) -> str:
     except KTOError as error:
         return str(error)
     return ""
+
+
+@pytest.fixture(scope="module")
+def magnified(train: Callable[..., Path]) -> Path:
+    """Return the log folder of three steps of DoRA on two tensor-parallel ranks; embedding and output layer whole."""
+    tensor = {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}
+    return train(2, **LORA, **DORA, **tensor, exp_manager__create_checkpoint_callback=True)
+
+
+def test_dora_is_exported_for_peft_merged_and_gone_on_from(
+    root: Path, magnified: Path, tmp_path: Path, train: Callable[..., Path], run_ranks: Callable[..., Any]
+) -> None:
+    series = read_series(magnified)
+    assert series["train/loss"][0] == 0.5
+    adapted = logits(PeftModel.from_pretrained(base(root), magnified / "hf"))
+    plain = load_file(magnified / "hf" / "adapter_model.safetensors")
+    lengths = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): weight.norm(dim=1)
+        for name, weight in base(root).named_parameters()
+        if name.endswith("_proj.weight")
+    }
+    magnitudes = {name: tensor for name, tensor in plain.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) == 4 * 4
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        moved = plain[f"base_model.model.{name}"] - base(root).get_parameter(name)
+        assert 1e-3 < moved.abs().max() < 0.05, name
+    for name, tensor in magnitudes.items():
+        moved = tensor - lengths[name.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")]
+        assert 1e-3 < moved.abs().max() < 0.05, name  # three steps of 1e-2 each at most
+    (checkpoint,) = (magnified / "checkpoints").glob("*-last")
+    for merge in (False, True):
+        assert run_ranks(export, 1, checkpoint, tmp_path / f"{merge}", merge) == [""]
+    ours = load_file(tmp_path / "False" / "adapter_model.safetensors")
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in ours)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+    start = {f"{PREFIX}restore_from_path": str(magnified / "hf"), "trainer__kto__max_steps": 1}
+    for reference in (None, str(magnified / "hf")):
+        once = read_series(train(1, **{**LORA, **DORA, **start}, model__kto__reference__checkpoint=reference))
+        assert (once["train/loss"][0] == 0.5) == (reference is not None)
 
 
 def test_a_checkpoint_holds_adapters_and_their_optimizer_state_only(
@@ -162,6 +205,21 @@ def test_going_on_from_an_exported_adapter(trained: Path, train: Callable[..., P
             {f"{PREFIX}target_modules": ["mlp"], "pretrained_checkpoint__restore_from_path": "experts"},
             ["cannot have adapters", "'qwen3_moe'"],
         ),
+        (
+            {f"{PREFIX}rank_pattern": {"k_proj": 7}, f"{PREFIX}restore_from_path": "adapter"},
+            ["Set model.peft.lora_tuning.rank_pattern={layers.1.mlp.down_proj: 2, k_proj: 7}."],
+        ),
+        (
+            {**DORA, f"{PREFIX}restore_from_path": "adapter"},
+            ["Set model.peft.lora_tuning.dora=false model.peft.lora_tuning.modules_to_save=null."],
+        ),
+        (
+            {f"{PREFIX}modules_to_save": ["lm_head"], "pretrained_checkpoint__restore_from_path": "tied"},
+            ["modules_to_save=[lm_head]", "is its embedding"],
+        ),
+        ({f"{PREFIX}modules_to_save": ["norm"]}, ["modules_to_save", "embed_tokens or lm_head, or a list of these"]),
+        ({f"{PREFIX}rank_pattern": {"o_proj": 8}}, ["rank_pattern", "o_proj", "model.layers.0.self_attn.q_proj"]),
+        ({f"{PREFIX}alpha_pattern": {"q_proj": 0}}, ["alpha_pattern has 0 for 'q_proj'", "above 0"]),
         ({f"{PREFIX}layer_selection": [0, 5]}, ["layer_selection=[0, 5]", "from 1 to 4"]),
         ({f"{PREFIX}target_modules": ["query"]}, ["query is unknown", "attention_qkv", "q_proj"]),
         ({f"{PREFIX}restore_from_path": "nowhere"}, ["nowhere", "adapter_config.json"]),
@@ -174,7 +232,12 @@ def test_going_on_from_an_exported_adapter(trained: Path, train: Callable[..., P
 def test_what_cannot_be_is_refused(
     root: Path, trained: Path, tmp_path: Path, run_ranks: Callable[..., Any], changes: dict[str, Any], parts: list[str]
 ) -> None:
-    places = {"adapter": str(trained / "hf"), "experts": str(root / "experts"), "nowhere": str(tmp_path / "nowhere")}
+    places = {
+        "adapter": str(trained / "hf"),
+        "tied": str(root / "tied"),
+        "experts": str(root / "experts"),
+        "nowhere": str(tmp_path / "nowhere"),
+    }
     changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     values = settings(root, tmp_path / "log", **{**LORA, **changes})
     ((_, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)

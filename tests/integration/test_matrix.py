@@ -96,6 +96,14 @@ FEW_ADAPTERS = {
     "model__peft__lora_tuning__target_modules": ["v_proj", "up_proj"],
     "model__peft__lora_tuning__layer_selection": [3],
 }
+SEVERAL_RANKS = {
+    **ADAPTERS,
+    "model__peft__lora_tuning__rank_pattern": {"layers.[02].*": 3, "o_proj": 6, "up_proj": 1},
+    "model__peft__lora_tuning__alpha_pattern": {"3.mlp.down_proj": 9, "q_proj": 1.5},
+}
+COPIES = {**LORA, "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"]}
+DORA = {**ADAPTERS, "model__peft__lora_tuning__dora": True}
+DORA_OF_ATTENTION = {**DORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 EXPERTS_ADAPTERS = {**LORA, "model__peft__lora_tuning__target_modules": ["attention"]}
 NF4 = {"model__peft__quantize_base": "nf4"}
 TWICE = {**NF4, "model__peft__double_quantization": True}
@@ -155,6 +163,10 @@ MODELS: dict[str, tuple[str, dict[str, tuple[int, dict[str, Any]]], dict[str, An
     "fused, adapters": ("fused", FUSED_LAYOUTS, ADAPTERS),
     "adapters": ("hf", LAYOUTS, ADAPTERS),
     "biases, adapters": ("biases", DENSE_LAYOUTS, ADAPTERS),
+    "several ranks": ("hf", DENSE_LAYOUTS, SEVERAL_RANKS),
+    "whole beside adapters": ("hf", LAYOUTS, COPIES),
+    "dora": ("biases", LAYOUTS, DORA),
+    "deepseek_v3, dora": ("deepseek_v3", MIXTURE_LAYOUTS, DORA_OF_ATTENTION),
     "few adapters": ("tied", TIED_LAYOUTS, FEW_ADAPTERS),
     "experts, adapters": ("experts", EXPERT_LAYOUTS, EXPERTS_ADAPTERS),
     "nf4": ("wide", QUANTISED_LAYOUTS, {**ADAPTERS, **NF4}),
@@ -205,6 +217,12 @@ DEFAULT = {
     ("glm4_moe", "tp2sp_ep2_whole", "kept"),
     *{("adapters", name, "kept") for name in ("tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
     ("adapters", "tp2", "uniform"),
+    *{("several ranks", name, "kept") for name in ("tp2", "tp2sp", "pp2vpp2")},
+    *{("whole beside adapters", name, "kept") for name in ("tp2", "tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
+    ("whole beside adapters", "tp2sp", "uniform"),
+    *{("dora", name, "kept") for name in ("tp2", "tp2sp_dp2_overlap", "pp2vpp2", "cp2")},
+    ("dora", "tp2sp", "uniform"),
+    ("deepseek_v3, dora", "tp2sp_ep2_whole", "kept"),
     ("few adapters", "pp2", "kept"),
     ("few adapters", "one", "uniform"),
     ("experts, adapters", "ep2_cp2", "kept"),

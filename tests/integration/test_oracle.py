@@ -113,7 +113,7 @@ def test_experts_and_their_balance_equal_the_oracle(root: Path, tmp_path: Path, 
     assert_equal(actual, oracle(root, model="experts", aux_coeff=coeff))
 
 
-def make_adapter(folder: Path, base: Path, *, seed: int) -> Path:
+def make_adapter(folder: Path, base: Path, *, seed: int, **changes: Any) -> Path:
     """Save an adapter with random A and B, made by PEFT, on some projections of some layers."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
@@ -123,22 +123,50 @@ def make_adapter(folder: Path, base: Path, *, seed: int) -> Path:
         use_rslora=True,
         target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
         layers_to_transform=[0, 1, 3],
+        **changes,
     )
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+        elif "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        elif "modules_to_save" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
     adapted.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("reference", ["base", "start", "other"])
+# PEFT's fields, and the keys that mean them
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alike": ({}, {}),
+    "several ranks": (
+        {"rank_pattern": {"layers.1.*": 2, "q_proj": 7}, "alpha_pattern": {"o_proj": 5}},
+        {"rank_pattern": {"layers.1.*": 2, "q_proj": 7}, "alpha_pattern": {"self_attn.o_proj": 5}},
+    ),
+    "dora": ({"use_dora": True}, {"dora": True}),
+    "whole": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [
+        *(("base", kind) for kind in KINDS),
+        *(("start", kind) for kind in ("several ranks", "dora", "whole")),
+        ("other", "alike"),
+    ],
+)
 def test_ten_steps_of_an_adapter_equal_pefts(
-    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], reference: str
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], reference: str, kind: str
 ) -> None:
     """The reference is the base, the starting adapter, or another model."""
-    adapter = make_adapter(tmp_path / "adapter", root / "hf", seed=3)
+    fields, keys = KINDS[kind]
+    adapter = make_adapter(tmp_path / "adapter", root / "hf", seed=3, **fields)
     checkpoint = {"base": None, "start": adapter, "other": make_model_folder(tmp_path / "other", seed=9)}[reference]
     prefix = "model__peft__lora_tuning__"
     changes = {
@@ -150,6 +178,7 @@ def test_ten_steps_of_an_adapter_equal_pefts(
         f"{prefix}layer_selection": [1, 2, 4],
         f"{prefix}restore_from_path": str(adapter),
         "model__kto__reference__checkpoint": None if checkpoint is None else str(checkpoint),
+        **{f"{prefix}{key}": value for key, value in keys.items()},
     }
     run_ranks(train_on_rank, 1, free_port(), settings(root, tmp_path / "log", **PLAIN, **changes))
     actual = read_series(tmp_path / "log")

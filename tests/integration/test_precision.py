@@ -57,18 +57,20 @@ LORA = {
     "model__peft__lora_tuning__adapter_dim": 4,
     "model__optim__lr": 1e-2,
 }
+DORA = {"model__peft__lora_tuning__dora": True}
 
 
-def test_adapters_in_half_precision(run: Any) -> None:
+@pytest.mark.parametrize("kind", [{}, DORA], ids=["lora", "dora"])
+def test_adapters_in_half_precision(run: Any, kind: dict[str, Any]) -> None:
     """However the reference is held, it is scored to the same bits; float32 is near."""
     series = [
-        read_series(run("one", "bf16", **LORA, model__kto__reference__mode=mode))
+        read_series(run("one", "bf16", **LORA, **kind, model__kto__reference__mode=mode))
         for mode in ("adapter_off", "resident", "cached")
     ]
     assert series[0]["train/loss"][0] == 0.5
     for name in ("train/loss", "train/grad_norm", "train/kl"):
         assert series[0][name] == series[1][name] == series[2][name], name
-    full = read_series(run("one", "32", **LORA))
+    full = read_series(run("one", "32", **LORA, **kind))
     for name in ("train/loss", "train/grad_norm"):
         assert series[0][name] != full[name]
         assert series[0][name] == pytest.approx(full[name], rel=0.05), name
@@ -165,11 +167,18 @@ def test_the_loss_scale_survives_a_stop(root: Path, tmp_path: Path, run_ranks: A
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"),
-    [pytest.param("one", "bf16", marks=pytest.mark.slow), ("dp2_overlap", "bf16"), ("one", "16-mixed")],
+    ("layout", "precision", "kind"),
+    [
+        pytest.param("one", "bf16", {}, marks=pytest.mark.slow),
+        ("dp2_overlap", "bf16", {}),
+        ("dp2_overlap", "bf16", {**LORA, **DORA}),
+        ("one", "16-mixed", {}),
+    ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(run: Any, tmp_path: Path, layout: str, precision: str) -> None:
-    saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant"}
+def test_a_resumed_run_is_the_uninterrupted_one(
+    run: Any, tmp_path: Path, layout: str, precision: str, kind: dict[str, Any]
+) -> None:
+    saving = {"exp_manager__create_checkpoint_callback": True, "model__optim__sched__name": "Constant", **kind}
     for steps in (2, 4):
         resumed = run(layout, precision, **saving, log_dir=tmp_path / "log", trainer__kto__max_steps=steps)
     whole = run(layout, precision, **saving, trainer__kto__max_steps=4)

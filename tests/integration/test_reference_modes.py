@@ -291,7 +291,11 @@ def test_an_adapter_of_another_scale_is_another_reference(
     values = settings(root, tmp_path / "log", **cached, model__peft__lora_tuning__alpha=16)
     ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
     assert kind == "ConfigError" and "another scale of the reference adapter" in message, message
-    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4, "alpha_pattern": {"o_proj": 9}}))
+    values = settings(root, tmp_path / "log", **cached, model__peft__lora_tuning__alpha_pattern={"o_proj": 9})
+    ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), values)
+    assert kind == "ConfigError" and "another scale of the reference adapter" in message, message
+    config.write_text(json.dumps({**json.loads(config.read_text()), "alpha_pattern": {}}))
     weights = adapter / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     ((kind, message),) = run_ranks(refusal_on_rank, 1, free_port(), settings(root, tmp_path / "log", **cached))

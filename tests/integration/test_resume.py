@@ -136,6 +136,11 @@ CHAINS = {
         (4, {"model__pipeline_model_parallel_size": 2}),
         (2, {}),
     ],
+    "magnitudes": [
+        (2, {**TP2_SP, "model__optim__overlap_param_sync": True}),
+        (1, {}),
+        (2, {"model__pipeline_model_parallel_size": 2}),
+    ],
     "moving reference": [
         (2, TP2_SP),
         (1, {}),
@@ -163,6 +168,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model__peft__lora_tuning__adapter_dropout": 0.2,
         "model__peft__lora_tuning__layer_selection": [1, 2],  # the second stage of two has none
         "model__kto__reference__mode": "cached",  # beside the log folder: it is filled by the first part of the chain
+    },
+    "magnitudes": {
+        "model__peft__peft_scheme": "lora",
+        "model__peft__lora_tuning__target_modules": ["all"],
+        "model__peft__lora_tuning__adapter_dim": 3,
+        "model__peft__lora_tuning__dora": True,
+        "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"],
+        "model__peft__lora_tuning__rank_pattern": {"layers.[12].*": 5},
     },
     "moving reference": {
         "model__kto__reference__sync_every_n_steps": 3,  # in the middle of the chain's second part, and in its last

@@ -117,8 +117,13 @@ ADAPTED = {
     "attention of some layers": ("qwen3", ["q_proj", "v_proj"], [1, 3]),
     "fused": ("phi3", ["qkv_proj", "gate_up_proj"], None),
     "experts in between": ("mixtral", ["o_proj"], [0, 2]),
+    "whole besides": ("llama", ["q_proj", "o_proj"], [2]),
+    "other ranks": ("llama", ["q_proj", "o_proj", "up_proj"], [0, 2]),
     "latent": ("deepseek_v3_dense", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], [2, 3]),
 }
+
+
+RANKS = {"other ranks": {"o_proj": 7, "layers.2.*": 1}}
 
 
 @pytest.mark.parametrize("kind", ADAPTED)
@@ -126,10 +131,16 @@ def test_passes_with_adapters_are_what_pytorch_counts(kind: str) -> None:
     name, projections, layers = ADAPTED[kind]
     config = FAMILIES[name]
     chosen = tuple(range(config.num_hidden_layers) if layers is None else layers)
-    lora = LoRASettings(projections=tuple(projections), layers=chosen, rank=3, alpha=6)
-    peft = LoraConfig(r=3, target_modules=projections, layers_to_transform=layers)
+    patterns = RANKS.get(kind, {})
+    whole = ("embed_tokens", "lm_head") if kind == "whole besides" else ()
+    common: dict[str, Any] = {"rank_pattern": patterns}
+    lora = LoRASettings(projections=tuple(projections), layers=chosen, rank=3, alpha=6, whole=whole, **common)
+    peft = LoraConfig(
+        r=3, target_modules=projections, layers_to_transform=layers, modules_to_save=list(whole) or None, **common
+    )
     model = get_peft_model(transformers_model(config), peft)
-    model.base_model.model.model.layers[chosen[0]].register_forward_pre_hook(with_gradient)
+    if not whole:  # the embedding has a gradient otherwise
+        model.base_model.model.model.layers[chosen[0]].register_forward_pre_hook(with_gradient)
     losses: list[torch.Tensor] = []
     forward = counted(lambda: losses.extend(model(document[None]).logits.sum() for document in documents()))
     assert ModelFlops(config, lora).forward(LENGTHS, TOKENS) == forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,32 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 
+from nemo_kto.algorithms import row_norms
 from nemo_kto.algorithms.dropout import keep_mask, token_keys
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.lora import (
-    _Adapted,
+    Adapted,
     adapters_merged,
     adapters_off,
     add_adapters,
     clear_adapters,
     initialize_adapters,
 )
-from nemo_kto.network.projections import LoRASettings, projections_of
+from nemo_kto.network.projections import LoRASettings, adapted_modules, fits_pattern, projections_of
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.adapter_config import adapter_config, read_adapter_settings
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import import_hf
-from nemo_kto.weights.peft_adapter import (
-    adapter_config,
-    check_adapter,
-    check_projections,
-    export_adapter,
-    import_adapter,
-    read_adapter_settings,
-)
+from nemo_kto.weights.peft_adapter import check_adapter, check_projections, export_adapter, import_adapter
 from tests.network import tiny_hf
 
 LAYOUTS: dict[str, Layout] = {
@@ -130,10 +127,70 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sinks": ("gpt_oss", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "experts": ("mixtral", {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj", "o_proj"]}),
+    # the names of modules by their ends, in full and as regular expressions; the first one that fits
+    "patterns": (
+        "llama",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "target_modules": "all-linear",
+            "rank_pattern": {
+                r"layers\.[12]\..*_proj": 2,
+                "model.layers.0.self_attn.k_proj": 6,
+                "q_proj": 5,
+                "mlp.down_proj": 1,
+            },
+            "alpha_pattern": {"3.self_attn.v_proj": 9.5, "o_proj": 2, "^model.layers.[01].mlp.up_proj": 4},
+        },
+    ),
+    "patterns of fused": (
+        "phi3_partial",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "use_rslora": True,
+            "target_modules": "all-linear",
+            "rank_pattern": {"gate_up_proj": 4, "layers.1.self_attn.qkv_proj": 2},
+            "alpha_pattern": {"down_proj": 2},
+        },
+    ),
+    **{
+        f"dora of {name}": (name, {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": targets, **fields})
+        for name, targets, fields in (
+            ("llama", "all-linear", {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 1}}),
+            ("llama_biases", "all-linear", {}),
+            ("phi3_partial", "all-linear", {"use_rslora": True}),
+            ("qwen2_tied", ["q_proj", "v_proj", "up_proj"], {"layers_to_transform": [0, 1, 2]}),
+            ("qwen3_next_mixed", ["q_proj", "v_proj", "o_proj"], {}),
+            ("qwen2_moe_mixed", ["k_proj", "o_proj", "gate_proj", "down_proj"], {}),
+            ("deepseek_v3", ["q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], {}),
+        )
+    },
+    # embedding and output layer, trained whole
+    "both whole": ("llama", {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "output whole": (
+        "llama_biases",
+        {"r": 2, "target_modules": ["o_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    ),
+    "embedding whole": (
+        "qwen3_moe_mixed",
+        {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["model.embed_tokens"]},
+    ),
+    "patterns of shared": (
+        "qwen2_moe_mixed",
+        {
+            "r": 3,
+            "lora_alpha": 3,
+            "target_modules": ["v_proj", "up_proj", "down_proj"],
+            "rank_pattern": {"shared_expert.up_proj": 5},
+            "alpha_pattern": {"mlp.up_proj": 9},
+        },
+    ),
 }
 """Adapter -> the family of its model, and PEFT's settings."""
 SPARSE = ("experts", "shared", "sigmoids", "qwen3 experts", "granite experts", "minimax", "latent", "latent keys")
-SPARSE += ("of glm4_moe_lite", "gates", "experts and gates")
+SPARSE += ("of glm4_moe_lite", "gates", "experts and gates", "patterns of shared")
+SPARSE += ("dora of qwen3_next_mixed", "dora of qwen2_moe_mixed", "dora of deepseek_v3", "embedding whole")
 BIASED = ("sinks",)
 """Adapters of mixtures whose experts are not divided."""
 _FAMILIES = tiny_hf.families()
@@ -164,8 +221,12 @@ def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> torch.Te
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     adapted.save_pretrained(folder)
     return peft_logits(base, folder)
 
@@ -334,6 +395,20 @@ def test_initial_values_are_distributed_as_pefts(results: Path) -> None:
     assert values.std().item() == pytest.approx(3**-0.5, rel=0.05) and values.unique().numel() > 0.99 * values.numel()
 
 
+@pytest.mark.parametrize("name", [name for name in PEFT if name.startswith("dora") and name in READ_BY_PEFT])
+def test_initial_magnitudes_are_pefts(source: Path, results: Path, name: str) -> None:
+    """The lengths of the rows of the weights, in the order that PEFT has them in."""
+    base, settings = PEFT[name]
+    model = AutoModelForCausalLM.from_pretrained(source / base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    expected = {key.replace(".default.weight", ""): value for key, value in adapted.state_dict().items()}
+    ours = load_file(results / "TP1" / name / "initial" / "adapter_model.safetensors")
+    magnitudes = [key for key in ours if key.endswith("lora_magnitude_vector")]
+    assert magnitudes
+    for key in magnitudes:
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-6, atol=0)
+
+
 # settings
 
 
@@ -375,9 +450,41 @@ def test_target_modules_that_do_not_exist(names: list[str], word: str) -> None:
 
 
 def test_scales_by_hand() -> None:
-    plain = LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8)
-    assert plain.scale == 0.5
-    assert LoRASettings(projections=("q_proj",), layers=(0,), rank=16, alpha=8, rslora=True).scale == 2
+    common: dict[str, Any] = {"projections": ("q_proj",), "layers": (0,), "rank": 16, "alpha": 8}
+    module = "model.layers.0.self_attn.q_proj"
+    assert LoRASettings(**common).scale_of(module) == 0.5
+    assert LoRASettings(**common, rslora=True).scale_of(module) == 2
+    patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2, module: 3}}
+    assert LoRASettings(**common, **patterns).scale_of(module) == 2 / 4
+    assert LoRASettings(**common, **patterns, rslora=True).scale_of(module) == 2 / 2
+    assert LoRASettings(**common, **patterns).scale_of("model.layers.0.self_attn.k_proj") == 0.5
+
+
+MODULES = [
+    f"model.layers.{layer}.{name}" for layer in (1, 11, 21) for name in ("self_attn.q_proj", "mlp.up_proj", "q_proj")
+]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "_proj",
+        ".*_proj",
+        "1.self_attn.q_proj",
+        "layers.1.*",
+        "^model.layers.1.*",
+        r"model\.layers\.\d\.mlp\.up_proj",
+        "model.layers.11.self_attn.q_proj",
+        "(self_attn|mlp).(q|up)_proj",
+        "q_proj|up_proj",
+        "layers",
+        "",
+    ],
+)
+def test_patterns_fit_as_in_peft(pattern: str) -> None:
+    for module in MODULES:
+        assert fits_pattern(pattern, module) == (get_pattern_key([pattern], module) == pattern), module
 
 
 MIXTURES = [name for name, config in tiny_hf.families().items() if dimensions_of(config).mixture is not None]
@@ -404,9 +511,9 @@ def test_which_mixtures_have_adapters_in_feed_forward_parts_is_pefts_matter(name
             check_projections(LoRASettings(**settings, projections=tuple(names)), config)
 
 
-def changed(source: Path, folder: Path, **fields: Any) -> Path:
-    """Return a copy of the adapter "all" with other fields in its configuration."""
-    shutil.copytree(source / "all", folder)
+def changed(source: Path, folder: Path, *, of: str = "all", **fields: Any) -> Path:
+    """Return a copy of the adapter `of` with other fields in its configuration."""
+    shutil.copytree(source / of, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     return folder
@@ -416,9 +523,13 @@ def changed(source: Path, folder: Path, **fields: Any) -> Path:
     ("fields", "word"),
     [
         ({"peft_type": "IA3"}, "is IA3, not LORA"),
-        ({"use_dora": True}, "uses use_dora"),
-        ({"bias": "all", "rank_pattern": {"q_proj": 8}}, "uses rank_pattern, bias"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"use_dora": True, "use_bdlora": {"x": 1}}, "uses use_bdlora"),
+        ({"bias": "all", "lora_bias": True}, "uses lora_bias, bias"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern has 0 for 'q_proj', which is no whole number above 0"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern has '8' for 'q_proj', which is no number"),
+        ({"alpha_pattern": {"(q_proj": 8}}, r"alpha_pattern has the key '\(q_proj', which is no regular expression"),
+        ({"rank_pattern": [8]}, r"rank_pattern is \[8\], no mapping"),
+        ({"modules_to_save": ["score", "lm_head"]}, "has score in modules_to_save.*embed_tokens and lm_head"),
         ({"init_lora_weights": "pissa"}, "uses init_lora_weights"),
         ({"r": "many"}, "adapter_config.json: r='many' is not possible"),
     ],
@@ -437,6 +548,42 @@ def test_an_adapter_of_another_shape_says_what_to_set(source: Path) -> None:
         f"Set {prefix}target_modules=[q_proj, v_proj, up_proj] {prefix}adapter_dim=4 {prefix}alpha=2.0 "
         f"{prefix}rslora=true {prefix}layer_selection=[1, 2, 3]."
     )
+    with pytest.raises(ConfigError, match=r"of another kind. Set model.peft.lora_tuning.dora=true\."):
+        found = read_adapter_settings(source / "dora of llama")
+        check_adapter(source / "dora of llama", replace(found, dora=False), tiny_hf.families()["llama"])
+
+
+def test_magnitudes_without_dora_and_dora_without_magnitudes(source: Path, tmp_path: Path) -> None:
+    folder = changed(source, tmp_path / "adapter", of="dora of llama", use_dora=False)
+    with pytest.raises(CheckpointError, match=r"has magnitudes \(.*lora_magnitude_vector.*no use_dora"):
+        read_adapter_settings(folder)
+    folder = changed(source, tmp_path / "other", use_dora=True)
+    with pytest.raises(CheckpointError, match=r"q_proj.lora_magnitude_vector is missing, though others"):
+        check_adapter(folder, read_adapter_settings(folder), tiny_hf.families()["llama"])
+
+
+def test_patterns_may_be_written_in_another_way_that_means_the_same(source: Path) -> None:
+    """Each module's rank and alpha, by name; and what is said where one of them is another."""
+    hf_config, folder = tiny_hf.families()["llama"], source / "patterns"
+    found = read_adapter_settings(folder)
+    modules = adapted_modules(found, hf_config).values()
+    same = replace(
+        found,
+        rank=9,
+        rank_pattern={module: found.rank_of(module) for module in modules},
+        alpha_pattern={module: found.alpha_of(module) for module in modules},
+    )
+    check_adapter(folder, same, hf_config)
+    ranks = {**same.rank_pattern, "model.layers.3.mlp.up_proj": 4}
+    with pytest.raises(ConfigError) as error:
+        check_adapter(folder, replace(same, rank_pattern=ranks), hf_config)
+    prefix = "model.peft.lora_tuning."
+    assert str(error.value).endswith(
+        f"Set {prefix}adapter_dim=3 {prefix}rank_pattern={{layers\\\\.\\[12\\]\\\\..*_proj: 2, mlp.down_proj: 1, "
+        "model.layers.0.self_attn.k_proj: 6, q_proj: 5}."
+    )
+    with pytest.raises(ConfigError, match=r"of another kind. Set \S+alpha=7.0 \S+alpha_pattern={3.self_attn"):
+        check_adapter(folder, replace(found, alpha_pattern={}, alpha=8), hf_config)
 
 
 def test_tensors_that_do_not_fit_the_model_are_named(source: Path, tmp_path: Path) -> None:
@@ -493,35 +640,100 @@ def count_trained() -> tuple[int, int]:
     return sum(tensor.data.numel() for tensor in state.values()), len(state)
 
 
-def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
-    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
-    run_ranks(compare_dropout, 1)
+def test_modules_that_are_whole_in_one_place_only(source: Path, tmp_path: Path) -> None:
+    """In the configuration and not among the tensors, and the other way round; and in the adapter, but not wanted."""
+    hf_config = tiny_hf.families()["llama"]
+    folder = changed(source, tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"base_model.model.lm_head.weight is missing, as modules_to_save says"):
+        check_adapter(folder, read_adapter_settings(folder), hf_config)
+    folder = changed(source, tmp_path / "other", of="both whole", modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"no projection known here: base_model.model.model.embed_tokens.weight"):
+        read_adapter_settings(folder)
+    found = read_adapter_settings(source / "both whole")
+    with pytest.raises(ConfigError, match=r"Set model.peft.lora_tuning.modules_to_save=\[embed_tokens, lm_head\]\."):
+        check_adapter(source / "both whole", replace(found, whole=("lm_head",)), hf_config)
 
 
-def compare_dropout() -> None:
+def test_a_row_of_zeros_keeps_its_output(run_ranks: Callable[..., Any]) -> None:
+    """It has no direction, and dividing by its length would make a NaN of it."""
+    run_ranks(compare_rows_of_zeros, 1)
+
+
+def compare_rows_of_zeros() -> None:
     enable_cpu()
     parallel.initialize(Layout(world_size=1), seed=1)
-    hf_config = tiny_hf.families()["llama"]
+    model = build_gpt(tiny_hf.families()["llama"], Layout(world_size=1))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    add_adapters(model, LoRASettings(projections=("o_proj",), layers=(0,), rank=2, alpha=2, dora=True))
+    layer = model.decoder.layers[0].self_attention.linear_proj
+    with torch.no_grad():
+        layer.weight[3] = 0
+    initialize_adapters(model, seed=1)
+    inputs = torch.randn(5, 1, layer.weight.shape[1])
+    output, _ = layer(inputs)
+    assert torch.equal(output, torch.nn.functional.linear(inputs, layer.weight))
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.adapters.parameters())
+
+
+@pytest.mark.parametrize("rows_at_once", [1 << 23, 100, 24, 7])
+def test_lengths_of_rows_do_not_depend_on_how_many_are_there_at_once(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(row_norms, "_NUMBERS", rows_at_once)
+    weight, lora_a, lora_b = torch.randn(3, 5, 8), torch.randn(2, 8), torch.randn(3, 5, 2)
+    squares = row_norms.row_squares(weight, lora_a, lora_b, scale=0.7)
+    expected = torch.linalg.norm((weight + 0.7 * lora_b @ lora_a).double(), dim=-1).flatten()
+    torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-6, atol=0)
+    whole = row_norms.row_squares(weight.bfloat16(), lora_a, 0 * lora_b, scale=0.7)
+    assert torch.equal(whole, weight.bfloat16().float().square().sum(-1, dtype=torch.float64).flatten())
+
+
+def test_dropout_by_hand(run_ranks: Callable[..., Any]) -> None:
+    """W x + scale * B A (kept * x / (1 - p)), eq. 3 of the paper with dropout; each layer drops other channels."""
+    for dora in (False, True):
+        run_ranks(compare_dropout, 1, dora)
+
+
+def compare_dropout(dora: bool) -> None:
+    enable_cpu()
+    parallel.initialize(Layout(world_size=1), seed=1)
+    hf_config = tiny_hf.families()["llama_biases"]
     model = build_gpt(hf_config, Layout(world_size=1))
-    add_adapters(
-        model,
-        LoRASettings(projections=projections_of(["all"], hf_config), layers=(0, 1), rank=3, alpha=6, dropout=0.25),
-    )
+    settings: dict[str, Any] = {"projections": projections_of(["all"], hf_config), "layers": (0, 1), "dora": dora}
+    add_adapters(model, LoRASettings(**settings, rank=3, alpha=6, dropout=0.25))
     torch.manual_seed(2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    layers = [module for module in model.modules() if isinstance(module, _Adapted)]
+    layers = [module for module in model.modules() if isinstance(module, Adapted)]
     keys = token_keys(torch.arange(50), torch.zeros(50, dtype=torch.int64), step=4)
     for layer in layers:
         inputs = torch.randn(50, 1, layer.weight.shape[1], requires_grad=True)
         kept = keep_mask(keys, range(inputs.shape[-1]), salt=layer._dropout_salt, probability=0.25)
-        expected = inputs @ layer.weight.T + (inputs * kept[:, None] / 0.75) @ layer.weight_change().T
+        changed = layer.weight + layer.weight_change()
+        if dora:  # PEFT's way: the base model sees everything, and what changes it does not
+            changed *= (magnitudes_of(layer) / changed.norm(dim=1).detach())[:, None]
+        seen = inputs * kept[:, None] / 0.75
+        expected = inputs @ layer.weight.T + seen @ (changed - layer.weight).T
         layer._switch.dropout_keys = keys
-        dropped, _ = layer(inputs)
+        dropped = without_bias(layer, inputs)
         torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
         ours, theirs = (torch.autograd.grad(output.square().sum(), inputs)[0] for output in (dropped, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
         layer._switch.dropout_keys = None
-        whole, _ = layer(inputs)
-        torch.testing.assert_close(whole, inputs @ (layer.weight + layer.weight_change()).T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(without_bias(layer, inputs), inputs @ changed.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.merged_weight(), changed, rtol=1e-4, atol=1e-5)
     assert len({layer._dropout_salt for layer in layers}) == len(layers) == 8
+
+
+def without_bias(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    output, _ = layer(inputs)
+    return output if layer.bias is None or layer.skip_bias_add else output - layer.bias
+
+
+def magnitudes_of(layer: Any) -> torch.Tensor:
+    """Return the magnitudes of a layer of which every part has some, in the order of its rows."""
+    found = {part: each for adapter in layer.adapters.values() for part, each in adapter().magnitudes.items()}
+    grouped = [found[part].unflatten(0, (layer._groups, -1)) for part, _ in layer._parts]
+    return torch.cat(grouped, dim=1).flatten()

@@ -23,12 +23,16 @@ from tests.planning.shapes import LLAMA_70B, QWEN3_235B
 FAMILIES = families()
 
 
-def configured(*, lora: bool = False, **model: Any) -> KTOConfig:
+def configured(*, lora: str = "", **model: Any) -> KTOConfig:
     config = KTOConfig()
     config.trainer.precision = "bf16-mixed"
     if lora:
         config.model.peft.peft_scheme = "lora"
         config.model.peft.lora_tuning.target_modules = ["attention"]
+        if lora == "patterns":
+            config.model.peft.lora_tuning.rank_pattern = {"layers.[02].*": 5, "o_proj": 3}
+        config.model.peft.lora_tuning.dora = lora == "dora"
+        config.model.peft.lora_tuning.modules_to_save = ["embed_tokens", "lm_head"] if lora == "whole" else None
     for name, value in model.items():
         setattr(config.model, name, value)
     return config
@@ -90,7 +94,9 @@ def compare_ranks(names: list[str]) -> list[str]:
     wrong = []
     for name in names:
         hf_config, sizes = FAMILIES[name], dimensions_of(FAMILIES[name])
-        for lora in (False, True):
+        for lora in ("", "alike", "patterns", "dora", "whole"):
+            if lora == "whole" and sizes.tied:
+                continue
             config = configured(lora=lora, make_vocab_size_divisible_by=4)
             settings = lora_settings(config, hf_config)
             parts = parts_of(config, hf_config, settings)

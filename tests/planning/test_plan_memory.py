@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Starcoder2Config
 
-from nemo_kto.config.schema import KTOConfig
+from nemo_kto.config.schema import KTOConfig, LoRAConfig
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.planning.counts import ModelParts, Parameters, Part, parts_of
-from nemo_kto.planning.memory import Activations, held_memory
+from nemo_kto.planning.memory import Activations, adapters_by_layer, held_memory
 from nemo_kto.runs.memory import longest_rows, step_memory
 from nemo_kto.runs.reference import lora_settings
 from nemo_kto.runtime.layout import Layout
@@ -38,45 +38,62 @@ ONE = Layout(world_size=1)
 TP2 = Layout(world_size=2, tensor=2, sequence=True)
 PP3 = Layout(world_size=3, pipeline=3)
 
-# model, layout, stage, changes of `model`, projections with adapters, precision
-CASES: dict[str, tuple[PretrainedConfig, Layout, int, dict[str, Any], list[str], Any]] = {
-    "llama": (LLAMA, ONE, 0, {}, [], "bf16-mixed"),
-    "float32, two documents": (LLAMA, ONE, 0, {"micro_batch_size": 2}, [], 32),
-    "recomputed": (LLAMA, ONE, 0, FULL, [], "bf16-mixed"),
-    "some recomputed": (LLAMA, ONE, 0, BLOCK, [], "bf16-mixed"),
-    "TP2 with SP": (LLAMA, TP2, 0, {}, [], "bf16-mixed"),
-    "TP2": (LLAMA, Layout(world_size=2, tensor=2), 0, {}, [], "bf16-mixed"),
-    "CP2": (LLAMA, Layout(world_size=2, context=2), 0, {}, [], "bf16-mixed"),
-    "first of PP3": (LLAMA, PP3, 0, {}, [], "bf16-mixed"),
-    "last of PP3": (LLAMA, PP3, 2, {}, [], "bf16-mixed"),
-    "first of PP3, interleaved": (LLAMA, Layout(world_size=3, pipeline=3, virtual=2), 0, {}, [], "bf16-mixed"),
-    "adapters everywhere": (LLAMA, TP2, 0, {}, ["all"], "bf16-mixed"),
-    "adapters of attention": (LLAMA, ONE, 0, {}, ["attention_qkv"], "bf16-mixed"),
-    "beside four bits": (LLAMA, TP2, 0, {"quantize_base": "nf4"}, ["all"], "bf16-mixed"),
+# model, layout, stage, changes of `model`, keys of adapters, precision
+CASES: dict[str, tuple[PretrainedConfig, Layout, int, dict[str, Any], dict[str, Any], Any]] = {
+    "llama": (LLAMA, ONE, 0, {}, {}, "bf16-mixed"),
+    "float32, two documents": (LLAMA, ONE, 0, {"micro_batch_size": 2}, {}, 32),
+    "recomputed": (LLAMA, ONE, 0, FULL, {}, "bf16-mixed"),
+    "some recomputed": (LLAMA, ONE, 0, BLOCK, {}, "bf16-mixed"),
+    "TP2 with SP": (LLAMA, TP2, 0, {}, {}, "bf16-mixed"),
+    "TP2": (LLAMA, Layout(world_size=2, tensor=2), 0, {}, {}, "bf16-mixed"),
+    "CP2": (LLAMA, Layout(world_size=2, context=2), 0, {}, {}, "bf16-mixed"),
+    "first of PP3": (LLAMA, PP3, 0, {}, {}, "bf16-mixed"),
+    "last of PP3": (LLAMA, PP3, 2, {}, {}, "bf16-mixed"),
+    "first of PP3, interleaved": (LLAMA, Layout(world_size=3, pipeline=3, virtual=2), 0, {}, {}, "bf16-mixed"),
+    "adapters everywhere": (LLAMA, TP2, 0, {}, {"target_modules": ["all"]}, "bf16-mixed"),
+    "adapters of attention": (LLAMA, ONE, 0, {}, {"target_modules": ["attention_qkv"]}, "bf16-mixed"),
+    "adapters of great rank": (
+        LLAMA,
+        TP2,
+        0,
+        {},
+        {"target_modules": ["all"], "rank_pattern": {"layers.[0-3].*": 128, "down_proj": 64}},
+        "bf16-mixed",
+    ),
+    "dora": (LLAMA, ONE, 0, {}, {"target_modules": ["all"], "dora": True}, "bf16-mixed"),
+    "dora, TP2 with SP": (LLAMA, TP2, 0, {}, {"target_modules": ["attention"], "dora": True}, "bf16-mixed"),
+    "output layer whole": (
+        LLAMA,
+        ONE,
+        0,
+        {},
+        {"target_modules": ["attention"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        "bf16-mixed",
+    ),
+    "beside four bits": (LLAMA, TP2, 0, {"quantize_base": "nf4"}, {"target_modules": ["all"]}, "bf16-mixed"),
     "beside four bits, their scales in eight": (
         LLAMA,
         PP3,
         0,
         {"quantize_base": "nf4", "double_quantization": True},
-        ["attention"],
+        {"target_modules": ["attention"]},
         "bf16-mixed",
     ),
-    "beside eight bits": (LLAMA, ONE, 0, {"quantize_base": "int8", **FULL}, ["all"], "bf16-mixed"),
-    "qwen3": (Qwen3Config(**SIZES, head_dim=32), ONE, 0, {}, [], "bf16-mixed"),
-    "gemma3": (Gemma3TextConfig(**SIZES, head_dim=32, pad_token_id=0), TP2, 0, {}, [], "bf16-mixed"),
-    "starcoder2": (Starcoder2Config(**SIZES, bos_token_id=1, eos_token_id=2), ONE, 0, {}, [], "bf16-mixed"),
+    "beside eight bits": (LLAMA, ONE, 0, {"quantize_base": "int8", **FULL}, {"target_modules": ["all"]}, "bf16-mixed"),
+    "qwen3": (Qwen3Config(**SIZES, head_dim=32), ONE, 0, {}, {}, "bf16-mixed"),
+    "gemma3": (Gemma3TextConfig(**SIZES, head_dim=32, pad_token_id=0), TP2, 0, {}, {}, "bf16-mixed"),
+    "starcoder2": (Starcoder2Config(**SIZES, bos_token_id=1, eos_token_id=2), ONE, 0, {}, {}, "bf16-mixed"),
 }
 
 
-def configured(changes: dict[str, Any], adapters: list[str], precision: Any) -> KTOConfig:
+def configured(changes: dict[str, Any], adapters: dict[str, Any], precision: Any) -> KTOConfig:
     config = KTOConfig()
     config.trainer.precision = precision
     config.model.global_batch_size = 12
     config.model.data.seq_length = 1024
     if adapters:
         config.model.peft.peft_scheme = "lora"
-        config.model.peft.lora_tuning.target_modules = adapters
-        config.model.peft.lora_tuning.adapter_dim = 8
+        config.model.peft.lora_tuning = LoRAConfig(adapter_dim=8, **adapters)
     for name, value in changes.items():
         setattr(config.model if hasattr(config.model, name) else config.model.peft, name, value)
     return config
@@ -98,7 +115,14 @@ def compare(names: list[str]) -> dict[str, tuple[int, int, int, int]]:
         lora = lora_settings(config, hf_config)
         held = held_memory(config, parts_of(config, hf_config, lora), layout, stage, held_as("cached"))
         sizes, fields = dimensions_of(hf_config), family_of(hf_config).fields(hf_config)
-        activations = Activations(config=config, sizes=sizes, fields=fields, layout=layout, lora=lora)
+        activations = Activations(
+            config=config,
+            sizes=sizes,
+            fields=fields,
+            layout=layout,
+            lora=lora,
+            adapters=adapters_by_layer(lora, hf_config),
+        )
         peak = held.held + activations.peak(stage, longest_rows(config, layout))
         found[name] = (dry.held, dry.peak, held.held, round(peak))
     return found
@@ -119,7 +143,7 @@ def test_what_is_held_by_hand() -> None:
     frozen = Part(frozen=Parameters(whole=100, divided=200))
     parts = ModelParts(embedding=Part(), output=Part(), layers=(part, part + frozen), tied=Part())
     layout = Layout(world_size=8, tensor=2, sequence=True, pipeline=2, expert=2, expert_tensor=1)
-    config = configured({}, [], "bf16-mixed")
+    config = configured({}, {}, "bf16-mixed")
     first = held_memory(config, parts, layout, 0, held_as("cpu_swap"))
     assert (first.weights, first.gradients) == (2 * (10 + 20 + 80), 4 * (10 + 20 + 80))
     # 12 bytes of state: of 30 parameters two replicas have a half each, of 80 of experts two have a half each
@@ -131,7 +155,7 @@ def test_what_is_held_by_hand() -> None:
     # another model than the one beside adapters is there whole
     another = held_memory(config, parts, layout, 1, held_as("cpu_swap", model_folder=Path("another")))
     assert (another.reference, another.host) == (0, 2 * (110 + 200))
-    in_float32 = held_memory(configured({}, [], 32), parts, layout, 0, held_as("cached"))
+    in_float32 = held_memory(configured({}, {}, 32), parts, layout, 0, held_as("cached"))
     assert (in_float32.weights, in_float32.optimizer, in_float32.held) == (4 * 110, 8 * 55, 4 * 110 + 4 * 110 + 8 * 55)
 
 
@@ -139,8 +163,10 @@ def test_interleaved_stages_hold_more() -> None:
     """Megatron's schedule begins with 2 (p - 1 - i) + (v - 1) p forward passes of chunks, then one more."""
 
     def at_once(layout: Layout, stage: int, rows: int) -> float:
-        config = configured({}, [], "bf16-mixed")
-        activations = Activations(config=config, sizes=dimensions_of(LLAMA), fields={}, layout=layout, lora=None)
+        config = configured({}, {}, "bf16-mixed")
+        activations = Activations(
+            config=config, sizes=dimensions_of(LLAMA), fields={}, layout=layout, lora=None, adapters={}
+        )
         return activations._rows_at_once(stage, rows)
 
     assert [at_once(PP3, stage, 8) for stage in range(3)] == [3, 2, 1]

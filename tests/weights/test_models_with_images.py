@@ -37,16 +37,10 @@ from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights import import_hf as importing
+from nemo_kto.weights.adapter_config import adapter_config, read_adapter_config, read_adapter_settings
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights, import_hf
-from nemo_kto.weights.peft_adapter import (
-    adapter_config,
-    check_adapter,
-    export_adapter,
-    import_adapter,
-    read_adapter_config,
-    read_adapter_settings,
-)
+from nemo_kto.weights.peft_adapter import check_adapter, export_adapter, import_adapter
 from nemo_kto.weights.source_folder import write_source_folder
 from tests.network import tiny_hf
 
