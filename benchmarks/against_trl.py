@@ -1,6 +1,7 @@
 """A KTO step of this package beside one of TRL's KTOTrainer: wall time, CPU time, peak memory, as ratios ours / TRL.
 
-python benchmarks/against_trl.py [--shape NAME] [--mode live|cached] [--rounds N] [--batch-size N] [--profile]
+python benchmarks/against_trl.py [--shape NAME] [--mode live|cached] [--train all|lora|nf4|int8] [--rounds N]
+    [--batch-size N] [--profile]
 
 The first time, TRL's newest version is installed with our version of torch into a virtual environment of its own
 (`.venv-trl`; remove the folder to get a newer one).
@@ -18,6 +19,9 @@ only loading needed is given back before. The resident set includes each side's 
 
 A ratio in the table is the median over the rounds of the ratio within a round, with its range. Medians of the seconds
 themselves stand beside it; the JSON has every step, and the ratio of the medians.
+
+`--train lora` trains adapters of rank 16 beside all linear layers of each layer, `nf4` and `int8` the same beside a
+base in four or eight bits: bitsandbytes' in TRL, the same numbers here. The reference is the base then.
 
 What it does not show. The KL set pairs each prompt with the next record's response here and with the one before in
 TRL: the same responses, other pairs, and so slightly other lengths. Random weights and words say nothing of quality,
@@ -45,7 +49,7 @@ from typing import Any
 import torch
 from common import SHAPES, make_model, median_and_range, print_table, publish, write_feedback
 from transformers.utils.logging import disable_progress_bar
-from trl_worker import Settings
+from trl_worker import TRAINED, Settings
 
 MODES = ("live", "cached")
 WARMUP_STEPS = 2
@@ -69,11 +73,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # which ends the workers and removes their files
     try:
         pythons = {"ours": Path(sys.executable), "trl": options.trl_python or trl_python(REPOSITORY / ".venv-trl")}
-        cases = [(shape, mode) for shape in options.shape or SHAPES for mode in options.mode or MODES]
-        compared = [compare(shape, mode, pythons, options) for shape, mode in cases]
+        cases = [
+            (shape, mode, trained)
+            for shape in options.shape or SHAPES
+            for mode in options.mode or MODES
+            for trained in options.train or ["all"]
+        ]
+        compared = [compare(*case, pythons, options) for case in cases]
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
-    chosen = [*(options.shape or []), *(options.mode or []), *([] if options.batch_size == 8 else ["batch 4"])]
+    chosen = [*(options.shape or []), *(options.mode or []), *(options.train or []), *([] if options.batch_size == 8 else ["batch 4"])]
     name = re.sub(r"\W+", "-", "-".join(["against_trl", *chosen]))  # a part does not overwrite the whole
     publish(name, [row(result) for result in compared], note=NOTE, runs=compared)
     for side in pythons:
@@ -88,6 +97,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
     parser.add_argument("--mode", action="append", choices=MODES, help="only this one")
+    parser.add_argument("--train", action="append", choices=TRAINED, help="what is trained; may be repeated")
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of each side, at least 5")
     parser.add_argument("--batch-size", type=int, default=8, choices=(4, 8), help="records of a step")
     parser.add_argument("--threads", type=int, default=2, help="of each side; only one works at a time")
@@ -110,7 +120,7 @@ def trl_python(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         install = [python, "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, f"torch=={own_torch}"], check=True)
-        subprocess.run([*install, f"torch=={own_torch}", "trl"], check=True)
+        subprocess.run([*install, f"torch=={own_torch}", "trl", "peft", "bitsandbytes"], check=True)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)  # the next run would take it for whole
         if isinstance(error, subprocess.CalledProcessError):
@@ -119,11 +129,13 @@ def trl_python(folder: Path) -> Path:
     return python
 
 
-def compare(shape: str, mode: str, pythons: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Return what both sides report of their steps in one shape and mode."""
+def compare(
+    shape: str, mode: str, trained: str, pythons: dict[str, Path], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what both sides report of their steps in one shape and mode, of what is trained."""
     timed = slice(WARMUP_STEPS, WARMUP_STEPS + options.rounds)
     num_steps = timed.stop + options.profile
-    print(f"{shape}, {mode}, {WARMUP_STEPS} + {options.rounds} steps of {options.batch_size} records", flush=True)
+    print(f"{shape}, {mode}, {trained} trained, {WARMUP_STEPS} + {options.rounds} steps of {options.batch_size} records", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_parameters = make_model(folder / "hf", **SHAPES[shape])
@@ -131,7 +143,12 @@ def compare(shape: str, mode: str, pythons: dict[str, Path], options: argparse.N
         write_feedback(records, num_steps * options.batch_size, vocab_size=SHAPES[shape]["vocab_size"])
         lengths = list(batches(records, options.batch_size))
         settings = Settings(
-            folder=name, mode=mode, batch_size=options.batch_size, steps=num_steps, threads=options.threads
+            folder=name,
+            mode=mode,
+            trained=trained,
+            batch_size=options.batch_size,
+            steps=num_steps,
+            threads=options.threads,
         )
         with worker("ours", pythons["ours"], settings) as ours, worker("trl", pythons["trl"], settings) as trl:
             workers = {"ours": ours, "trl": trl}
@@ -147,6 +164,7 @@ def compare(shape: str, mode: str, pythons: dict[str, Path], options: argparse.N
     return {
         "shape": shape,
         "mode": mode,
+        "trained": trained,
         "parameters": num_parameters,
         "batch_size": options.batch_size,
         "timed": [timed.start, timed.stop],
@@ -274,6 +292,7 @@ def row(result: dict[str, Any]) -> dict[str, str]:
     return {
         "shape": result["shape"],
         "reference": result["mode"],
+        "trained": result["trained"],
         "batch": str(result["batch_size"]),
         "tokens, padded": f"{result['tokens_per_batch']:.0f}, {result['padded_tokens_per_batch']:.0f}",
         "wall s, ours / TRL": both("wall", 1, 2),

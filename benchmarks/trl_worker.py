@@ -27,6 +27,9 @@ from common import make_config, peak_bytes, reset_peak, synchronize
 
 OPTIMIZER = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 BETA = 0.1
+TRAINED = ("all", "lora", "nf4", "int8")
+"""All weights, or adapters beside a base in the run's precision, or in fewer bits."""
+RANK, ALPHA = 16, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Settings:
     Attributes:
         folder: The folder where `hf`, the model, and `train.jsonl`, the records, are.
         mode: `live`: the reference is scored in every step; `cached`: before the first one.
+        trained: One of `TRAINED`.
         batch_size: Records of a step.
         steps: Steps that there are records for.
         threads: Threads of torch.
@@ -43,6 +47,7 @@ class Settings:
 
     folder: str
     mode: str
+    trained: str
     batch_size: int
     steps: int
     threads: int
@@ -117,7 +122,7 @@ def _peak() -> int:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in ("torch", "transformers", "trl", "megatron-core"):
+    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "megatron-core"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -169,6 +174,11 @@ def train_ours(settings: Settings, turnstile: Turnstile) -> None:
     config.model.kto.ref_policy_kl_penalty = BETA
     config.model.kto.reference.mode = "cached" if settings.mode == "cached" else "auto"
     config.model.kto.reference.cache_dir = str(Path(settings.folder) / "cache")
+    if settings.trained != "all":
+        config.model.peft.peft_scheme = "lora"
+        lora = config.model.peft.lora_tuning
+        lora.target_modules, lora.adapter_dim, lora.alpha = ["all"], RANK, ALPHA
+        config.model.peft.quantize_base = None if settings.trained == "lora" else settings.trained
     optim = config.model.optim
     optim.lr, optim.betas, optim.eps = OPTIMIZER["lr"], list(OPTIMIZER["betas"]), OPTIMIZER["eps"]
     optim.weight_decay = OPTIMIZER["weight_decay"]
@@ -180,7 +190,8 @@ def train_ours(settings: Settings, turnstile: Turnstile) -> None:
 def train_trl(settings: Settings, turnstile: Turnstile) -> None:
     """Train with TRL."""
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import KTOConfig, KTOTrainer
 
     class TakeTurns(TrainerCallback):
@@ -195,7 +206,16 @@ def train_trl(settings: Settings, turnstile: Turnstile) -> None:
                 before, self.tokens = self.tokens, logs["num_tokens"]
                 turnstile.pass_through(loss=logs["loss"], tokens=int(self.tokens - before))
 
-    folder = Path(settings.folder)
+    folder, adapters = Path(settings.folder), None
+    as_loaded: dict[str, Any] = {"dtype": "float32"}
+    if settings.trained != "all":
+        adapters = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    if settings.trained == "nf4":
+        as_loaded["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
+        )
+    if settings.trained == "int8":
+        as_loaded["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     arguments = KTOConfig(
         output_dir=str(folder / "trl"),
         beta=BETA,
@@ -212,7 +232,7 @@ def train_trl(settings: Settings, turnstile: Turnstile) -> None:
         weight_decay=OPTIMIZER["weight_decay"],
         max_grad_norm=OPTIMIZER["clip"],
         train_sampling_strategy="sequential",
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs=as_loaded,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
@@ -223,7 +243,11 @@ def train_trl(settings: Settings, turnstile: Turnstile) -> None:
     )
     records = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     KTOTrainer(
-        model=str(folder / "hf"), args=arguments, train_dataset=Dataset.from_list(records), callbacks=[TakeTurns()]
+        model=str(folder / "hf"),
+        args=arguments,
+        train_dataset=Dataset.from_list(records),
+        peft_config=adapters,
+        callbacks=[TakeTurns()],
     ).train()
 
 
