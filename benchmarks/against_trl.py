@@ -82,7 +82,12 @@ def main() -> None:
         compared = [compare(*case, pythons, options) for case in cases]
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
-    chosen = [*(options.shape or []), *(options.mode or []), *(options.train or []), *([] if options.batch_size == 8 else ["batch 4"])]
+    chosen = [
+        *(options.shape or []),
+        *(options.mode or []),
+        *(options.train or []),
+        *([] if options.batch_size == 8 else ["batch 4"]),
+    ]
     name = re.sub(r"\W+", "-", "-".join(["against_trl", *chosen]))  # a part does not overwrite the whole
     publish(name, [row(result) for result in compared], note=NOTE, runs=compared)
     for side in pythons:
@@ -135,7 +140,10 @@ def compare(
     """Return what both sides report of their steps in one shape and mode, of what is trained."""
     timed = slice(WARMUP_STEPS, WARMUP_STEPS + options.rounds)
     num_steps = timed.stop + options.profile
-    print(f"{shape}, {mode}, {trained} trained, {WARMUP_STEPS} + {options.rounds} steps of {options.batch_size} records", flush=True)
+    print(
+        f"{shape}, {mode}, {trained} trained, {WARMUP_STEPS} + {options.rounds} steps of {options.batch_size} records",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_parameters = make_model(folder / "hf", **SHAPES[shape])
