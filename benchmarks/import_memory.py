@@ -146,11 +146,13 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, rounds: int, quanti
 
     from nemo_kto.network import gpt  # noqa: F401  what is measured is not to import them
     from nemo_kto.runtime import parallel
+    from nemo_kto.runtime.bits import bitsandbytes
     from nemo_kto.runtime.cpu_megatron import enable_cpu
     from nemo_kto.runtime.layout import Layout
     from nemo_kto.weights import import_hf  # noqa: F401
 
     silence_loaded_packages()
+    bitsandbytes()
     if torch.cuda.is_available():
         torch.cuda.init()
     else:

@@ -42,7 +42,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 _AT_ONCE = 1 << 25
 """Most numbers of a tensor that are read in one go."""
-_QUANTISED_AT_ONCE = 1 << 22
+_QUANTISED_AT_ONCE = 1 << 20
 """The same where they are quantised, which takes several times their memory."""
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")

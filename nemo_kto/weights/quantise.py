@@ -25,7 +25,7 @@ from nemo_kto.network.weight_rules import Layout, Piece, Reader, Region
 from nemo_kto.runtime.bits import bitsandbytes
 from nemo_kto.runtime.layout import NF4_BLOCK
 
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 """Most numbers of a matrix that are read in one go where only its scales are wanted."""
 
 
