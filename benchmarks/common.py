@@ -55,11 +55,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     # layers as wide as those of 1B models, which weigh more than what a step keeps of its tokens
-    "wide, 195 M": {
+    "wide, 106 M": {
         "vocab_size": 4096,
         "hidden_size": 2048,
         "intermediate_size": 5632,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
     },

@@ -167,7 +167,8 @@ class DocumentAttention(MegatronModule):
     ) -> torch.Tensor:
         """Return `[T, a, d]` from query `[T, a, d]` and key and value `[T, g, d]` of documents that attend apart."""
         documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        return torch.cat([self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents])
+        outputs = [self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # the one that attention keeps: not another one
 
     def _newest_tokens(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache

@@ -211,16 +211,12 @@ class Activations:
         )
 
     def _of_adapters(self, layer: int) -> float:
-        """Return the numbers of a token that adapters keep: their inner channels, and attention's output once more.
-
-        With DoRA also what is multiplied by the magnitudes.
-        """
+        """Return the numbers of a token that adapters keep: inner channels, with DoRA what magnitudes multiply."""
         if self.lora is None or layer not in self.lora.layers:
             return 0.0
-        seen = self._has_gradient(layer, "self_attention.linear_proj") * self.sizes.heads * self.sizes.head_channels
         kept = self.adapters[layer]
         whole = kept.whole / (self.layout.tensor if self.layout.sequence else 1)
-        return kept.ranks + whole + (kept.divided + seen) / self.layout.tensor
+        return kept.ranks + whole + kept.divided / self.layout.tensor
 
     def _has_gradient(self, layer: int, linear: str) -> bool:
         """Return whether a layer's linear layer is trained, or adapters beside it: then what goes into it is kept."""
@@ -230,6 +226,11 @@ class Activations:
             return False
         latent = linear == "self_attention.linear_qkv" and self.sizes.latent is not None
         return latent or linear in {linear_of(projection, self.sizes) for projection in self.lora.projections}
+
+    @property
+    def _documents_are_joined(self) -> bool:
+        """Whether rows may have several documents."""
+        return self.config.model.micro_batch_tokens is not None or self.config.model.micro_batch_size > 1
 
     @property
     def _size(self) -> int:
@@ -254,6 +255,8 @@ class Activations:
             return compressed + sizes.heads * (3 * latent.scored + latent.values) / tensor
         queries, keys = sizes.heads * sizes.head_channels, sizes.groups * sizes.head_channels
         total = 2 * queries + 2 * keys + sizes.heads * 4 / self._size
+        if self._documents_are_joined and self._has_gradient(layer, "self_attention.linear_proj"):
+            total += queries  # the outputs of documents are kept apart by attention, and joined by what comes behind
         if sizes.head_norms:
             total += queries + keys
         if sizes.output_gates:

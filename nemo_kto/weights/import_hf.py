@@ -97,9 +97,8 @@ def _parts(leaf: Leaf, layout: Layout, most: int) -> Iterator[tuple[Region, torc
         most: So many numbers at most.
     """
     rows, *rest = leaf.region
-    at_once = len(leaf.data)
-    if not isinstance(layout, ByHead):
-        at_once = max(1, most // max(1, math.prod(leaf.data.shape[1:])))
+    of_head = sum(layout.rows) if isinstance(layout, ByHead) else 1
+    at_once = of_head * max(1, most // max(1, of_head * math.prod(leaf.data.shape[1:])))
     for start in range(0, len(leaf.data), at_once):
         data = leaf.data[start : start + at_once]
         first = rows.start + start
