@@ -58,8 +58,10 @@ def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model.hf_config)
-        if source.quantised and source.quantisation is not None:
-            _warn_dequantised(source.folder, source.quantisation.name)
+        if source.quantised:
+            _warn_dequantised(source.folder, source.bits)
+        if source.left_out:
+            _warn_of_activations(source.folder, source.left_out[0], len(source.left_out))
         for leaf in sharded_leaves(model):
             rule = match(rules, leaf.key)
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
@@ -171,6 +173,18 @@ def _warn_dequantised(folder: Path, bits: str) -> None:
             "%s holds matrices in %s: they are trained, and exported, as the plain numbers they stand for.",
             folder,
             bits,
+        )
+
+
+@functools.cache
+def _warn_of_activations(folder: Path, first: str, tensors: int) -> None:
+    if is_global_rank_zero():
+        logger.warning(
+            "%s: %d tensors, such as %s, are left out: they are for computing, or keeping keys and values, in fewer "
+            "bits, which is not done in training.",
+            folder,
+            tensors,
+            first,
         )
 
 
