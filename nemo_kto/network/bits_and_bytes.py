@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_kto.network.folder_tensors import FolderTensors
-from nemo_kto.network.scaled import PlainNumbers, ScaledMatrix, ScaleNumbers, Scales
+from nemo_kto.network.scaled import PlainNumbers, ScaledMatrix, ScaleNumbers, Scales, read_in_parts
 
 if TYPE_CHECKING:
     from nemo_kto.network.weight_rules import Region
@@ -45,8 +45,6 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes knows of numbers that have a scale together."""
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Dtypes that bytes are stored as, which is for FSDP, with the bytes of one."""
-_AT_ONCE = 1 << 22
-"""Most numbers that are made in one go."""
 _EIGHT_BITS, _ROW_SCALES, _ORDER = "I8", "SCB", "weight_format"
 _PART_OF_127 = 7.874015718698502e-3
 """What bitsandbytes multiplies with instead of dividing by 127."""
@@ -185,19 +183,15 @@ class FourBitMatrix:
 
     def read(self, where: Region) -> torch.Tensor:
         """Return a block of it in float32."""
+        return read_in_parts(where, self._read, read_columns=self.shape[1])
+
+    def _read(self, where: Region) -> torch.Tensor:
         rows, columns = where
-        wide = self.shape[1]
-        at_once = max(1, _AT_ONCE // wide)
-        block = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
-        for start in range(rows.start, rows.stop, at_once):
-            stop = min(start + at_once, rows.stop)
-            first, last = start * wide, stop * wide
-            numbers = torch.tensor(TABLES[self.kind])[self._values(first, last).int()]
-            numbers *= self._scales(first // self.block, -(-last // self.block)).repeat_interleave(self.block)[
-                first % self.block :
-            ][: last - first]
-            block[start - rows.start : stop - rows.start] = numbers.view(-1, wide)[:, columns]
-        return block
+        first, last = rows.start * self.shape[1], rows.stop * self.shape[1]
+        numbers = torch.tensor(TABLES[self.kind])[self._values(first, last).int()]
+        scales = self._scales(first // self.block, -(-last // self.block)).repeat_interleave(self.block)
+        numbers *= scales[first % self.block :][: last - first]
+        return numbers.view(-1, self.shape[1])[:, columns]
 
     def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return whole rows as they are stored; None where no block of 64 numbers of NF4 lies in a row alone.
@@ -257,9 +251,8 @@ def _eight_bits(tensors: FolderTensors, name: str) -> EightBitRows:
 class EightBitRows(ScaledMatrix):
     """A matrix in eight bits with a scale for each row, 127 times as large; see `ScaledMatrix`."""
 
-    def read(self, where: Region) -> torch.Tensor:
-        """Return a block of it in float32."""
-        return super().read(where) * _PART_OF_127
+    def _read(self, where: Region) -> torch.Tensor:
+        return super()._read(where) * _PART_OF_127
 
     def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return whole rows as they are stored.

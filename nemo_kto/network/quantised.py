@@ -70,7 +70,7 @@ class Quantisation(Protocol):
         """
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], str, str], Quantisation | None]] = {
+KINDS: dict[str, Callable[[Mapping[str, Any], str, str], Quantisation | None]] = {
     "bitsandbytes": BitsAndBytes.of,
     "compressed-tensors": CompressedTensors.of,
     "fbgemm_fp8": EightBitRowsOrWhole.of,
@@ -110,12 +110,12 @@ def quantisation_of(keys: Mapping[str, Any], source: Path) -> Quantisation | Non
     dtypes = [part[name] for part in parts for name in ("dtype", "torch_dtype") if part.get(name)]
     dtype = _SAFETENSORS.get(str(dtypes[0]).removeprefix("torch.") if dtypes else "", "BF16")
     kind = _method(found) if isinstance(found, dict) else None
-    known = _KINDS[kind](found, dtype, place) if kind in _KINDS else None
+    known = KINDS[kind](found, dtype, place) if kind in KINDS else None
     if known is None:
-        what = found if kind is None or kind in _KINDS else f"of the quant_method {kind!r}"
+        what = found if kind is None or kind in KINDS else f"of the quant_method {kind!r}"
         raise ConfigError(
             f"{place} is {what}. Quantised weights cannot be trained, and only those of the quant_methods "
-            f"{', '.join(_KINDS)} can be read as plain numbers. Use the model's unquantised folder."
+            f"{', '.join(KINDS)} can be read as plain numbers. Use the model's unquantised folder."
         )
     return known
 

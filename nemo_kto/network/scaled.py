@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nemo_kto.network.weight_rules import Region
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -29,6 +31,8 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What three bits mean: an exponent of two bits and one of the fraction (OCP Microscaling Formats 1.0, 5.3.3)."""
 FOUR_BIT_FLOATS = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 """What four bits mean: the first is the sign."""
+_AT_ONCE = 1 << 22
+"""Most numbers that are made in one go."""
 _WORD = 32
 """Bits of the whole numbers that others are packed into."""
 
@@ -215,6 +219,26 @@ def shapes_of_scales(shape: tuple[int, ...], tile: tuple[int, int]) -> list[tupl
     return found
 
 
+def read_in_parts(
+    where: Region, read: Callable[[Region], torch.Tensor], *, read_columns: int | None = None
+) -> torch.Tensor:
+    """Return a block of a matrix in float32, made some rows at a time: on the way numbers take more room than that.
+
+    Args:
+        where: The block.
+        read: Returns a block of fewer rows.
+        read_columns: Columns that are read for the block; None for its own.
+    """
+    rows, columns = where
+    wide = columns.stop - columns.start if read_columns is None else read_columns
+    at_once = max(1, _AT_ONCE // max(1, wide))
+    block = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+    for start in range(rows.start, rows.stop, at_once):
+        stop = min(start + at_once, rows.stop)
+        block[start - rows.start : stop - rows.start] = read((slice(start, stop), columns))
+    return block
+
+
 @dataclass(frozen=True)
 class ScaledMatrix:
     """A matrix of small numbers with scales; see `quantised.PackedTensor`.
@@ -242,6 +266,9 @@ class ScaledMatrix:
 
     def read(self, where: Region) -> torch.Tensor:
         """Return a block of it in float32."""
+        return read_in_parts(where, self._read)
+
+    def _read(self, where: Region) -> torch.Tensor:
         block = self.numbers.read(where)
         if self.zero_points is not None:
             block = block - self.zero_points.read(where)

@@ -49,7 +49,8 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 def import_hf(model: KTOGPTModel, folder: str | Path) -> None:
     """Fill this rank's part of `model` from a Hugging Face folder; values are cast to the parameters' dtype.
 
-    Needs no communication, and holds some rows of one tensor in memory at a time: 64 MB in bfloat16, or whole heads.
+    Needs no communication, and holds some rows of one tensor in memory at a time: 64 MB in bfloat16, or whole heads;
+    twice as much, in float32, of what is stored in fewer bits.
 
     Raises:
         CheckpointError: The folder has no weights, lacks or has surplus tensors, or they have other shapes, or a value
