@@ -10,10 +10,9 @@ from typing import Any
 
 from nemo_kto.errors import CheckpointError
 
-_ACTIVATIONS = ("input", "output", "activation", "k", "v", "q", "kv", "k_cache", "v_cache")
-_NOT_OF_WEIGHTS = frozenset(
-    f"{which}_{what}" for which, what in itertools.product(_ACTIVATIONS, ("scale", "zero_point", "global_scale"))
-)
+_ACTIVATIONS = ("input", "output", "activation", "k", "v", "q", "kv", "prob", "k_cache", "v_cache")
+_THEIRS = ("scale", "zero_point", "global_scale", "scale_ub")
+_NOT_OF_WEIGHTS = frozenset(f"{which}_{what}" for which, what in itertools.product(_ACTIVATIONS, _THEIRS))
 """Names of what belongs to activations."""
 
 

@@ -181,8 +181,8 @@ def _warn_dequantised(folder: Path, bits: str) -> None:
 def _warn_of_activations(folder: Path, first: str, tensors: int) -> None:
     if is_global_rank_zero():
         logger.warning(
-            "%s: %d tensors, such as %s, are left out: they are for computing, or keeping keys and values, in fewer "
-            "bits, which is not done in training.",
+            "%s: tensors that are for computing, or keeping keys and values, in fewer bits are left out, %d in all, "
+            "such as %s: training does not do that.",
             folder,
             tensors,
             first,

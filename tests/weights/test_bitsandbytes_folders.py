@@ -179,17 +179,6 @@ def describe(**fields: Any) -> Any:
     return change
 
 
-def put(name: str, tensor: torch.Tensor | None) -> Any:
-    """Return what puts a tensor in place of another, or takes one out."""
-
-    def change(tensors: Tensors) -> None:
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-
-    return change
-
-
 def as_bytes(text: str) -> torch.Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
@@ -200,25 +189,29 @@ DOUBLE = "nf4, scales in eight bits"
 @pytest.mark.parametrize(
     ("kind", "change", "wanted"),
     [
-        (DOUBLE, put(f"{MATRIX}.absmax", None), [f"lacks {MATRIX}.absmax"]),
-        (DOUBLE, put(f"{MATRIX}.quant_map", None), [f"lacks {MATRIX}.quant_map"]),
-        (DOUBLE, put(f"{MATRIX}.nested_quant_map", None), [f"lacks {MATRIX}.nested_quant_map"]),
-        (DOUBLE, put(f"{MATRIX}.nested_absmax", None), [f"{MATRIX}.absmax is stored as U8"]),
-        (DOUBLE, put(f"{MATRIX}.nested_absmax", torch.ones(2)), [f"{MATRIX}.nested_absmax", "[2]", "[1]"]),
-        (DOUBLE, put(f"{MATRIX}.absmax", torch.ones(3, dtype=torch.uint8)), [f"{MATRIX}.absmax", "[3]", "[192]"]),
-        (DOUBLE, put(f"{MATRIX}.quant_map", torch.linspace(-1, 1, 16)), [f"{MATRIX}.quant_map", "nf4"]),
-        (DOUBLE, put(f"{MATRIX}.quant_map", torch.ones(15)), [f"{MATRIX}.quant_map", "nf4"]),
-        (DOUBLE, put(MATRIX, None), [f"lacks {MATRIX}"]),
-        (DOUBLE, put(MATRIX, torch.ones(700, 1, dtype=torch.uint8)), [MATRIX, "[700, 1]", "192 x 64"]),
-        (DOUBLE, put(MATRIX, torch.ones(6144, dtype=torch.uint8)), [MATRIX, "[6144]"]),
-        (DOUBLE, put(MATRIX, torch.ones(6144, 1, dtype=torch.int64)), [MATRIX, "I64"]),
-        (DOUBLE, put(STATE, None), [f"{MATRIX}.absmax"]),
-        (DOUBLE, put(STATE, as_bytes("{")), [STATE, "no JSON"]),
-        (DOUBLE, put(STATE, as_bytes("[" * 3000)), [STATE, "no JSON"]),
-        (DOUBLE, put(STATE, as_bytes("[1]")), [STATE, "shape None"]),
-        (DOUBLE, put(STATE, torch.ones(1 << 20, dtype=torch.uint8)), [STATE, "[1048576]"]),
-        (DOUBLE, put(STATE, torch.ones(8)), [STATE, "F32"]),
-        (DOUBLE, put(f"{STATE[:-3]}int2", as_bytes("{}")), [f"{STATE[:-3]}int2", "nf4 and fp4"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.absmax", None), [f"lacks {MATRIX}.absmax"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.quant_map", None), [f"lacks {MATRIX}.quant_map"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.nested_quant_map", None), [f"lacks {MATRIX}.nested_quant_map"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.nested_absmax", None), [f"{MATRIX}.absmax is stored as U8"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.nested_absmax", torch.ones(2)), [f"{MATRIX}.nested_absmax", "[2]", "[1]"]),
+        (
+            DOUBLE,
+            quantised.put(f"{MATRIX}.absmax", torch.ones(3, dtype=torch.uint8)),
+            [f"{MATRIX}.absmax", "[3]", "[192]"],
+        ),
+        (DOUBLE, quantised.put(f"{MATRIX}.quant_map", torch.linspace(-1, 1, 16)), [f"{MATRIX}.quant_map", "nf4"]),
+        (DOUBLE, quantised.put(f"{MATRIX}.quant_map", torch.ones(15)), [f"{MATRIX}.quant_map", "nf4"]),
+        (DOUBLE, quantised.put(MATRIX, None), [f"lacks {MATRIX}"]),
+        (DOUBLE, quantised.put(MATRIX, torch.ones(700, 1, dtype=torch.uint8)), [MATRIX, "[700, 1]", "192 x 64"]),
+        (DOUBLE, quantised.put(MATRIX, torch.ones(6144, dtype=torch.uint8)), [MATRIX, "[6144]"]),
+        (DOUBLE, quantised.put(MATRIX, torch.ones(6144, 1, dtype=torch.int64)), [MATRIX, "I64"]),
+        (DOUBLE, quantised.put(STATE, None), [f"{MATRIX}.absmax"]),
+        (DOUBLE, quantised.put(STATE, as_bytes("{")), [STATE, "no JSON"]),
+        (DOUBLE, quantised.put(STATE, as_bytes("[" * 3000)), [STATE, "no JSON"]),
+        (DOUBLE, quantised.put(STATE, as_bytes("[1]")), [STATE, "shape None"]),
+        (DOUBLE, quantised.put(STATE, torch.ones(1 << 20, dtype=torch.uint8)), [STATE, "[1048576]"]),
+        (DOUBLE, quantised.put(STATE, torch.ones(8)), [STATE, "F32"]),
+        (DOUBLE, quantised.put(f"{STATE[:-3]}int2", as_bytes("{}")), [f"{STATE[:-3]}int2", "nf4 and fp4"]),
         (DOUBLE, describe(shape=[-192, -64]), [STATE, "[-192, -64]"]),
         (DOUBLE, describe(shape=[192, 64, 1]), [STATE, "[192, 64, 1]"]),
         (DOUBLE, describe(shape=[10**30, 64]), [MATRIX, "10000"]),
@@ -229,9 +222,13 @@ DOUBLE = "nf4, scales in eight bits"
         (DOUBLE, describe(nested_blocksize=0), [STATE, "nested_blocksize 0"]),
         (DOUBLE, describe(nested_offset="zero"), [STATE, "nested_offset zero"]),
         (DOUBLE, describe(nested_offset=float("nan")), [STATE, "nested_offset nan"]),
-        ("int8", put(f"{MATRIX[:-7]}.SCB", None), [f"lacks {MATRIX[:-7]}.SCB", MATRIX]),
-        ("int8", put(f"{MATRIX[:-7]}.SCB", torch.ones(47)), [MATRIX, "[192, 64]", "[47]"]),
-        ("int8", put(f"{MATRIX[:-7]}.weight_format", torch.tensor(2, dtype=torch.uint8)), ["weight_format", "is 2"]),
+        ("int8", quantised.put(f"{MATRIX[:-7]}.SCB", None), [f"lacks {MATRIX[:-7]}.SCB", MATRIX]),
+        ("int8", quantised.put(f"{MATRIX[:-7]}.SCB", torch.ones(47)), [MATRIX, "[192, 64]", "[47]"]),
+        (
+            "int8",
+            quantised.put(f"{MATRIX[:-7]}.weight_format", torch.tensor(2, dtype=torch.uint8)),
+            ["weight_format", "is 2"],
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(
@@ -239,3 +236,9 @@ def test_what_cannot_be_read_is_named(
 ) -> None:
     folder = Path(shutil.copytree(folders / kind, tmp_path / "model"))
     quantised.assert_refused(quantised.rewrite(folder, change), wanted)
+
+
+@pytest.mark.parametrize("kind", [DOUBLE, "nf4, stored in bfloat16", "fp4", "int8"])
+def test_what_is_spoilt_is_named(tmp_path: Path, folders: Path, kind: str) -> None:
+    module = MATRIX.removesuffix(".weight")
+    quantised.assert_what_is_spoilt_is_named_or_read(folders / kind, tmp_path / "model", module)

@@ -213,17 +213,6 @@ def test_what_is_for_computing_in_fewer_bits_is_left_out(tmp_path: Path) -> None
         assert stored.left_out == sorted(ACTIVATIONS)
 
 
-def put(name: str, tensor: torch.Tensor | None) -> Any:
-    """Return what puts a tensor in place of another, or takes one out."""
-
-    def change(tensors: Tensors) -> None:
-        tensors.pop(f"{MODULE}.{name}", None)
-        if tensor is not None:
-            tensors[f"{MODULE}.{name}"] = tensor
-
-    return change
-
-
 SPARSE = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
 TWO_OF_FOUR = {"format": "dense", "sparsity_structure": "2:4"}
 
@@ -231,33 +220,77 @@ TWO_OF_FOUR = {"format": "dense", "sparsity_structure": "2:4"}
 @pytest.mark.parametrize(
     ("kind", "change", "wanted"),
     [
-        ("FP8", put("weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
-        ("FP8", put("weight_scale", torch.ones(7)), [f"{MODULE}.weight", "[32, 64]", "[7]", "[1, 1]"]),
-        ("FP8", put("weight_scale", torch.ones(1, dtype=torch.int32)), [f"{MODULE}.weight_scale", "I32"]),
-        ("FP8", put("weight", torch.ones(32, 64, dtype=torch.int8)), [f"{MODULE}.weight", "not of its config_groups"]),
-        ("W4A16", put("weight_shape", None), [f"lacks {MODULE}.weight_shape"]),
-        ("W4A16", put("weight_shape", torch.tensor([-32, 64])), [f"{MODULE}.weight_shape", "-32 x 64"]),
-        ("W4A16", put("weight_shape", torch.tensor([32, -64])), [f"{MODULE}.weight_shape", "32 x -64"]),
-        ("W4A16", put("weight_shape", torch.tensor([32, 1 << 60])), [f"{MODULE}.weight_packed", "[32, 8]"]),
-        ("W4A16", put("weight_shape", torch.tensor([32, 64, 1])), [f"{MODULE}.weight_shape", "[3]"]),
-        ("W4A16", put("weight_packed", torch.ones(32, 7, dtype=torch.int32)), [f"{MODULE}.weight_packed", "[32, 7]"]),
+        ("FP8", quantised.put(f"{MODULE}.weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
+        (
+            "FP8",
+            quantised.put(f"{MODULE}.weight_scale", torch.ones(7)),
+            [f"{MODULE}.weight", "[32, 64]", "[7]", "[1, 1]"],
+        ),
+        (
+            "FP8",
+            quantised.put(f"{MODULE}.weight_scale", torch.ones(1, dtype=torch.int32)),
+            [f"{MODULE}.weight_scale", "I32"],
+        ),
+        (
+            "FP8",
+            quantised.put(f"{MODULE}.weight", torch.ones(32, 64, dtype=torch.int8)),
+            [f"{MODULE}.weight", "not of its config_groups"],
+        ),
+        ("W4A16", quantised.put(f"{MODULE}.weight_shape", None), [f"lacks {MODULE}.weight_shape"]),
         (
             "W4A16",
-            put("weight_packed", torch.ones(2, 32, 8, dtype=torch.int32)),
+            quantised.put(f"{MODULE}.weight_shape", torch.tensor([-32, 64])),
+            [f"{MODULE}.weight_shape", "-32 x 64"],
+        ),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_shape", torch.tensor([32, -64])),
+            [f"{MODULE}.weight_shape", "32 x -64"],
+        ),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_shape", torch.tensor([32, 1 << 60])),
+            [f"{MODULE}.weight_packed", "[32, 8]"],
+        ),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_shape", torch.tensor([32, 64, 1])),
+            [f"{MODULE}.weight_shape", "[3]"],
+        ),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_packed", torch.ones(32, 7, dtype=torch.int32)),
+            [f"{MODULE}.weight_packed", "[32, 7]"],
+        ),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_packed", torch.ones(2, 32, 8, dtype=torch.int32)),
             [f"{MODULE}.weight_packed", "[2, 32, 8]"],
         ),
-        ("W4A16", put("weight_g_idx", torch.arange(64)), [f"{MODULE}.weight_g_idx", "order of their own"]),
-        ("W4A16, zero points", put("weight_zero_point", None), [f"lacks {MODULE}.weight_zero_point"]),
+        (
+            "W4A16",
+            quantised.put(f"{MODULE}.weight_g_idx", torch.arange(64)),
+            [f"{MODULE}.weight_g_idx", "order of their own"],
+        ),
         (
             "W4A16, zero points",
-            put("weight_zero_point", torch.ones(32, 8, dtype=torch.int32)),
+            quantised.put(f"{MODULE}.weight_zero_point", None),
+            [f"lacks {MODULE}.weight_zero_point"],
+        ),
+        (
+            "W4A16, zero points",
+            quantised.put(f"{MODULE}.weight_zero_point", torch.ones(32, 8, dtype=torch.int32)),
             [f"{MODULE}.weight_zero_point", "[32, 8]", "[4, 8]"],
         ),
-        ("NVFP4", put("weight_global_scale", None), [f"lacks {MODULE}.weight_global_scale"]),
-        ("NVFP4", put("weight_global_scale", torch.ones(2)), [f"{MODULE}.weight_global_scale", "[2]"]),
+        ("NVFP4", quantised.put(f"{MODULE}.weight_global_scale", None), [f"lacks {MODULE}.weight_global_scale"]),
         (
             "NVFP4",
-            put("weight_scale", torch.ones(32, 4, dtype=torch.uint8)),
+            quantised.put(f"{MODULE}.weight_global_scale", torch.ones(2)),
+            [f"{MODULE}.weight_global_scale", "[2]"],
+        ),
+        (
+            "NVFP4",
+            quantised.put(f"{MODULE}.weight_scale", torch.ones(32, 4, dtype=torch.uint8)),
             [f"{MODULE}.weight_packed", "config_groups"],
         ),
     ],
@@ -327,3 +360,8 @@ def test_zeros_that_nobody_made_are_numbers_as_others(tmp_path: Path, folders: P
     check_weights(folder, load_hf_config(folder))
     before = quantised.as_read(folders / "W4A16")
     assert all(torch.equal(read, before[name]) for name, read in quantised.as_read(folder).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_spoilt_is_named(tmp_path: Path, folders: Path, kind: str) -> None:
+    quantised.assert_what_is_spoilt_is_named_or_read(folders / kind, tmp_path / "model", MODULE)

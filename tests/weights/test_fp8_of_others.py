@@ -64,7 +64,7 @@ def make_folder(folder: Path, kind: str) -> Tensors:
             made, wanted[key] = four_bits(weight) if in_four else eight_bits(weight, rows=kind == "fbgemm")
             module = key.removesuffix(".weight")
             tensors |= {f"{module}.{own}": value.contiguous() for own, value in made.items()}
-            tensors[f"{module}.input_scale"] = torch.ones(())
+            tensors[f"{module}.{'input_scale_ub' if kind == 'fbgemm' else 'input_scale'}"] = torch.ones(())
         tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(())
 
     quantised.rewrite(folder, change, KINDS[kind])
@@ -106,35 +106,48 @@ def test_older_folders_say_it_in_a_file_of_their_own(tmp_path: Path) -> None:
         quantised.assert_refused(folder, ["hf_quant_config.json", wanted_words])
 
 
-def put(name: str, tensor: torch.Tensor | None) -> Any:
-    """Return what puts a tensor in place of another, or takes one out."""
-
-    def change(tensors: Tensors) -> None:
-        tensors.pop(f"{MODULE}.{name}", None)
-        if tensor is not None:
-            tensors[f"{MODULE}.{name}"] = tensor
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("kind", "change", "wanted"),
     [
-        ("fbgemm", put("weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
-        ("fbgemm", put("weight_scale", torch.ones(31, 1)), [f"{MODULE}.weight", "[32, 64]", "[31, 1]"]),
-        ("fbgemm", put("weight", torch.ones(2, 32, 64).to(torch.float8_e4m3fn)), [f"{MODULE}.weight", "[2, 32, 64]"]),
-        ("autofp8", put("weight_scale", torch.ones(2, 2)), [f"{MODULE}.weight", "[2, 2]"]),
-        ("modelopt", put("weight_scale", torch.ones(1, dtype=torch.int64)), [f"{MODULE}.weight_scale", "I64"]),
-        ("modelopt nvfp4", put("weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
-        ("modelopt nvfp4", put("weight_scale_2", None), [f"lacks {MODULE}.weight_scale_2"]),
-        ("modelopt nvfp4", put("weight_scale_2", torch.ones(4)), [f"{MODULE}.weight_scale_2", "[4]"]),
+        ("fbgemm", quantised.put(f"{MODULE}.weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
+        (
+            "fbgemm",
+            quantised.put(f"{MODULE}.weight_scale", torch.ones(31, 1)),
+            [f"{MODULE}.weight", "[32, 64]", "[31, 1]"],
+        ),
+        (
+            "fbgemm",
+            quantised.put(f"{MODULE}.weight", torch.ones(2, 32, 64).to(torch.float8_e4m3fn)),
+            [f"{MODULE}.weight", "[2, 32, 64]"],
+        ),
+        ("autofp8", quantised.put(f"{MODULE}.weight_scale", torch.ones(2, 2)), [f"{MODULE}.weight", "[2, 2]"]),
+        (
+            "modelopt",
+            quantised.put(f"{MODULE}.weight_scale", torch.ones(1, dtype=torch.int64)),
+            [f"{MODULE}.weight_scale", "I64"],
+        ),
+        ("modelopt nvfp4", quantised.put(f"{MODULE}.weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
+        ("modelopt nvfp4", quantised.put(f"{MODULE}.weight_scale_2", None), [f"lacks {MODULE}.weight_scale_2"]),
         (
             "modelopt nvfp4",
-            put("weight", torch.ones(32, 31, dtype=torch.uint8)),
+            quantised.put(f"{MODULE}.weight_scale_2", torch.ones(4)),
+            [f"{MODULE}.weight_scale_2", "[4]"],
+        ),
+        (
+            "modelopt nvfp4",
+            quantised.put(f"{MODULE}.weight", torch.ones(32, 31, dtype=torch.uint8)),
             [f"{MODULE}.weight_scale", "32 x 62"],
         ),
-        ("modelopt nvfp4", put("weight", torch.ones(32, dtype=torch.uint8)), [f"{MODULE}.weight", "[32]"]),
-        ("modelopt nvfp4", put("pre_quant_scale", torch.ones(64)), [f"{MODULE}.pre_quant_scale", "goes into"]),
+        (
+            "modelopt nvfp4",
+            quantised.put(f"{MODULE}.weight", torch.ones(32, dtype=torch.uint8)),
+            [f"{MODULE}.weight", "[32]"],
+        ),
+        (
+            "modelopt nvfp4",
+            quantised.put(f"{MODULE}.pre_quant_scale", torch.ones(64)),
+            [f"{MODULE}.pre_quant_scale", "goes into"],
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, change: Any, wanted: list[str]) -> None:
@@ -162,3 +175,9 @@ def test_early_folders_of_bitsandbytes_do_not_name_it(tmp_path: Path) -> None:
     check_weights(folder, load_hf_config(folder))
     quantised.rewrite(tmp_path / "other", lambda tensors: None, {"bits": 8})
     quantised.assert_refused(tmp_path / "other", ["{'bits': 8}"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_spoilt_is_named(tmp_path: Path, kind: str) -> None:
+    make_folder(tmp_path / "whole", kind)
+    quantised.assert_what_is_spoilt_is_named_or_read(tmp_path / "whole", tmp_path / "model", MODULE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: C
         for name, bits in BITS.items()
     )
     (left_out,) = (text for text in said if "left out" in text)
-    assert left_out.startswith(f"{source / 'FP8 and NVFP4'}: 1 tensors, such as {ACTIVATIONS}, are left out")
+    assert left_out.startswith(f"{source / 'FP8 and NVFP4'}: tensors that are for computing, or keeping keys")
+    assert f"are left out, 1 in all, such as {ACTIVATIONS}: " in left_out
     return root
 
 
@@ -170,6 +172,25 @@ def test_the_exported_configuration_says_what_is_there(source: Path, results: Pa
     auto = AutoModelForImageTextToText if "images" in name else AutoModelForCausalLM
     _, info = auto.from_pretrained(results / "TP1" / name, output_loading_info=True)
     assert not any(info.values()), info
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+def test_the_language_model_may_say_it(source: Path, results: Path, tmp_path: Path, field: str) -> None:
+    """Its configuration in that of a model with images, and compressed-tensors by the name it had at first."""
+    given = source / "nf4 with images"
+    keys = json.loads((given / "config.json").read_text())
+    keys["text_config"][field] = keys.pop("quantization_config")
+    folder, kept = tmp_path / "model", tmp_path / "kept"
+    shutil.copytree(given, folder)
+    kept.mkdir()
+    (folder / "config.json").write_text(json.dumps(keys))
+    config = load_hf_config(folder)
+    check_weights(folder, config)
+    read, wanted = quantised.as_read(folder), quantised.as_read(given)
+    assert all(torch.equal(read[name], wanted[name]) for name in wanted)
+    write_source_folder(kept, config, model_folder=folder, tokenizer_folder=folder)
+    before, after = (json.loads((root / "config.json").read_text()) for root in (results / "TP1" / given.name, kept))
+    assert after == before
 
 
 class Counted:

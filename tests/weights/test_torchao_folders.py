@@ -126,27 +126,16 @@ MATRIX = "model.layers.0.self_attn.k_proj.weight"
 STORED = "model.layers.0.self_attn.k_proj._weight_"
 
 
-def put(name: str, tensor: torch.Tensor | None) -> Any:
-    """Return what puts a tensor in place of another, or takes one out."""
-
-    def change(tensors: Tensors) -> None:
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (put(f"{STORED}qdata", None), [f"lacks {STORED}qdata", MATRIX]),
-        (put(f"{STORED}scale", None), [f"lacks {STORED}scale"]),
-        (put(f"{STORED}scale", torch.ones(3)), [MATRIX, "[3]", "[1, 32]"]),
-        (put(f"{STORED}zero_point", torch.ones(3, dtype=torch.int8)), [MATRIX, "[3]"]),
-        (put(f"{STORED}qdata", torch.ones(16, 32)), [f"{STORED}qdata", "F32"]),
-        (put(f"{STORED}qdata", torch.ones(2, 16, 32, dtype=torch.int8)), [MATRIX, "[2, 16, 32]"]),
-        (put(f"{STORED}act_pre_scale", torch.ones(32)), [MATRIX, "act_pre_scale"]),
+        (quantised.put(f"{STORED}qdata", None), [f"lacks {STORED}qdata", MATRIX]),
+        (quantised.put(f"{STORED}scale", None), [f"lacks {STORED}scale"]),
+        (quantised.put(f"{STORED}scale", torch.ones(3)), [MATRIX, "[3]", "[1, 32]"]),
+        (quantised.put(f"{STORED}zero_point", torch.ones(3, dtype=torch.int8)), [MATRIX, "[3]"]),
+        (quantised.put(f"{STORED}qdata", torch.ones(16, 32)), [f"{STORED}qdata", "F32"]),
+        (quantised.put(f"{STORED}qdata", torch.ones(2, 16, 32, dtype=torch.int8)), [MATRIX, "[2, 16, 32]"]),
+        (quantised.put(f"{STORED}act_pre_scale", torch.ones(32)), [MATRIX, "act_pre_scale"]),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, folders: Path, change: Any, wanted: list[str]) -> None:
@@ -184,3 +173,9 @@ def test_descriptions_that_cannot_be_understood_are_named(
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata={**metadata, MATRIX: text})
     quantised.assert_refused(folder, [MATRIX, *wanted])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_spoilt_is_named(tmp_path: Path, folders: Path, kind: str) -> None:
+    module = MATRIX.removesuffix(".weight")
+    quantised.assert_what_is_spoilt_is_named_or_read(folders / kind, tmp_path / "model", module)
