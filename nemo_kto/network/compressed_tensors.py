@@ -26,13 +26,10 @@ from nemo_kto.network.scaled import (
     shapes_of_scales,
 )
 
-_PACKED = "pack-quantized"
-_ONE_BY_ONE = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized")
-_PAIRS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
-_FORMATS = (*_ONE_BY_ONE, _PACKED, *_PAIRS)
+_PACKED, _MXFP8, _NVFP4, _MXFP4 = "pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+_ONE_BY_ONE = ("float-quantized", "int-quantized", "naive-quantized", _MXFP8)
+_FORMATS = (*_ONE_BY_ONE, _PACKED, _NVFP4, _MXFP4)
 """Formats that are read; others have their zeros taken out, or are put into an order of a GPU's own."""
-_MIXED = "mixed-precision"
-"""The format of a folder whose `config_groups` have one each."""
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _STRUCTURES = (None, "unstructured", "0:0")
 """What `sparsity_config` says of zeros that nobody made: how many there happened to be."""
@@ -85,11 +82,10 @@ class CompressedTensors:
         Raises:
             ConfigError: It is another kind; the message begins with `source`.
         """
+        for name in ("sparsity_config", "transform_config"):
+            if found.get(name) and not (name == "sparsity_config" and _is_dense(found[name])):
+                raise ConfigError(f"{source}.{name}={found[name]} is not supported. {_UNQUANTISED}")
         groups = found.get("config_groups")
-        for name in ("sparsity_config", "transform_config", "quantization_status"):
-            value = found.get(name)
-            if value and value != "compressed" and not (name == "sparsity_config" and _is_dense(value)):
-                raise ConfigError(f"{source}.{name}={value} is not supported. {_UNQUANTISED}")
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             return None
         schemes = []
@@ -102,8 +98,7 @@ class CompressedTensors:
                     f"{source}.config_groups.{name}: the format {form} is not supported, only {', '.join(_FORMATS)}. "
                     f"{_UNQUANTISED}"
                 )
-            scheme = _scheme(group["weights"], form, f"{source}.config_groups.{name}.weights")
-            schemes.append(scheme)
+            schemes.append(_scheme(group["weights"], form, f"{source}.config_groups.{name}.weights"))
         return cls(tuple(dict.fromkeys(schemes)), dtype)
 
     def packed(self, tensors: FolderTensors) -> dict[str, ScaledMatrix]:
@@ -113,9 +108,12 @@ class CompressedTensors:
             module, _, own = name.rpartition(".")
             if own == "weight_g_idx":
                 raise tensors.error(name, "puts columns into groups in an order of their own, which is not supported")
-            stored_as = tensors.dtype(name)
-            if own == "weight_packed" or (own == "weight" and stored_as in (EIGHT_BIT_FLOAT, "I8")):
+            if own == "weight_packed" or (own == "weight" and tensors.dtype(name) in (EIGHT_BIT_FLOAT, "I8")):
                 found[f"{module}.weight"] = self._matrix(tensors, module, name)
+            elif own == "weight" and tensors.dtype(name) in FLOATS and f"{module}.weight_scale" in tensors.names:
+                raise tensors.error(
+                    name, "has weight_scale, and is not compressed: a model that was being calibrated cannot be read"
+                )
         return found
 
     def _matrix(self, tensors: FolderTensors, module: str, name: str) -> ScaledMatrix:
@@ -123,16 +121,18 @@ class CompressedTensors:
         scale = f"{module}.weight_scale"
         scales = tensors.part(scale, *FLOATS, EIGHT_BIT_FLOAT, EXPONENTS, of=name)
         tried = []
-        for scheme in self.schemes:
+        with_zeros = f"{module}.weight_zero_point" in tensors.names
+        for scheme in sorted(
+            self.schemes, key=lambda each: each.symmetric == with_zeros
+        ):  # those that agree come first
             numbers = _numbers(tensors, module, name, scheme)
             if numbers is None:
                 continue
             tile = scheme.tile(numbers.shape)
             wanted = shapes_of_scales(numbers.shape, tile)
             if tensors.shape(scale) in wanted:
-                divisor = 1.0
-                if scheme.format == _PAIRS[0]:
-                    divisor = tensors.one(f"{module}.weight_global_scale", *FLOATS, of=name)
+                of_all = f"{module}.weight_global_scale"
+                divisor = tensors.one(of_all, *FLOATS, of=name) if scheme.format == _NVFP4 else 1.0
                 of_matrix = Scales(ScaleNumbers(scales), tile, numbers.shape, divisor=divisor)
                 return ScaledMatrix(
                     (name, *beside(module, tensors.names, *_BESIDE)),
@@ -183,9 +183,9 @@ def _scheme(weights: Any, form: str, source: str) -> Scheme:
             block = [int(part) if part.isdecimal() else None for part in block.split("x")]
         share = tuple(block) if isinstance(block, list) and len(block) == 2 else (None, None)
     is_size = share is None or all(isinstance(each, int) and each > 0 for each in share)
-    known_bits = {_PACKED: range(1, 9), _PAIRS[0]: (4,), _PAIRS[1]: (4,)}.get(form, range(1, 9))
-    is_kind = kind == "int" if form == _PACKED else kind == "float" if form in _PAIRS else kind in ("int", "float")
-    if bits not in known_bits or not is_kind or strategy not in _STRATEGIES or not is_size:
+    kinds = {_PACKED: ("int",), _NVFP4: ("float",), _MXFP4: ("float",)}.get(form, ("int", "float"))
+    known_bits = (4,) if form in (_NVFP4, _MXFP4) else range(1, 9)
+    if bits not in known_bits or kind not in kinds or strategy not in _STRATEGIES or not is_size:
         raise ConfigError(f"{source} is {weights}, and the format {form} cannot be read with these. {_UNQUANTISED}")
     return Scheme(form, kind, bits, strategy, share, fields.get("symmetric", True) is not False)  # type: ignore[arg-type]
 
@@ -200,11 +200,11 @@ def _numbers(tensors: FolderTensors, module: str, name: str, scheme: Scheme) -> 
         plain = _shape_of_packed(tensors, module, name)
         words = -(-plain[1] * scheme.bits // 32)
         return NumbersInWords(stored, plain, scheme.bits) if shape == (plain[0], words) else None
-    if scheme.format in _PAIRS and stored_as == "U8":
-        is_ours = scales == EIGHT_BIT_FLOAT if scheme.format == _PAIRS[0] else scales == EXPONENTS
+    if scheme.format in (_NVFP4, _MXFP4) and stored_as == "U8":
+        is_ours = scales == (EIGHT_BIT_FLOAT if scheme.format == _NVFP4 else EXPONENTS)
         return NumbersInBytes(stored) if is_ours else None
     if scheme.format in _ONE_BY_ONE and stored_as == ("I8" if scheme.kind == "int" else EIGHT_BIT_FLOAT):
-        is_ours = scales == EXPONENTS if scheme.format == "mxfp8-quantized" else scales in FLOATS
+        is_ours = scales == EXPONENTS if scheme.format == _MXFP8 else scales in FLOATS
         return PlainNumbers(stored) if is_ours else None
     return None
 
@@ -227,7 +227,7 @@ def _zero_points(tensors: FolderTensors, module: str, scheme: Scheme, scales: Sc
     """Return what is taken off a matrix' numbers before they are scaled."""
     name = f"{module}.weight_zero_point"
     # the library takes none off pairs either; those of symmetric ones, which early versions wrote, are all zero
-    if scheme.format in _PAIRS or (scheme.symmetric and name not in tensors.names):
+    if scheme.format in (_NVFP4, _MXFP4) or (scheme.symmetric and name not in tensors.names):
         return None
     packed = scheme.format == _PACKED and scheme.strategy in ("group", "channel") and not scheme.symmetric
     stored = tensors.part(name, *(("I32",) if packed else _PLAIN_ZEROS), of=f"{module}.weight")

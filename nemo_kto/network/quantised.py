@@ -114,8 +114,8 @@ def quantisation_of(keys: Mapping[str, Any], source: Path) -> Quantisation | Non
     if known is None:
         what = found if kind is None or kind in KINDS else f"of the quant_method {kind!r}"
         raise ConfigError(
-            f"{place} is {what}. Quantised weights cannot be trained, and only those of the quant_methods "
-            f"{', '.join(KINDS)} can be read as plain numbers. Use the model's unquantised folder."
+            f"{place} is {what}, which cannot be read as plain numbers: only the quant_methods {', '.join(KINDS)} "
+            "can. Use the model's unquantised folder."
         )
     return known
 

@@ -81,33 +81,32 @@ def _matrix(tensors: FolderTensors, name: str, kind: str, fields: Mapping[str, A
         raise tensors.error(
             name, f"has {_BEFORE}, which scales what goes into it: plain numbers cannot stand for that"
         )
+    in_pairs = kind == "Int4Tensor"
     stored = tensors.part(f"{prefix}qdata", *((EIGHT_BIT_FLOAT,) if kind == "Float8Tensor" else ("I8", "U8")), of=name)
-    scales = tensors.part(f"{prefix}scale", *FLOATS, of=name)
     if len(stored.get_shape()) != 2:
         raise tensors.error(name, f"has the shape {list(stored.get_shape())}, which is none of a matrix")
-    turned = kind == "Int4Tensor"
-    numbers: Numbers = NumbersInBytes(stored, _SIGNED) if turned else PlainNumbers(stored)
+    numbers: Numbers = NumbersInBytes(stored, _SIGNED) if in_pairs else PlainNumbers(stored)
     tile = _tile(fields.get("block_size"), numbers.shape)
-    zeros = tensors.part(f"{prefix}zero_point", "I8", *FLOATS, of=name) if f"{prefix}zero_point" in parts else None
-    wanted = shapes_of_scales(numbers.shape, tile) if tile is not None else []
-    if turned and wanted:
-        wanted = [wanted[0][::-1]]
-    for found in (scales, *([] if zeros is None else [zeros])):
-        if tuple(found.get_shape()) not in wanted or tile is None:
+    wanted = [] if tile is None else shapes_of_scales(numbers.shape, tile)
+    read = []
+    for part in ("scale", "zero_point") if f"{prefix}zero_point" in parts else ("scale",):
+        found = tensors.part(f"{prefix}{part}", *FLOATS, *(("I8",) if part == "zero_point" else ()), of=name)
+        shape = tensors.shape(f"{prefix}{part}")
+        if tile is None or (shape[::-1] != wanted[0] if in_pairs else shape not in wanted):
             raise tensors.error(
                 name,
-                f"has the shape {list(numbers.shape)} and scales or zero points {list(found.get_shape())}, which do "
-                f"not fit with its block_size {fields.get('block_size')}",
+                f"has the shape {list(numbers.shape)} and scales or zero points {list(shape)}, which do not fit with "
+                f"its block_size {fields.get('block_size')}",
             )
-    assert tile is not None
-    of_zeros = None if zeros is None else Scales(ScaleNumbers(zeros, turned=turned), tile, numbers.shape)
+        read.append(Scales(ScaleNumbers(found, turned=in_pairs), tile, numbers.shape))
+    scales, zeros = read[0], read[1] if len(read) > 1 else None
     return ScaledMatrix(
-        (f"{prefix}qdata", *(part for part in parts if part != f"{prefix}qdata")),
+        tuple(parts),
         numbers,
-        Scales(ScaleNumbers(scales, turned=turned), tile, numbers.shape),
+        scales,
         _bits(kind, fields),
-        zero_points=None if turned else of_zeros,
-        offsets=of_zeros if turned else None,
+        zero_points=None if in_pairs else zeros,
+        offsets=zeros if in_pairs else None,
     )
 
 

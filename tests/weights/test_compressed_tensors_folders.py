@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "W8A8": ("W8A8", {}, "int-quantized", "eight"),
     "W8A8, zero points": ("W8A8", {"symmetric": False}, "int-quantized", "eight"),
     "W4A16": ("W4A16", {"group_size": 16}, "pack-quantized", "four"),
+    "W4A16, groups of eight": ("W4A16", {"group_size": 8}, "pack-quantized", "four"),
     "W4A16, zero points": ("W4A16_ASYM", {"group_size": 8}, "pack-quantized", "four"),
     "W4A16, rows, zero points": (
         "W4A16_ASYM",
@@ -195,6 +196,15 @@ def test_kinds_of_several_groups(tmp_path: Path) -> None:
         assert stored.bits == "four and eight bits"
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_groups_that_differ_in_zero_points_alone(tmp_path: Path, first: int) -> None:
+    """Some matrices have zero points, some have none; which `config_groups` come first does not matter."""
+    kinds = {"mlp": "W4A16, zero points", "self_attn": "W4A16, groups of eight"}
+    folder = make_folder(tmp_path / "model", "llama", dict(list(kinds.items())[:: 1 - 2 * first]))
+    read, plain = quantised.as_read(folder), theirs(folder, kinds, None)
+    assert len(plain) == 28 and all(torch.equal(read[name].bfloat16(), plain[name]) for name in plain)
+
+
 MODULE = "model.layers.0.self_attn.k_proj"
 ACTIVATIONS = (
     *(f"{MODULE}.{name}" for name in ("input_scale", "input_zero_point", "output_scale", "input_global_scale")),
@@ -220,6 +230,7 @@ TWO_OF_FOUR = {"format": "dense", "sparsity_structure": "2:4"}
 @pytest.mark.parametrize(
     ("kind", "change", "wanted"),
     [
+        ("FP8", quantised.put(f"{MODULE}.weight", torch.ones(32, 64)), [f"{MODULE}.weight", "not compressed"]),
         ("FP8", quantised.put(f"{MODULE}.weight_scale", None), [f"lacks {MODULE}.weight_scale"]),
         (
             "FP8",
@@ -308,7 +319,6 @@ def test_what_cannot_be_read_is_named(
         ({"sparsity_config": SPARSE}, ["config.json", "sparsity_config", "sparse-24-bitmask"]),
         ({"sparsity_config": TWO_OF_FOUR}, ["sparsity_config", "2:4"]),
         ({"transform_config": {"config_groups": {"R1": {}}}}, ["transform_config", "R1"]),
-        ({"quantization_status": "frozen"}, ["quantization_status=frozen"]),
         (
             {"format": "marlin-24", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
             ["group_0", "marlin-24"],
