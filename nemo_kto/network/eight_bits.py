@@ -1,38 +1,36 @@
-"""Matrices that a folder stores in eight bits, with a scale for each block or one in all (DeepSeek-V3, section 3.3).
+"""Matrices that a folder stores in eight bits, with scales for blocks (DeepSeek-V3, section 3.3), rows, or in all.
 
 They are made plain numbers as they are read: `weight * weight_scale_inv`, as transformers' `Fp8Dequantize` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.network.folder_tensors import FolderTensors
+from nemo_kto.network.scaled import (
+    EIGHT_BIT_FLOAT,
+    EXPONENTS,
+    FLOATS,
+    POWERS,
+    PlainNumbers,
+    ScaledMatrix,
+    ScaleNumbers,
+    Scales,
+    shapes_of_scales,
+)
 
-if TYPE_CHECKING:
-    import torch
-
-    from nemo_kto.network.weight_rules import Region
-
-STORED_AS = "F8_E4M3"
-"""What the safetensors format calls the dtype of such matrices."""
-SCALE = "_scale_inv"
-"""What the names of their scales end with, behind the matrix's own."""
-BESIDE = ("activation_scale", "input_scale")
-"""What stands beside a matrix for computing in eight bits, and means nothing without."""
+SCALE, SCALE_OF_OTHERS = "_scale_inv", "_scale"
+"""What the names of scales end with, behind the matrix's own: as DeepSeek calls them, and most others."""
 
 _BLOCK = (128, 128)
-_EXPONENTS = "ue8m0"
+_UE8M0 = "ue8m0"
 """`scale_fmt` of scales that are powers of two, whatever they are stored as; DeepSeek-V3.1 has them in float32."""
-_KNOWN = {"scale_fmt": ("float", _EXPONENTS), "expert_dtype": ("fp8",)}
+_KNOWN = {"scale_fmt": ("float", _UE8M0), "expert_dtype": ("fp8",)}
 """Fields, with the values beside which matrices can be read, the default first."""
-_NUMBERS = ("F64", "F32", "BF16", "F16", "F8_E8M0")
-"""Dtypes of scales that are numbers themselves."""
-_BYTES = "U8"
-"""Dtype of scales of which only the exponents are there, as float32 has them."""
-_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ class EightBits:
     block: tuple[int, int] | None
     exponents: bool
     dtype: str
-    name = "eight bits"
 
     @classmethod
     def of(cls, found: Mapping[str, Any], dtype: str, source: str) -> EightBits | None:
@@ -67,84 +64,32 @@ class EightBits:
                     "unquantised folder."
                 )
         size = None if block is None else (int(block[0]), int(block[1]))
-        return cls(size, found.get("scale_fmt") == _EXPONENTS, dtype)
+        return cls(size, found.get("scale_fmt") == _UE8M0, dtype)
 
-    def packed(self, names: Collection[str], slice_of: Callable[[str], Any], folder: str) -> dict[str, EightBitMatrix]:
+    def packed(self, tensors: FolderTensors) -> dict[str, ScaledMatrix]:
         """Return the matrices in eight bits among a folder's tensors, by name; see `Quantisation`."""
-        found = {}
-        for name in names:
-            stored = slice_of(name)
-            if stored.get_dtype() != STORED_AS:
-                continue
-            if name + SCALE not in names:
-                raise CheckpointError(f"{folder} lacks {name}{SCALE}, the scales of {name}. Download it again.")
-            scales = slice_of(name + SCALE)
-            if scales.get_dtype() not in (*_NUMBERS, *([_BYTES] if self.exponents else [])):
-                raise CheckpointError(
-                    f"{folder}: {name}{SCALE} is stored as {scales.get_dtype()}, no number"
-                    + ("." if self.exponents else f", and quantization_config.scale_fmt is not {_EXPONENTS}.")
-                )
-            self._check(f"{folder}: {name}", tuple(stored.get_shape()), tuple(scales.get_shape()))
-            module = name.rpartition(".")[0]
-            others = (name + SCALE, *(f"{module}.{beside}" for beside in BESIDE))
-            parts = (name, *(other for other in others if other in names))
-            found[name] = EightBitMatrix(parts, stored, scales, self.block)
-        return found
+        return {name: self._matrix(tensors, name) for name in tensors.names if tensors.dtype(name) == EIGHT_BIT_FLOAT}
 
-    def _check(self, place: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> None:
-        """Raise a CheckpointError, which begins with `place`, unless scales of a shape can be those of a matrix."""
-        if self.block is None:
-            wanted = [(), (1,), (1, 1)]
-        else:
-            wanted = [tuple(-(-size // step) for size, step in zip(shape, self.block, strict=False))]
-        if len(shape) != 2 or scales not in wanted:
+    def _matrix(self, tensors: FolderTensors, name: str) -> ScaledMatrix:
+        if name + SCALE not in tensors.names and name + SCALE_OF_OTHERS in tensors.names:
+            return with_scales(tensors, name)
+        if name + SCALE not in tensors.names:
+            raise CheckpointError(f"{tensors.folder} lacks {name}{SCALE}, the scales of {name}. Download it again.")
+        shape, scales, stored_as = tensors.shape(name), tensors.shape(name + SCALE), tensors.dtype(name + SCALE)
+        if stored_as not in (*FLOATS, POWERS, *([EXPONENTS] if self.exponents else [])):
             raise CheckpointError(
-                f"{place} has the shape {list(shape)} and scales {list(scales)}, which do not fit with "
-                f"quantization_config.weight_block_size={self.block and list(self.block)}. Use the model's "
+                f"{tensors.folder}: {name}{SCALE} is stored as {stored_as}, no number"
+                + ("." if self.exponents else f", and quantization_config.scale_fmt is not {_UE8M0}.")
+            )
+        if len(shape) != 2 or scales not in _scales_of(shape, self.block):
+            raise CheckpointError(
+                f"{tensors.folder}: {name} has the shape {list(shape)} and scales {list(scales)}, which do not fit "
+                f"with quantization_config.weight_block_size={self.block and list(self.block)}. Use the model's "
                 "unquantised folder."
             )
-
-
-@dataclass(frozen=True)
-class EightBitMatrix:
-    """A matrix in eight bits; see `quantised.PackedTensor`.
-
-    Attributes:
-        parts: Names of the tensors it is stored in.
-        stored: The matrix, to be sliced.
-        scales: Its scales, to be sliced.
-        block: See `EightBits`.
-    """
-
-    parts: tuple[str, ...]
-    stored: Any
-    scales: Any
-    block: tuple[int, int] | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self.stored.get_shape())
-
-    def read(self, where: Region) -> torch.Tensor:
-        """Return a block of it in float32."""
-        block: torch.Tensor = self.stored[where].float()
-        if self.block is None:
-            return block * _numbers(self.scales[...]).reshape(())
-        (high, wide), offsets = self.block, []
-        tiles = []
-        for place, step in ((where[0], high), (where[1], wide)):
-            first = place.start // step
-            tiles.append(slice(first, -(-place.stop // step)))
-            offsets.append(slice(place.start - first * step, place.stop - first * step))
-        factors = _numbers(self.scales[tuple(tiles)]).repeat_interleave(high, 0).repeat_interleave(wide, 1)
-        return block * factors[offsets[0], offsets[1]]
-
-
-def _numbers(scales: torch.Tensor) -> torch.Tensor:
-    """Return scales in float32; bytes are exponents."""
-    numbers = scales.float()
-    return numbers if scales.is_floating_point() else (numbers - _BIAS).exp2()
+        tile = self.block or (shape[0], shape[1])
+        found = Scales(ScaleNumbers(tensors.slice_of(name + SCALE)), tile, shape)
+        return ScaledMatrix((name, name + SCALE), PlainNumbers(tensors.slice_of(name)), found, 8)
 
 
 def _is_block(block: Any) -> bool:
@@ -152,3 +97,47 @@ def _is_block(block: Any) -> bool:
     if block is None:
         return True
     return isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+
+
+def _scales_of(shape: tuple[int, ...], block: tuple[int, int] | None) -> list[tuple[int, ...]]:
+    return shapes_of_scales(shape, (shape[0], shape[1])) if block is None else shapes_of_scales(shape, block)[:1]
+
+
+@dataclass(frozen=True)
+class EightBitRowsOrWhole:
+    """Matrices in eight bits with `weight_scale`: one for each row (FBGEMM), or one in all.
+
+    Attributes:
+        dtype: The dtype they have as plain numbers, as the safetensors format calls it.
+    """
+
+    dtype: str
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any], dtype: str, source: str) -> EightBitRowsOrWhole:
+        """Return what a `quantization_config` says: nothing that is needed."""
+        return cls(dtype)
+
+    def packed(self, tensors: FolderTensors) -> dict[str, ScaledMatrix]:
+        """Return the matrices in eight bits among a folder's tensors, by name; see `Quantisation`."""
+        names = [name for name in tensors.names if tensors.dtype(name) == EIGHT_BIT_FLOAT]
+        return {name: with_scales(tensors, name) for name in names}
+
+
+def with_scales(tensors: FolderTensors, name: str) -> ScaledMatrix:
+    """Return a matrix in eight bits with a scale for each row, or one in all.
+
+    Raises:
+        CheckpointError: There are none, or they do not fit.
+    """
+    scale = name + SCALE_OF_OTHERS
+    found = tensors.part(scale, *FLOATS, of=name)
+    shape, scales = tensors.shape(name), tensors.shape(scale)
+    if len(shape) == 2:
+        for tile in ((shape[0], shape[1]), (1, shape[1])):
+            if scales in shapes_of_scales(shape, tile):
+                of_matrix = Scales(ScaleNumbers(found), tile, shape)
+                return ScaledMatrix((name, scale), PlainNumbers(tensors.slice_of(name)), of_matrix, 8)
+    raise tensors.error(
+        name, f"has the shape {list(shape)} and scales {list(scales)}: neither one for each row nor one in all"
+    )

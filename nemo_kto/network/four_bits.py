@@ -5,15 +5,17 @@ They are made plain numbers as they are read, the very ones that transformers' `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nemo_kto.errors import CheckpointError
+from nemo_kto.network.folder_tensors import FolderTensors
+from nemo_kto.network.scaled import FOUR_BIT_FLOATS
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_kto.network.weight_rules import Region
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -23,8 +25,6 @@ _SHARE = 32
 """Numbers that share an exponent: neighbouring input channels."""
 _BIAS = 127
 """What is stored of an exponent is so much more."""
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What three bits mean: an exponent of two bits and one of the fraction (section 5.3.3); the fourth is the sign."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,29 @@ class FourBits:
     """
 
     dtype: str
-    name = "four bits"
 
     @classmethod
     def of(cls, found: Mapping[str, Any], dtype: str, source: str) -> FourBits:
         """Return what a `quantization_config` says, which is nothing more."""
         return cls(dtype)
 
-    def packed(self, names: Collection[str], slice_of: Callable[[str], Any], folder: str) -> dict[str, FourBitExperts]:
+    def packed(self, tensors: FolderTensors) -> dict[str, FourBitExperts]:
         """Return the experts in four bits among a folder's tensors, by name; see `Quantisation`."""
         found = {}
-        for stored in names:
+        for stored in tensors.names:
             name = stored.removesuffix(BLOCKS)
             if name == stored:
                 continue
-            if name + SCALES not in names:
-                raise CheckpointError(f"{folder} lacks {name}{SCALES}, the exponents of {stored}. Download it again.")
-            blocks, scales = slice_of(stored), slice_of(name + SCALES)
+            if name + SCALES not in tensors.names:
+                raise CheckpointError(
+                    f"{tensors.folder} lacks {name}{SCALES}, the exponents of {stored}. Download it again."
+                )
+            blocks, scales = tensors.slice_of(stored), tensors.slice_of(name + SCALES)
             shape, of_scales = tuple(blocks.get_shape()), tuple(scales.get_shape())
             dtypes = {blocks.get_dtype(), scales.get_dtype()}
             if dtypes != {"U8"} or len(shape) != 4 or shape != (*of_scales, _SHARE // 2):
                 raise CheckpointError(
-                    f"{folder}: {stored} ({blocks.get_dtype()}, {list(shape)}) and {name}{SCALES} "
+                    f"{tensors.folder}: {stored} ({blocks.get_dtype()}, {list(shape)}) and {name}{SCALES} "
                     f"({scales.get_dtype()}, {list(of_scales)}) are not what experts in MXFP4 are stored in: bytes, "
                     f"{_SHARE // 2} of them to an exponent. Download the folder again."
                 )
@@ -78,6 +79,7 @@ class FourBitExperts:
     parts: tuple[str, ...]
     blocks: Any
     scales: Any
+    bits = 4
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,14 +89,15 @@ class FourBitExperts:
 
     def read(self, where: Region) -> torch.Tensor:
         """Return a block of it in float32."""
-        import torch
-
         experts, inputs, outputs = where
         first = inputs.start // _SHARE
         groups = slice(first, -(-inputs.stop // _SHARE))
         blocks, scales = self.blocks[experts, outputs, groups], self.scales[experts, outputs, groups]
-        meanings = torch.tensor([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)])
+        meanings = torch.tensor(FOUR_BIT_FLOATS)
         in_order = torch.stack([blocks & 15, blocks >> 4], dim=-1)  # the lower half of a byte comes first
         numbers = meanings[in_order.int()].flatten(-2)
         plain = torch.ldexp(numbers, (scales.int() - _BIAS)[..., None]).flatten(-2)
         return plain[..., inputs.start - first * _SHARE : inputs.stop - first * _SHARE].mT
+
+    def stored(self, rows: slice) -> None:
+        """Return whole rows as they are stored, see `quantised.PackedTensor`: not in this form."""

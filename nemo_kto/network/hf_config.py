@@ -14,7 +14,7 @@ from nemo_kto.errors import CheckpointError, ConfigError, git_lfs_hint
 from nemo_kto.network import moe, rotary
 from nemo_kto.network.families import dimensions_of, family_of, parts_of_wholes
 from nemo_kto.network.family import PART_OF, Refusals
-from nemo_kto.network.quantised import quantisation_of
+from nemo_kto.network.quantised import FIELD, OLDER_FIELD, quantisation_of
 from nemo_kto.network.stored import has_own_output_layer, has_weights
 from nemo_kto.quiet import is_global_rank_zero
 
@@ -66,8 +66,16 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         text = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
     if quantisation_of(keys, file) is not None:
-        del config.quantization_config
+        _take_out_quantisation(config)
     return _language_model_of(config, file) if named.model_type in parts_of_wholes() else config
+
+
+def _take_out_quantisation(config: PretrainedConfig) -> None:
+    """Take out of a configuration, and of its language model's, what says how weights are stored in fewer bits."""
+    for part in (config, getattr(config, "text_config", None)):
+        for field in (FIELD, OLDER_FIELD):
+            if part is not None and hasattr(part, field):
+                delattr(part, field)
 
 
 def _language_model_of(whole: PretrainedConfig, file: Path) -> PretrainedConfig:

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_kto.errors import CheckpointError, git_lfs_hint
-from nemo_kto.network.quantised import PackedTensor, quantisation_of_folder
+from nemo_kto.network.folder_tensors import FolderTensors, is_of_activations
+from nemo_kto.network.quantised import PackedTensor, Quantisation, quantisation_of_folder
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
 from nemo_kto.network.weight_rules import Piece, Region, names_in_whole, spellings
 
@@ -26,6 +27,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 NO_WEIGHTS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool}
 """The same of other tensors, which only what is passed on as it is may have."""
+
+_IN_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 _COMPARED_AT_ONCE = 1 << 24
 """Most elements of a tensor that are compared in one go."""
@@ -85,6 +88,7 @@ class SafetensorsFolder:
         names: Names of all tensors of the folder.
         quantised: Those that are stored in fewer bits.
         quantisation: How they are; None where config.json says nothing of it.
+        left_out: Names of tensors that are for computing in fewer bits alone, and no tensors of the model.
         files: The files, see `weight_files`, with the names of the tensors that are read from each.
 
     Raises:
@@ -97,20 +101,29 @@ class SafetensorsFolder:
             self._handles = {file: _opened(stack, file) for file in weight_files(folder)}
             self._stack = stack.pop_all()
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
+        self._stored_in = self._file_of
         self._packed: dict[str, PackedTensor] = {}
         self.quantisation = quantisation_of_folder(folder)
+        self.left_out: list[str] = []
         if self.quantisation is not None:
-            self._packed.update(self.quantisation.packed(self._file_of, self._slice_of, str(folder)))
-            for name, packed in self._packed.items():
-                file = self._file_of[packed.parts[0]]
-                for part in packed.parts:
-                    self._file_of.pop(part, None)
-                self._file_of[name] = file
+            self._set_apart(self.quantisation)
         self.quantised = self._packed.keys()
         self.names = self._file_of.keys()
         self.files: dict[Path, list[str]] = {file: [] for file in self._handles}
         for name, file in self._file_of.items():
             self.files[file].append(name)
+
+    def _set_apart(self, quantisation: Quantisation) -> None:
+        """Put in place of the tensors that others are stored in the others; what is for computing so has no place."""
+        self.left_out += sorted(name for name in self._file_of if is_of_activations(name))
+        metadata: dict[str, str] = {}
+        for handle in self._handles.values():
+            metadata |= handle.metadata() or {}
+        names = {name: file for name, file in self._file_of.items() if not is_of_activations(name)}
+        self._packed.update(quantisation.packed(FolderTensors(str(self.folder), names, self._slice_of, metadata)))
+        places = {name: names[packed.parts[0]] for name, packed in self._packed.items()}
+        parts = {part for packed in self._packed.values() for part in packed.parts}
+        self._file_of = {name: file for name, file in names.items() if name not in parts} | places
 
     def __enter__(self) -> SafetensorsFolder:
         """Return the folder itself."""
@@ -141,23 +154,39 @@ class SafetensorsFolder:
 
         Of one that is stored in fewer bits it is in float32.
         """
-        where, packed = piece.within(region), self._packed.get(piece.name)
-        return piece.taken_from(self._slice_of(piece.name)[where] if packed is None else packed.read(where))
+        return piece.taken_from(self._block(piece.name, piece.within(region)))
 
     def equal(self, name: str, other: str) -> bool:
-        """Return whether two tensors have the same shape and values."""
-        one, two = self._slice_of(name), self._slice_of(other)
-        if {name, other} & self.quantised:
-            return False  # an embedding is not stored so
-        if one.get_shape() != two.get_shape():
+        """Return whether two tensors have the same shape and values, as plain numbers."""
+        shape = self.shape(name)
+        if shape != self.shape(other):
             return False
-        rows, *rest = one.get_shape()
+        rows, *rest = shape
         at_once = max(1, _COMPARED_AT_ONCE // max(1, math.prod(rest)))
-        starts = range(0, rows, at_once)
-        return all(_same(one[start : start + at_once], two[start : start + at_once]) for start in starts)
+        of_all = [slice(0, size) for size in rest]
+        for start in range(0, rows, at_once):
+            where = (slice(start, min(start + at_once, rows)), *of_all)
+            if not _same(self._block(name, where), self._block(other, where)):
+                return False
+        return True
+
+    def packed(self, name: str) -> PackedTensor:
+        """Return one of `quantised` as it is stored."""
+        return self._packed[name]
+
+    @property
+    def bits(self) -> str:
+        """In how many bits the numbers are that are stored in fewer, in words."""
+        counts = sorted({packed.bits for packed in self._packed.values()})
+        return " and ".join(_IN_WORDS[bits] for bits in counts) + " bits"
+
+    def _block(self, name: str, where: Region) -> torch.Tensor:
+        packed = self._packed.get(name)
+        block: torch.Tensor = self._slice_of(name)[where] if packed is None else packed.read(where)
+        return block
 
     def _slice_of(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
+        return self._handles[self._stored_in[name]].get_slice(name)
 
 
 def _opened(stack: ExitStack, file: Path) -> Any:

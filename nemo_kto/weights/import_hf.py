@@ -53,7 +53,8 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] | None = None) -> None:
     """Fill this rank's part of `model` from a Hugging Face folder; values are cast to the parameters' dtype.
 
-    Needs no communication, and holds some rows of one tensor in memory at a time: 64 MB in bfloat16, or whole heads.
+    Needs no communication, and holds some rows of one tensor in memory at a time: 64 MB in bfloat16, or whole heads;
+    twice as much, in float32, of what is stored in fewer bits.
 
     Args:
         model: A chunk of the model on any rank, not wrapped.
@@ -67,8 +68,10 @@ def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] |
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model.hf_config)
-        if source.quantised and source.quantisation is not None:
-            _warn_dequantised(source.folder, source.quantisation.name)
+        if source.quantised:
+            _warn_dequantised(source.folder, source.bits)
+        if source.left_out:
+            _warn_of_activations(source.folder, source.left_out[0], len(source.left_out))
         for leaf in sharded_leaves(model):
             if keys is not None and leaf.key not in keys:
                 continue
@@ -192,6 +195,18 @@ def _warn_dequantised(folder: Path, bits: str) -> None:
             "%s holds matrices in %s: they are trained, and exported, as the plain numbers they stand for.",
             folder,
             bits,
+        )
+
+
+@functools.cache
+def _warn_of_activations(folder: Path, first: str, tensors: int) -> None:
+    if is_global_rank_zero():
+        logger.warning(
+            "%s: tensors that are for computing, or keeping keys and values, in fewer bits are left out, %d in all, "
+            "such as %s: training does not do that.",
+            folder,
+            tensors,
+            first,
         )
 
 

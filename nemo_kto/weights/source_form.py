@@ -112,9 +112,10 @@ def write_config(
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         shutil.copyfile(source / "config.json", target)
         changes = _untied(read_hf_config(source), config)
-    is_quantised = fields.get(quantised.FIELD) is not None
-    if is_quantised:
-        del fields[quantised.FIELD]
+    is_quantised = False
+    while (found := quantised.described_in(fields)) is not None:
+        del found[0][found[1]]
+        is_quantised = True
     text = fields if whole_of(config) is None else fields["text_config"]
     left_out = {name: 0 for name in family_of(config).further_layers if text.get(name)}
     text |= left_out

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, family_of
+from nemo_kto.network.quantised import KINDS as QUANTISED
 from tests.generation.test_decoding import BIASED, DENSE, SPARSE
 from tests.integration.assets import KINDS
 from tests.integration.test_matrix import MODELS
@@ -54,3 +55,8 @@ def test_what_a_mixture_can_have(family: str) -> None:
     is_mixture = family_of(config).mixture(config) is not None
     assert (row["EP"], row["TP"]) == (("yes", "with SP") if is_mixture else ("", "yes"))
     assert row["LoRA"] == ("all" if family_of(config).feed_forward_adapters else "attention")
+
+
+def test_the_table_of_folders_in_fewer_bits_is_of_all_methods() -> None:
+    table = PAGE.read_text().split("### Folders in fewer bits")[1]
+    assert re.findall(r"^\| [^|`]+: `([\w-]+)`[^|]*\|", table, flags=re.MULTILINE) == list(QUANTISED)

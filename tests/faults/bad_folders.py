@@ -119,7 +119,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "an epsilon that is text": (edit(CONFIG, rms_norm_eps="small"), "rms_norm_eps"),
     "rope nobody knows": (edit(CONFIG, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "spiral"),
     "rope that is text": (edit(CONFIG, rope_parameters="yes"), "rope"),
-    "quantised": (edit(CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quanti"),
+    "quantised": (edit(CONFIG, quantization_config={"quant_method": "awq", "bits": 4}), "of the quant_method 'awq'"),
     "code of its own": (edit(CONFIG, auto_map={"AutoConfig": "x.Y"}, model_type="mine"), "mine"),
     # weights
     "no weights": (remove(WEIGHTS), WEIGHTS),

@@ -244,7 +244,7 @@ def lone_scales(tensors: dict[str, torch.Tensor]) -> None:
     [
         ({"scale_fmt": "ue4m3"}, None, ["config.json", "quantization_config.scale_fmt=ue4m3", "float and ue8m0"]),
         ({"expert_dtype": "fp4"}, None, ["config.json", "quantization_config.expert_dtype=fp4"]),
-        ({"quant_method": "gptq"}, None, ["config.json", "'gptq'", "only those of the quant_methods fp8 and mxfp4"]),
+        ({"quant_method": "gptq"}, None, ["config.json", "'gptq'", "only the quant_methods bitsandbytes, "]),
         ({"weight_block_size": [128]}, None, ["config.json", "'weight_block_size': [128]"]),
         ({"weight_block_size": [0, 128]}, None, ["config.json", "'weight_block_size': [0, 128]"]),
         ({"weight_block_size": [128, 128]}, None, [MATRIX[:14], "weight_block_size=[128, 128]"]),
