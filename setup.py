@@ -19,7 +19,6 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "scikit-learn>=1.4",
-    "torchao>=0.15",
 ]
 
 setup(

@@ -1,4 +1,8 @@
-"""Folders of torchao: what is read are the numbers that torchao's tensors stand for."""
+"""Folders of torchao: what is read are the numbers that torchao's tensors stand for.
+
+It is not installed for the tests (see `torchao/make.py`): where it is, these run as well. `test_torchao_files.py` has
+what it once made.
+"""
 
 from __future__ import annotations
 
