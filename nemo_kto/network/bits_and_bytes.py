@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
 from nemo_kto.network.folder_tensors import FolderTensors
 from nemo_kto.network.scaled import PlainNumbers, ScaledMatrix, ScaleNumbers, Scales, read_in_parts
+from nemo_kto.runtime.layout import NF4_BLOCK
 
 if TYPE_CHECKING:
     from nemo_kto.network.weight_rules import Region
@@ -48,8 +49,24 @@ _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _EIGHT_BITS, _ROW_SCALES, _ORDER = "I8", "SCB", "weight_format"
 _PART_OF_127 = 7.874015718698502e-3
 """What bitsandbytes multiplies with instead of dividing by 127."""
-_TAKEN_OVER = 64
-"""Numbers that have a scale together in matrices that can be taken over as they are."""
+
+
+class ScalesOfScales(NamedTuple):
+    """Scales of a matrix that are stored in eight bits.
+
+    Attributes:
+        codes: A byte for each.
+        scales: What shares a scale in turn -> that, in float32.
+        levels: What each byte stands for, in float32.
+        offset: What is added.
+        together: Scales that share one.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor
+    offset: float
+    together: int
 
 
 @dataclass(frozen=True)
@@ -193,18 +210,17 @@ class FourBitMatrix:
         numbers *= scales[first % self.block :][: last - first]
         return numbers.view(-1, self.shape[1])[:, columns]
 
-    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return whole rows as they are stored; None where no block of 64 numbers of NF4 lies in a row alone.
+    @property
+    def kept_as(self) -> str | None:
+        """The key of the format that has the very numbers; see `quantised.PackedTensor`."""
+        return "nf4" if (self.kind, self.block) == ("nf4", NF4_BLOCK) and self.shape[1] % NF4_BLOCK == 0 else None
 
-        Returns:
-            Two numbers a byte `[rows, columns / 2]`, and scales `[rows, columns / 64]` in float32.
-        """
-        wide = self.shape[1]
-        if (self.kind, self.block) != ("nf4", _TAKEN_OVER) or wide % self.block:
+    def scales_of_scales(self) -> ScalesOfScales | None:
+        """Return how its scales are stored; see `quantised.PackedTensor`."""
+        if not self.of_scales:
             return None
-        first, last = rows.start * wide, rows.stop * wide
-        scales = self._scales(first // self.block, last // self.block)
-        return self._bytes(first // 2, last // 2).view(-1, wide // 2), scales.view(-1, wide // self.block)
+        codes, scales, levels = (part[...] for part in self.absmax)
+        return ScalesOfScales(codes, scales, levels, self.offset, self.of_scales)
 
     def _values(self, first: int, last: int) -> torch.Tensor:
         """Return the four bits of the numbers from `first` to `last`."""
@@ -251,16 +267,7 @@ def _eight_bits(tensors: FolderTensors, name: str) -> EightBitRows:
 class EightBitRows(ScaledMatrix):
     """A matrix in eight bits with a scale for each row, 127 times as large; see `ScaledMatrix`."""
 
+    kept_as: ClassVar[str | None] = "int8"
+
     def _read(self, where: Region) -> torch.Tensor:
         return super()._read(where) * _PART_OF_127
-
-    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return whole rows as they are stored.
-
-        Returns:
-            Numbers `[rows, columns]` in int8, and scales `[rows]` in float32.
-        """
-        where = (rows, slice(0, self.shape[1]))
-        assert isinstance(self.numbers, PlainNumbers)
-        codes: torch.Tensor = self.numbers.stored[where]
-        return codes, self.scales.read(where).flatten()

@@ -80,6 +80,7 @@ class FourBitExperts:
     blocks: Any
     scales: Any
     bits = 4
+    kept_as = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,5 +100,5 @@ class FourBitExperts:
         plain = torch.ldexp(numbers, (scales.int() - _BIAS)[..., None]).flatten(-2)
         return plain[..., inputs.start - first * _SHARE : inputs.stop - first * _SHARE].mT
 
-    def stored(self, rows: slice) -> None:
-        """Return whole rows as they are stored, see `quantised.PackedTensor`: not in this form."""
+    def scales_of_scales(self) -> None:
+        """Return nothing, as its scales are numbers; see `quantised.PackedTensor`."""

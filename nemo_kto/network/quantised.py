@@ -18,6 +18,7 @@ from nemo_kto.network.torch_ao import TorchAO
 if TYPE_CHECKING:
     import torch
 
+    from nemo_kto.network.bits_and_bytes import ScalesOfScales
     from nemo_kto.network.folder_tensors import FolderTensors
     from nemo_kto.network.weight_rules import Region
 
@@ -43,16 +44,15 @@ class PackedTensor(Protocol):
     def bits(self) -> int:
         """Bits that a number is stored in, without scales."""
 
+    @property
+    def kept_as(self) -> str | None:
+        """Key of `quantised_weight.FORMATS` with the very numbers; None where none has them."""
+
     def read(self, where: Region) -> torch.Tensor:
         """Return a block of it in float32."""
 
-    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return whole rows of a matrix `[o, i]` as bitsandbytes stores them, and their scales in float32.
-
-        Returns:
-            NF4 with blocks of 64: uint8 `[rows, i / 2]`, the first of two numbers in the upper half, and
-            `[rows, i / 64]`. LLM.int8(): int8 `[rows, i]` and `[rows]`. None where it is stored in another form.
-        """
+    def scales_of_scales(self) -> ScalesOfScales | None:
+        """Return how its scales are stored, where they are in eight bits themselves, else None."""
 
 
 class Quantisation(Protocol):

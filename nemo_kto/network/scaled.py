@@ -7,7 +7,7 @@ together. Any form of numbers, `Numbers`, can go with any form of scales, `Scale
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -256,6 +256,7 @@ class ScaledMatrix:
     numbers: Numbers
     scales: Scales
     bits: int
+    kept_as: ClassVar[str | None] = None
     zero_points: Scales | None = None
     offsets: Scales | None = None
 
@@ -275,6 +276,5 @@ class ScaledMatrix:
         block = block * self.scales.read(where)
         return block if self.offsets is None else block + self.offsets.read(where)
 
-    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return whole rows as they are stored, see `quantised.PackedTensor`: not in this form."""
-        return None
+    def scales_of_scales(self) -> None:
+        """Return nothing, as its scales are numbers; see `quantised.PackedTensor`."""

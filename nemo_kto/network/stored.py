@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_kto.errors import CheckpointError, git_lfs_hint
+from nemo_kto.network.bits_and_bytes import ScalesOfScales
 from nemo_kto.network.folder_tensors import FolderTensors, is_of_activations
 from nemo_kto.network.quantised import PackedTensor, Quantisation, quantisation_of_folder
 from nemo_kto.network.tables import EMBEDDING, OUTPUT
@@ -170,9 +171,13 @@ class SafetensorsFolder:
                 return False
         return True
 
-    def packed(self, name: str) -> PackedTensor:
-        """Return one of `quantised` as it is stored."""
-        return self._packed[name]
+    def scales_of_scales(self, name: str) -> ScalesOfScales | None:
+        """Return how the scales of a tensor are stored, where it has some in eight bits, else None."""
+        return self._packed[name].scales_of_scales() if name in self._packed else None
+
+    def has_numbers_of(self, kind: str) -> bool:
+        """Return whether all of `quantised` have the very numbers of a format, see `quantised_weight.FORMATS`."""
+        return all(packed.kept_as == kind for packed in self._packed.values())
 
     @property
     def bits(self) -> str:

@@ -69,7 +69,7 @@ def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] |
     with SafetensorsFolder(Path(folder)) as source:
         _check_tensors(source, model.hf_config)
         if source.quantised:
-            _warn_dequantised(source.folder, source.bits)
+            _warn_of_bits(source, _kept_as(model))
         if source.left_out:
             _warn_of_activations(source.folder, source.left_out[0], len(source.left_out))
         for leaf in sharded_leaves(model):
@@ -79,7 +79,7 @@ def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] |
             pieces = [piece.found_among(source.names)[0] for piece in rule.pieces]
             read = functools.partial(_read_finite, source)
             if isinstance(leaf.data, QuantisedWeight):
-                quantiser = Quantiser(leaf, rule.layout, pieces, read)
+                quantiser = Quantiser(leaf, rule.layout, pieces, read, source.scales_of_scales)
                 for region, data in _parts(leaf, rule.layout, _QUANTISED_AT_ONCE):
                     quantiser.fill(data, region)
                 continue
@@ -188,14 +188,26 @@ def _without_further_layers(folder: Path, names: list[str], hf_config: Any) -> l
     return [name for name in names if name not in further]
 
 
+def _kept_as(model: KTOGPTModel) -> str | None:
+    """Return in which format a model's linear layers are kept: a key of `quantised_weight.FORMATS`, or None."""
+    return next((each.kind for each in model.parameters() if isinstance(each, QuantisedWeight)), None)
+
+
+def _warn_of_bits(source: SafetensorsFolder, kind: str | None) -> None:
+    """Say what becomes of what a folder stores in fewer bits."""
+    if kind is None:
+        what = "they are trained, and exported, as the plain numbers they stand for"
+    elif source.has_numbers_of(kind.removesuffix("_double")):
+        what = "they are kept so"
+    else:
+        what = "the plain numbers they stand for are quantised again"
+    _warn_once("%s holds matrices in %s: %s.", source.folder, source.bits, what)
+
+
 @functools.cache
-def _warn_dequantised(folder: Path, bits: str) -> None:
+def _warn_once(message: str, *values: object) -> None:
     if is_global_rank_zero():
-        logger.warning(
-            "%s holds matrices in %s: they are trained, and exported, as the plain numbers they stand for.",
-            folder,
-            bits,
-        )
+        logger.warning(message, *values)
 
 
 @functools.cache

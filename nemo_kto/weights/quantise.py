@@ -6,12 +6,13 @@ whose numbers share a scale all is read, also where other ranks have the rest, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nemo_kto.errors import CheckpointError
+from nemo_kto.network.bits_and_bytes import ScalesOfScales
 from nemo_kto.network.quantised_weight import (
     SCALES_BLOCK,
     Nf4,
@@ -37,11 +38,20 @@ class Quantiser:
         layout: How the folder's tensors make it up.
         pieces: Those tensors.
         reader: Reads them.
+        stored_scales: Returns how the scales of a tensor are stored, where it has some in eight bits, else None.
     """
 
-    def __init__(self, leaf: Leaf, layout: Layout, pieces: Sequence[Piece], reader: Reader) -> None:
+    def __init__(
+        self,
+        leaf: Leaf,
+        layout: Layout,
+        pieces: Sequence[Piece],
+        reader: Reader,
+        stored_scales: Callable[[str], ScalesOfScales | None],
+    ) -> None:
         self._columns = leaf.global_shape[1]
         self._layout, self._pieces, self._reader = layout, pieces, reader
+        self._stored_scales = stored_scales
         self._tables: dict[Piece, _Scales] = {}
 
     def fill(self, weight: QuantisedWeight, region: Region) -> None:
@@ -81,7 +91,8 @@ class Quantiser:
     def _table(self, piece: Piece, device: torch.device) -> _Scales:
         whole = _matrix_of(piece)
         if whole not in self._tables:
-            self._tables[whole] = _Scales.of(whole, self._reader, device)
+            stored = self._stored_scales(whole.name)
+            self._tables[whole] = _Scales.as_stored(whole, stored, device) or _Scales.of(whole, self._reader, device)
         return self._tables[whole]
 
 
@@ -106,6 +117,18 @@ class _Scales:
     offset: torch.Tensor
 
     @classmethod
+    def as_stored(cls, matrix: Piece, stored: ScalesOfScales | None, device: torch.device) -> _Scales | None:
+        """Return those that the folder has, if it has them in this form."""
+        rows, columns = matrix.shape
+        number = rows * (columns // NF4_BLOCK)
+        if stored is None or (stored.together, stored.codes.numel()) != (SCALES_BLOCK, number):
+            return None
+        if not torch.equal(stored.levels, scale_levels(stored.levels.device)):
+            return None
+        scales = stored.scales.to(device)
+        return cls(stored.codes.to(device).view(rows, -1), _padded(scales, columns), scales.new_tensor(stored.offset))
+
+    @classmethod
     def of(cls, matrix: Piece, reader: Reader, device: torch.device) -> _Scales:
         """Return them; the matrix is read to its end."""
         first = torch.cat([_largest(reader(matrix, region).to(device)) for region in _rows(matrix)])
@@ -114,7 +137,7 @@ class _Scales:
         bitsandbytes()
         levels = scale_levels(device)
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise.default(first - offset, levels, SCALES_BLOCK)
-        return cls(codes, torch.cat([scales, scales.new_zeros(first.shape[1] // SCALES_BLOCK + 2)]), offset)
+        return cls(codes, _padded(scales, matrix.shape[1]), offset)
 
     def parts(self, piece: Piece, where: Region) -> Parts:
         """Return what is kept of a piece's rows and scales.
@@ -135,6 +158,11 @@ class _Scales:
             "scale_offset": self.offset.expand(len(first), 1),
             "scale_place": (first % SCALES_BLOCK).int(),
         }
+
+
+def _padded(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return scales with as many zeros behind as the last row of so many columns can ask for."""
+    return torch.cat([scales, scales.new_zeros(groups_of(columns // NF4_BLOCK) + 1)])
 
 
 def _rows(matrix: Piece) -> Iterator[Region]:

@@ -123,46 +123,7 @@ def test_blocks_of_other_sizes(tmp_path: Path, shape: tuple[int, int], kind: str
     assert torch.equal(read["a.weight"], wanted)
     quantised.assert_blocks_are_parts_of_the_whole(folder, read)
     with SafetensorsFolder(folder) as stored:
-        assert stored.packed("a.weight").stored(slice(0, 2)) is None
-
-
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-@pytest.mark.parametrize("nested", [True, False])
-def test_rows_of_nf4_as_they_are_stored(tmp_path: Path, storage: torch.dtype, nested: bool) -> None:
-    """bitsandbytes makes the same of them; 300 rows of 3 scales have more than the 256 that share one in turn."""
-    folder, shape = tmp_path / "model", (300, 192)
-    wanted, codes = one_matrix(folder, shape, storage=storage, quant_type="nf4", compress_statistics=nested)
-    with SafetensorsFolder(folder) as stored:
-        found = stored.packed("a.weight").stored(slice(11, 297))
-    assert found is not None
-    bytes_, scales = found
-    assert (bytes_.dtype, bytes_.shape, scales.dtype, scales.shape) == (
-        torch.uint8,
-        (286, 96),
-        torch.float32,
-        (286, 3),
-    )
-    assert torch.equal(bytes_.flatten(), codes.view(torch.uint8).flatten()[11 * 96 : 297 * 96])
-    dequantised = torch.ops.bitsandbytes.dequantize_4bit.default(
-        bytes_.reshape(-1, 1), scales.flatten(), 64, "nf4", (286, 192), torch.float32
-    )
-    assert torch.equal(dequantised, wanted[11:297])
-
-
-def test_rows_without_blocks_of_their_own_are_not_given_as_stored(tmp_path: Path) -> None:
-    one_matrix(tmp_path / "model", (8, 96), quant_type="nf4")
-    with SafetensorsFolder(tmp_path / "model") as stored:
-        assert stored.packed("a.weight").stored(slice(0, 2)) is None
-
-
-def test_rows_of_eight_bits_as_they_are_stored(folders: Path) -> None:
-    name = "model.layers.0.mlp.down_proj"
-    tensors = load_file(folders / "int8" / "model.safetensors")
-    with SafetensorsFolder(folders / "int8") as stored:
-        found = stored.packed(f"{name}.weight").stored(slice(3, 20))
-    assert found is not None
-    assert found[0].dtype == torch.int8 and torch.equal(found[0], tensors[f"{name}.weight"][3:20])
-    assert found[1].dtype == torch.float32 and torch.equal(found[1], tensors[f"{name}.SCB"][3:20])
+        assert not stored.has_numbers_of("nf4")
 
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"

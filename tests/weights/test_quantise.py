@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
@@ -17,6 +19,7 @@ from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights import import_hf as importing
 from nemo_kto.weights.import_hf import import_hf
 from tests.integration.assets import KINDS, make_model_folder
 from tests.integration.test_quantised_base import through
@@ -102,3 +105,50 @@ def test_a_number_that_float16_cannot_hold_is_named(tmp_path: Path, run_ranks: C
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Exception, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that int8.*quantize_base=nf4"):
         read(run_ranks, folder, ONE, "int8")
+
+
+BITS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4_double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"), [("nf4", "nf4"), ("nf4_double", "nf4_double"), ("nf4_double", "nf4"), ("int8", "int8")]
+)
+def test_what_bitsandbytes_has_stored_is_kept_to_the_bit(
+    tmp_path: Path, run_ranks: Callable[..., Any], stored: str, kept: str
+) -> None:
+    """Numbers, scales, and scales of scales, also of rows that two ranks share."""
+    plain = make_model_folder(tmp_path / "hf", kind="wide")
+    settings = BitsAndBytesConfig(**BITS[stored])
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, quantization_config=settings)
+    folder = tmp_path / "quantised"
+    model.save_pretrained(folder)
+    for layout in (ONE, SEQUENCE):
+        ours, theirs = (read(run_ranks, folder, layout, kind) for kind in (kept, None))
+        for mine, numbers in zip(ours, theirs, strict=True):
+            assert len(mine) == 20 and all(torch.equal(mine[key], numbers[key]) for key in mine)
+
+
+def messages_on_rank(folder: str, kind: str | None) -> list[str]:
+    """Return what is said of a folder."""
+    found: list[str] = []
+    importing._warn_once.cache_clear()
+    with mock.patch.object(importing.logger, "warning", lambda message, *values: found.append(message % values)):
+        blocks_on_rank(folder, ONE, kind)
+    return found
+
+
+def test_what_becomes_of_a_folder_in_fewer_bits_is_said(tmp_path: Path, run_ranks: Callable[..., Any]) -> None:
+    plain = make_model_folder(tmp_path / "hf", kind="wide")
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=BitsAndBytesConfig(**BITS["nf4"]))
+    model.save_pretrained(tmp_path / "four")
+    for kind, said in (
+        ("nf4_double", "they are kept so"),
+        ("int8", "the plain numbers they stand for are quantised again"),
+        (None, "they are trained, and exported, as the plain numbers they stand for"),
+    ):
+        (messages,) = run_ranks(messages_on_rank, 1, str(tmp_path / "four"), kind)
+        assert messages == [f"{tmp_path / 'four'} holds matrices in four bits: {said}."]

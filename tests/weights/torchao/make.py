@@ -2,8 +2,8 @@
 
 python tests/weights/torchao/make.py
 
-It needs torchao, which is not installed for the tests: transformers imports it wherever it is, which takes seconds, and
-prints on a CPU. Made with torchao 0.18.0 and torch 2.13.0.
+It needs torchao, which is not installed for the tests: transformers imports it wherever it is, which takes seconds,
+and prints on a CPU. Made with torchao 0.18.0 and torch 2.13.0.
 """
 
 from __future__ import annotations
