@@ -138,17 +138,18 @@ def _existing_files(value: str) -> list[str]:
 
 
 def _unreadable(key: str, value: str, error: HydraException) -> str:
-    reason = str(error).splitlines()[0]
+    reason, besides = str(error).splitlines()[0], ""
     if value.startswith("["):
         parts = [part.strip().strip("'\"") for part in value.strip("[]").split(",")]
         example = f"{key}=[{','.join(map(quoted, parts))}]"
     elif value.startswith("{"):
         example = f"{key}={{path: {quoted('a=b, c.jsonl')}}}"
+        besides = ". What stands in front of a colon takes no quotes, but a backslash before each such character"
     else:
         example = f"{key}={quoted(value)}"
     return (
         f"{key}={value} cannot be read ({reason}). Quote texts with anything but English letters, digits and ._-/ in "
-        f"them, once for Hydra and once for the shell: {_for_shell(example)}"
+        f"them, once for Hydra and once for the shell: {_for_shell(example)}{besides}"
     )
 
 

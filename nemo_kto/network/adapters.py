@@ -1,4 +1,4 @@
-"""The modules of adapters: A and B beside one of Megatron's linear layers, and what they make of its output.
+"""Adapters beside one of Megatron's linear layers, and what they make of its output.
 
 With tensor parallelism A and B are divided as the layer's weight W is: of a column-parallel layer B's rows, of a
 row-parallel one A's columns. The other of the two is whole on every rank. What crosses ranks is `A x`, `r` numbers per
@@ -21,8 +21,7 @@ Tensor legend: `T` tokens of a packed row on this rank, `i/o` input and output c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,75 +42,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo_kto.algorithms.dropout import drop_out
 from nemo_kto.algorithms.row_norms import row_squares
 from nemo_kto.network.latent_attention import WholeLinear
+from nemo_kto.network.low_rank import Adapter, Matrices, Switch
 from nemo_kto.network.projections import LoRASettings, parts_of
-
-
-@dataclass
-class Switch:
-    """What all adapters of a chunk share.
-
-    Attributes:
-        on: Whether they add anything.
-        dropout_keys: Those of the row that is computed, see `RowParams`.
-    """
-
-    on: bool = True
-    dropout_keys: torch.Tensor | None = field(default=None, repr=False)
-
-
-class Matrices(NamedTuple):
-    """What an adapter is made of.
-
-    Attributes:
-        lora_a: `[r, i]`.
-        lora_bs: Part -> its B `[o, r]`.
-        magnitudes: Part -> its magnitudes `[o]` float32; empty without DoRA.
-        scale: What `B A` is multiplied by.
-    """
-
-    lora_a: torch.Tensor
-    lora_bs: dict[str, torch.Tensor]
-    magnitudes: dict[str, torch.Tensor]
-    scale: float
-
-
-class Adapter(torch.nn.Module):
-    """The adapters of one projection, values still to be set.
-
-    Attributes:
-        lora_a: `[r, i]`.
-        lora_b: `[o, r]`; of a fused projection `lora_b_<part>` for each part, `o` being that part's channels.
-        lora_m: With DoRA the magnitudes `[o]` float32, likewise.
-        scale: What `B A` is multiplied by.
-    """
-
-    def __init__(
-        self, like: torch.Tensor, *, inputs: int, outputs: Mapping[str, int], rank: int, scale: float, dora: bool
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.lora_a = torch.nn.Parameter(like.new_zeros(rank, inputs))
-        self.b_names = {part: f"lora_b_{part}" if len(outputs) > 1 else "lora_b" for part in outputs}
-        for part, name in self.b_names.items():
-            self.register_parameter(name, torch.nn.Parameter(like.new_zeros(outputs[part], rank)))
-        self.m_names = {part: name.replace("lora_b", "lora_m") for part, name in self.b_names.items() if dora}
-        for part, name in self.m_names.items():
-            magnitudes = like.new_zeros(outputs[part], dtype=torch.float32)
-            self.register_parameter(name, torch.nn.Parameter(magnitudes))
-
-    def matrices(self) -> Matrices:
-        """Return its parameters, whose values are there."""
-        lora_bs, magnitudes = (
-            {part: getattr(self, name) for part, name in names.items()} for names in (self.b_names, self.m_names)
-        )
-        return Matrices(self.lora_a, lora_bs, magnitudes, self.scale)
-
-    def forward(self) -> Matrices:
-        """Return its parameters.
-
-        They are had by a call, as Megatron hooks to that what has their values gathered first.
-        """
-        return self.matrices()
 
 
 class Adapted:

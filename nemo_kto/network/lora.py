@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from nemo_kto.network.adapters import Adapted, Switch, adapt
+from nemo_kto.network.adapters import Adapted, adapt
 from nemo_kto.network.attention import DocumentParams
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, tensor_generator
+from nemo_kto.network.low_rank import Switch
 from nemo_kto.network.projections import (
     LoRASettings,
     adapted_modules,

@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from nemo_kto.network.adapters import Switch
+from nemo_kto.network.low_rank import Switch
 from nemo_kto.network.sharded import ADAPTERS, mark_divided
 
 PLACES = {"embed_tokens": "embedding.word_embeddings", "lm_head": "output_layer"}

@@ -123,6 +123,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise CheckpointError(f"{file}: {name}={value!r} is not possible. It is a number of an adapter of PEFT.")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: modules_to_save={names!r} is not possible. It is a list of names of modules.")
     for name in ("rank_pattern", "alpha_pattern"):
         fault = fault_of_patterns(config.get(name) or {}, ranks=name == "rank_pattern")
         if fault is not None:
@@ -153,9 +156,9 @@ def _whole(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in WHOLE if name in named)
 
 
-def _whole_name(name: Any) -> str | None:
+def _whole_name(name: str) -> str | None:
     """Return which of `WHOLE` a name in `modules_to_save` means, of which the last part tells; None for none."""
-    last = str(name).rpartition(".")[2]
+    last = name.rpartition(".")[2]
     return last if last in WHOLE else None
 
 

@@ -108,6 +108,8 @@ def test_a_name_that_is_too_long_is_none() -> None:
 def test_other_things_are_not_taken_for_texts() -> None:
     assert readable("model.optim.lr=1e-5") == "++model.optim.lr=1e-5"
     assert readable(f"{TRAIN}={{path: a, weight: 2}}") == f"++{TRAIN}={{path: a, weight: 2}}"
+    escaped = r"model.peft.lora_tuning.rank_pattern={layers.\[12\].*: 3}"
+    assert load_config([escaped]).model.peft.lora_tuning.rank_pattern == {"layers.[12].*": 3}
     assert readable("model.seed=1,2", sweeps=True) == "++model.seed=1,2"
     assert readable("exp_manager.name=${model.seed}") == "++exp_manager.name=${model.seed}"
     assert load_config(["exp_manager.name=run-${model.seed}"]).exp_manager.name == "run-1234"
@@ -118,6 +120,10 @@ def test_other_things_are_not_taken_for_texts() -> None:
     [
         (f"{TRAIN}=[a=b.jsonl,c]", ["[a=b.jsonl,c] cannot be read", f"\"{TRAIN}=['a=b.jsonl','c']\""]),
         (f"{TRAIN}={{path: a=b}}", ["cannot be read", f"\"{TRAIN}={{path: 'a=b, c.jsonl'}}\""]),
+        (
+            "model.peft.lora_tuning.rank_pattern={layers.[12].*: 3}",
+            ["cannot be read", "in front of a colon takes no quotes, but a backslash"],
+        ),
         (f"{TRAIN}=a.jsonl,b.jsonl", [f"\"{TRAIN}='a.jsonl,b.jsonl'\"", f'"{TRAIN}=[a.jsonl,b.jsonl]"', "--multirun"]),
         ("exp_manager.name=a,b", ["\"exp_manager.name='a,b'\"", "several runs need --multirun"]),
         ("model.optim.lr=1e-5,1e-6", ["model.optim.lr=1e-5,1e-6 has commas", "--multirun"]),

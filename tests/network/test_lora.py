@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Pretrain
 
 from nemo_kto.algorithms import row_norms
 from nemo_kto.algorithms.dropout import keep_mask, token_keys
+from nemo_kto.config.compose import load_config
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
@@ -582,6 +583,8 @@ def test_patterns_may_be_written_in_another_way_that_means_the_same(source: Path
         f"Set {prefix}adapter_dim=3 {prefix}rank_pattern={{layers\\\\.\\[12\\]\\\\..*_proj: 2, mlp.down_proj: 1, "
         "model.layers.0.self_attn.k_proj: 6, q_proj: 5}."
     )
+    keys = load_config(str(error.value)[:-1].partition("Set ")[2].split(" ", 1)).model.peft.lora_tuning
+    assert (keys.adapter_dim, keys.rank_pattern) == (3, found.rank_pattern)  # what is said can be set
     with pytest.raises(ConfigError, match=r"of another kind. Set \S+alpha=7.0 \S+alpha_pattern={3.self_attn"):
         check_adapter(folder, replace(found, alpha_pattern={}, alpha=8), hf_config)
 

@@ -353,10 +353,26 @@ def test_a_folder_that_is_gone_is_asked_for(source: Path, tmp_path: Path, one_ra
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layers", [None, [1, 2]])
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5_moe"])
+RANKS = {"model.language_model.layers.1.self_attn.q_proj": 5, "o_proj": 2}
+MAGNITUDES_AND_COPIES = {"use_dora": True, "modules_to_save": ["language_model.embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "fields"),
+    [
+        ("gemma3", None, {}),
+        ("gemma3", [1, 2], {"rank_pattern": RANKS, "use_dora": True}),
+        ("qwen3_5_moe", None, {"rank_pattern": RANKS, **MAGNITUDES_AND_COPIES}),
+        ("qwen3_5_moe", [1, 2], {}),
+    ],
+)
 def test_adapters_of_peft_are_taken_over_and_given_back(
-    source: Path, tmp_path: Path, run_ranks: Callable[..., Any], name: str, layers: list[int] | None
+    source: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Any],
+    name: str,
+    layers: list[int] | None,
+    fields: dict[str, Any],
 ) -> None:
     """On the language model only: layers that see images have projections of the same names.
 
@@ -365,11 +381,11 @@ def test_adapters_of_peft_are_taken_over_and_given_back(
     base, adapter, target = source / name, tmp_path / "adapter", tmp_path / "out"
     numbers = "|".join(map(str, layers or range(4)))
     pattern = rf"model\.language_model\.layers\.({numbers})\..*\.(q_proj|o_proj|up_proj)"
-    adapted = get_peft_model(load(base), LoraConfig(r=3, lora_alpha=4, target_modules=pattern)).eval()
+    adapted = get_peft_model(load(base), LoraConfig(r=3, lora_alpha=4, target_modules=pattern, **fields)).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     adapted.save_pretrained(adapter)
     expected = logits_of(adapted)
