@@ -86,9 +86,10 @@ def frugal_adams(optimizer: MegatronOptimizer) -> list[FrugalAdam]:
 def _frugal(config: MegatronOptimizerConfig, optim: OptimConfig) -> Iterator[None]:
     """Let Megatron make `FrugalAdam` in the block, if its settings ask for what that does.
 
-    Megatron's own ways to the same need Transformer Engine's Adam (`use_precision_aware_optimizer`), or cannot be
-    resumed in float32 and have CUDA's streams (`HybridDeviceOptimizer`; both Megatron-Core 0.16 to 0.19). What they
-    have in common is that the optimizer keeps the float32 parameters, which is what the flag set here means.
+    Megatron's own ways (Megatron-Core 0.16): `use_precision_aware_optimizer` needs Transformer Engine's Adam;
+    `optimizer_cpu_offload` (`HybridDeviceOptimizer`) refuses models in float32 ("can't optimize a non-leaf Tensor"),
+    cannot be resumed without Transformer Engine, and then leaves the float32 parameters on the GPU. What both have in
+    common is that the optimizer keeps the float32 parameters, which is what the flag set here means.
     """
     with ExitStack() as stack:
         if optim.states != "float32" or optim.offload_fraction:
