@@ -59,6 +59,7 @@ _LEAST = {
     "model.optim.lr": 0,
     "model.optim.weight_decay": 0,
     "model.optim.eps": 0,
+    "model.optim.offload_fraction": 0,
     "model.optim.sched.min_lr": 0,
     "model.optim.sched.warmup_steps": 0,
     "model.optim.sched.constant_steps": 0,
@@ -71,9 +72,13 @@ _LEAST = {
 
 _MOST = {
     "model.seed": 2**32 - 1,  # of numpy's generators
+    "model.optim.offload_fraction": 1,
     "trainer.timeout_minutes": 366 * 24 * 60,
 }
 """Key -> the greatest value it may have."""
+
+_BFLOAT16_STEP = 2**-7
+"""The distance between bfloat16 numbers, as a share of the number, where it is greatest."""
 
 _SECRET = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSW(OR)?D|CREDENTIAL|ACCESS_?KEY|PRIVATE_?KEY)", re.IGNORECASE)
 """Names of environment variables whose values are nobody's business."""
@@ -322,6 +327,12 @@ def _check_optimizer(optim: OptimConfig) -> None:
         )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"model.optim.betas={optim.betas} must be two numbers of at least 0 and below 1.")
+    if optim.states == "bfloat16" and max(optim.betas) > 1 - _BFLOAT16_STEP:
+        raise ConfigError(
+            f"model.optim.betas={optim.betas} has a mean of which a step changes less than bfloat16 can tell "
+            f"apart (1 in {1 / _BFLOAT16_STEP:.0f}): it would stand still. With model.optim.states=bfloat16 both must "
+            f"be at most {1 - _BFLOAT16_STEP:.3f}, like 0.9 and 0.98."
+        )
 
 
 def check_data(data: DataConfig) -> None:

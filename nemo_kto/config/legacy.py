@@ -59,6 +59,18 @@ and the model is exported by this package, training reads no test split."""
 IGNORED_VALUES = {"model.optim.name": ("fused_adam", "megatron_fused_adam")}
 """Known keys -> old values that mean today's default."""
 
+ABSENT = {
+    "model.optim.name": {
+        "muon": "Megatron's Muon works with whole matrices, and refuses the optimizer whose state is divided among "
+        "processes and read under every layout. Take adam."
+    },
+    "model.optim.states": {
+        "int8": "Eight bits need a scale for each block of numbers, and which numbers share a block would depend on "
+        "the layout, and with it the result. Take bfloat16, or model.optim.offload_fraction."
+    },
+}
+"""Known keys -> values that others have there -> why they are not here, and what is."""
+
 _ADAPTER_FOLDER = "Name a folder with a PEFT adapter in model.peft.lora_tuning.restore_from_path."
 _ONE_DOCUMENT = "Every sample is a document of its own here; leave it out."
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -99,6 +111,8 @@ def take_legacy_keys(flat: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
             if value not in accepted:
                 raise ConfigError(f"{key}={value} is not available in this version. {advice}")
             del kept[key]
+        elif isinstance(value, str) and value in ABSENT.get(key, ()):
+            raise ConfigError(f"{key}={value} is not available in this version. {ABSENT[key][value]}")
         elif prefix is not None:
             ignored[prefix] = None
             del kept[key]

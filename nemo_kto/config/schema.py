@@ -202,6 +202,8 @@ class OptimConfig:
     eps: float = 1.0e-8
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
+    states: Literal["float32", "bfloat16"] = "float32"
+    offload_fraction: float = 0.0
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 

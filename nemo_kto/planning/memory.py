@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from nemo_kto.algorithms.logprobs import LOGITS_MEMORY
-from nemo_kto.config.schema import KTOConfig
+from nemo_kto.config.schema import KTOConfig, OptimConfig
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.family import Dimensions
@@ -25,6 +26,7 @@ from nemo_kto.network.projections import LoRASettings, adapted_modules, linear_l
 from nemo_kto.planning.counts import ModelParts
 from nemo_kto.runs.memory import Rows
 from nemo_kto.runs.model import params_dtype_of
+from nemo_kto.runtime.frugal_adam import AT_ONCE
 from nemo_kto.runtime.layout import Layout, stage_layers
 from nemo_kto.weights.adapter_tensors import linear_sizes
 
@@ -36,10 +38,12 @@ class RankMemory:
     Attributes:
         weights: Parameters, adapters included.
         gradients: Their buffers, in float32.
-        optimizer: Adam's moments, and float32 copies of parameters that are no float32.
+        optimizer: Adam's moments, and float32 copies of parameters that are no float32, but for what the host has.
         reference: A `resident` reference.
         activations: What the step's greatest peak has besides.
+        update: What the optimizer's update has besides, when activations are gone.
         host: What a `cpu_swap` reference takes of the host's memory.
+        host_optimizer: What state of the optimizer takes of it, and what gradients and parameters pass through.
     """
 
     weights: int
@@ -47,7 +51,9 @@ class RankMemory:
     optimizer: int
     reference: int
     activations: int
+    update: int = 0
     host: int = 0
+    host_optimizer: int = 0
 
     @property
     def held(self) -> int:
@@ -60,13 +66,18 @@ class RankMemory:
         return self.held + self.activations
 
 
+def moments_bytes(optim: OptimConfig) -> int:
+    """Return the bytes of a trained parameter's two running means."""
+    return 2 * getattr(torch, optim.states).itemsize  # type: ignore[no-any-return]
+
+
 def held_memory(
     config: KTOConfig, parts: ModelParts, layout: Layout, stage: int, reference: ReferenceSettings
 ) -> RankMemory:
     """Return what a rank of a pipeline stage holds between steps; its activations are 0.
 
     Args:
-        config: The run's configuration, for precision.
+        config: The run's configuration, for precision and the optimizer.
         parts: The model's parameters.
         layout: The checked layout.
         stage: Which of its pipeline stages.
@@ -78,16 +89,20 @@ def held_memory(
     # of replicas each has a share of the optimizer's state; context-parallel ranks are replicas of weights as well
     replicas = layout.data * layout.context
     expert_replicas = layout.world_size // (layout.pipeline * layout.expert * layout.expert_tensor_size)
-    state = 8 + (4 if size < 4 else 0)
+    numbers = -(-outside // replicas) - (-experts // expert_replicas)
+    on_host = round(config.model.optim.offload_fraction * numbers)
+    moments = moments_bytes(config.model.optim)
     # as `Weights.live_reference`: beside adapters only another model is copied whole
     copy = (part.trained if reference.model_folder is None else part.all).of_rank(layout) * size
     return RankMemory(
         weights=part.bytes_of_rank(layout, size),
         gradients=4 * (outside + experts),
-        optimizer=state * (-(-outside // replicas) - (-experts // expert_replicas)),
+        optimizer=(moments + (4 if size < 4 else 0)) * (numbers - on_host),
         reference=copy if reference.mode == "resident" else 0,
         activations=0,
+        update=0 if moments == 8 else 8 * min(numbers - on_host, AT_ONCE),  # moments in float32, for the moment
         host=copy if reference.mode == "cpu_swap" else 0,
+        host_optimizer=(moments + 4) * on_host + 2 * 4 * min(on_host, AT_ONCE),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -109,13 +109,14 @@ def _details(planner: Planner, plan: Plan, _: list[str]) -> Iterator[str]:
     memory = plan.memory
     how = "by a dry run of the step" if plan.traced else "by formula"
     yield f"The first, on a GPU of pipeline stage {plan.stage}, where most is ({how}):"
-    yield from (f"    {_size(value):>10}  {_MEMORY[name]}" for name, value in _parts(memory) if value)
-    if memory.host:
-        yield f"    besides {_size(memory.host * planner.node_size)} of each host's memory for the reference"
+    yield from (f"    {_size(value):>10}  {name}" for name, value in _parts(memory, _MEMORY) if value)
+    for value, purpose in ((memory.host, "the reference"), (memory.host_optimizer, "the optimizer's state")):
+        if value:
+            yield f"    besides {_size(value * planner.node_size)} of each host's memory for {purpose}"
     over = "" if planner.fits(plan) else f". It does not fit: {_size(memory.peak)} are needed"
     yield f"    of {_size(planner.room)} that may be used{over}"
     yield "A step:"
-    yield from (f"    {_seconds(value):>10}  {_TIME[name]}" for name, value in _parts(plan.time) if value)
+    yield from (f"    {_seconds(value):>10}  {name}" for name, value in _parts(plan.time, _TIME) if value)
     yield "A GPU sends in a step:"
     for each in plan.speed.traffic():
         if each.bytes:
@@ -125,10 +126,11 @@ def _details(planner: Planner, plan: Plan, _: list[str]) -> Iterator[str]:
     yield f"A checkpoint takes {_size(checkpoint_bytes(trained, params_dtype_of(planner.config)))} of disk."
 
 
-def _parts(record: RankMemory | StepTime) -> Iterator[tuple[str, float]]:
+def _parts(record: RankMemory | StepTime, names: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    """Yield (how it is called, value) of the parts that have a name."""
     for each in fields(record):
-        if each.name != "host":
-            yield each.name, getattr(record, each.name)
+        if each.name in names:
+            yield names[each.name], getattr(record, each.name)
 
 
 def _others(planner: Planner, plans: Pasted, found: Found) -> Iterator[str]:
@@ -154,7 +156,7 @@ def _assumptions(planner: Planner) -> Iterator[str]:
         f"    {OF_PEAK:.0%} of {device.flops / 1e12:,.0f} TFLOP/s; {OF_LINKS:.0%} of "
         f"{device.nvlink_bandwidth / 2e9:,.0f} GB/s within a node and "
         f"{device.network_bandwidth / 1e9:,.0f} GB/s between nodes, one way; "
-        f"{HOST_BANDWIDTH / 1e9:,.0f} GB/s to the host; nothing overlaps"
+        f"{HOST_BANDWIDTH / 1e9:,.0f} GB/s to the host and in its memory; nothing overlaps"
     )
     yield (
         f"    {RESERVE / _GIB:.0f} GiB and {RESERVE_SHARE:.0%} of a GPU left free, for CUDA, NCCL and what lies "

@@ -213,7 +213,8 @@ class Planner:
         stages = []
         for stage in sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1}):  # none has more than one of these
             held = held_memory(config, self.parts, layout, stage, self.reference)
-            stages.append((replace(held, activations=round(activations.peak(stage, rows))), stage))
+            besides = max(round(activations.peak(stage, rows)), held.update)
+            stages.append((replace(held, activations=besides), stage))
         memory, stage = max(stages, key=lambda each: each[0].peak)
         speed = Speed(
             config=config,

@@ -13,7 +13,7 @@ from nemo_kto.config.schema import KTOConfig
 from nemo_kto.network.family import Dimensions
 from nemo_kto.network.flops import ModelFlops
 from nemo_kto.planning.counts import ModelParts
-from nemo_kto.planning.memory import RankMemory
+from nemo_kto.planning.memory import RankMemory, moments_bytes
 from nemo_kto.runs.layout import kl_fraction
 from nemo_kto.runs.model import params_dtype_of
 from nemo_kto.runtime.devices import Device
@@ -24,7 +24,7 @@ OF_PEAK = 0.55
 OF_LINKS = 0.7
 """Share of a link's bandwidth that collectives reach."""
 HOST_BANDWIDTH = 25e9
-"""Bytes per second between a GPU and its host's memory, in each direction."""
+"""Bytes per second between a GPU and its host's memory, in each direction; and between that and its processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class StepTime:
         gradients: Summing up gradients over replicas.
         parameters: Gathering updated parameters from replicas.
         reference: Exchanging weights with the host's memory, for `cpu_swap`.
-        optimizer: Reading and writing gradients and state.
+        optimizer: Reading gradients, reading and writing state, on the GPU and its host; and what goes between them.
     """
 
     training: float
@@ -186,7 +186,7 @@ class Speed:
             plain=plain,
             bubble=working * (layout.pipeline - 1) / (layout.virtual * self.rows),
             reference=self._swapping(memory),
-            optimizer=(2 * memory.optimizer + memory.gradients) / self.device.memory_bandwidth,
+            optimizer=self._updating(memory),
             **spent,
         )
 
@@ -224,6 +224,13 @@ class Speed:
     def _swapping(self, memory: RankMemory) -> float:
         """Return the seconds in which policy and reference change places, twice a step and both ways at once."""
         return 2 * memory.host / HOST_BANDWIDTH
+
+    def _updating(self, memory: RankMemory) -> float:
+        """Return the seconds of the update, which the host begins when it has the gradients of what it updates."""
+        on_device = (2 * memory.optimizer + memory.gradients) / self.device.memory_bandwidth
+        numbers = memory.host_optimizer / (4 + moments_bytes(self.config.model.optim))
+        # gradients in float32 come, and parameters go
+        return on_device + (2 * memory.host_optimizer + (4 + self._size) * numbers) / HOST_BANDWIDTH
 
     def traffic(self) -> list[Traffic]:
         """Return what a rank sends in a step, of each kind of exchange."""

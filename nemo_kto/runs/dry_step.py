@@ -25,7 +25,7 @@ from nemo_kto.network.projections import LoRASettings
 from nemo_kto.runs.model import params_dtype_of, recompute_of
 from nemo_kto.runtime.dry_run import DryRun, alone, replaced
 from nemo_kto.runtime.layout import Layout
-from nemo_kto.runtime.optimizer import make_optimizer, wrap_for_training
+from nemo_kto.runtime.optimizer import frugal_adams, make_optimizer, wrap_for_training
 from nemo_kto.runtime.steps import step_if_finite
 
 
@@ -37,7 +37,8 @@ class StepMemory:
         parameters: Weights, adapters included.
         reference: What a `resident` reference takes besides.
         gradients: Their buffers.
-        optimizer: Its state: float32 copies of parameters below float32, and Adam's moments. And what else stays:
+        optimizer: Its state, of which the host has none: float32 copies of parameters below float32, and Adam's
+            moments. And what else stays:
             with sequence parallelism Megatron keeps a row's hidden states, which it gathers into the same memory each
             time, and behind the first stage the row that came last, and its gradient.
         peaks: Phase of a step -> most bytes in it, of all that is held too: `scoring` is the passes of KL set and
@@ -153,6 +154,8 @@ class _DryModel(MegatronGPTKTOModel):
             params_dtype=self.params_dtype,
             gradient_clip=self.config.trainer.kto.gradient_clip_val or 0.0,
         )
+        for adam in frugal_adams(self._optimizer):
+            adam.host = self._run.on_host
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return _Optimizer(self._optimizer, self._run)

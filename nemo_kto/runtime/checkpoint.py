@@ -56,6 +56,7 @@ from nemo_kto.runtime.checkpoint_manifest import (
     write_manifest,
 )
 from nemo_kto.runtime.disk import reason_of
+from nemo_kto.runtime.frugal_adam import FrugalAdam
 from nemo_kto.runtime.no_code import index_fault, nothing_executed
 from nemo_kto.runtime.write_results import WriteResults, become_helper
 
@@ -443,6 +444,8 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     optimizers = [chained.optimizer for chained in getattr(optimizer, "chained_optimizers", [optimizer])]
     adams = _torch_adams(optimizer)
     for inner in adams:
+        if isinstance(inner, FrugalAdam):
+            inner.allocate()
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
@@ -461,7 +464,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
             continue
         if inner in adams:
             inner.state[_NO_PARAMETER] = {"step": latest.cpu()}  # type: ignore[index]
-        else:
+        if inner not in adams or isinstance(inner, FrugalAdam):
             for group in inner.param_groups:
                 group["step"] = int(latest)
 

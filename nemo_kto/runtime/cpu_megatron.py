@@ -174,12 +174,12 @@ def _clip_gradients(
     parameters: Iterable[torch.Tensor], max_norm: float, total_norm: float, use_decoupled_grad: bool = False
 ) -> None:
     """Scale the gradients in place by `max_norm / (total_norm + 1e-6)` when that is below one, as Megatron does."""
-    assert not use_decoupled_grad, "only Transformer Engine's optimizer keeps decoupled gradients"
     coefficient = max_norm / (total_norm + 1.0e-6)
     if coefficient < 1.0:
         for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.detach().mul_(coefficient)
+            gradient = getattr(parameter, "decoupled_grad", None) if use_decoupled_grad else parameter.grad
+            if gradient is not None:
+                gradient.detach().mul_(coefficient)
 
 
 _original_type = torch.Tensor.type

@@ -173,6 +173,11 @@ class MegatronStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create Megatron's optimizer and schedule and connect them to the pipeline schedule's hooks."""
         optim, sched = self.optim, self.optim.sched
+        if optim.offload_fraction and self.root_device.type == "cpu" and self.is_global_zero:
+            logger.warning(
+                "model.optim.offload_fraction=%s saves nothing without a GPU: all is in the host's memory already.",
+                optim.offload_fraction,
+            )
         optimizer = make_optimizer(
             list(self._module.chunks), optim, params_dtype=self.params_dtype, gradient_clip=self.gradient_clip
         )

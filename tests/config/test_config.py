@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from nemo_kto.config import compose
 from nemo_kto.config.compose import parse_config
 from nemo_kto.config.folders import config_dir
-from nemo_kto.config.legacy import IGNORED, NEUTRAL, RENAMED
+from nemo_kto.config.legacy import ABSENT, IGNORED, NEUTRAL, RENAMED
 from nemo_kto.config.reader import leaf_types, leaf_values
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.errors import ConfigError
@@ -239,6 +239,7 @@ def test_tables_of_old_keys_do_not_shadow_todays():
     assert not known & set(NEUTRAL)
     assert not known & set(RENAMED)
     assert set(RENAMED.values()) <= known
+    assert set(ABSENT) <= known
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,10 @@ def test_accepted(override, key, value):
         ("trainer.kto.limit_val_batches=0", ["trainer.kto.limit_val_batches=0", "validation files"]),
         ("exp_manager.max_time_per_run=5h", ["exp_manager.max_time_per_run=5h", "DD:HH:MM:SS"]),
         ("model.optim.betas=[0.9]", ["model.optim.betas", "two numbers"]),
+        ("model.optim.name=muon", ["model.optim.name=muon is not available", "Take adam"]),
+        ("model.optim.states=int8", ["model.optim.states=int8 is not available", "bfloat16"]),
+        ("model.optim.states=float16", ["model.optim.states", "float32 or bfloat16"]),
+        ("model.optim.offload_fraction=1.5", ["model.optim.offload_fraction", "at most 1"]),
         ("model.optim.lr=1e-9", ["model.optim.sched.min_lr", "model.optim.lr=1e-09"]),
         ("exp_manager.checkpoint_callback_params.monitor=loss", ["monitor=loss", "val_loss"]),
         ("exp_manager.create_wandb_logger=true", ["wandb_logger_kwargs"]),

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.optimizer import frugal_adams
 from tests.cuda_sim.test_same_series import BF16, DORA, LORA, RECOMPUTE, TP2_SP
 from tests.distributed_harness import free_port
 from tests.integration.assets import WORDS, make_tokenizer, settings, train_on_rank
@@ -26,6 +27,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 1024,
 }
 PP2 = {"model__pipeline_model_parallel_size": 2}
+ON_HOST = {"model__optim__offload_fraction": 1.0}
+HALF_ON_HOST = {"model__optim__offload_fraction": 0.5, "model__optim__states": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +68,21 @@ class Meter(Callback):
             lengths = iter([(prompt.numel(), response.numel()) for prompt, response in batch.samples])
             self.found["rows"] = [[next(lengths) for _ in range(size)] for size in batch.row_sizes]
             self.found["held"] = torch.cuda.memory_allocated()
+            self.found["host"] = on_host(trainer.strategy.optimizers[0])
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 2:
             self.found["peak"] = torch.cuda.max_memory_allocated()
+
+
+def on_host(optimizer: Any) -> int:
+    """Return the bytes of the host's memory that an optimizer has taken, but for counters."""
+    taken = 0
+    for adam in frugal_adams(optimizer):
+        states = [value for state in adam.state.values() for name, value in state.items() if name != "step"]
+        taken += sum(each.nbytes for each in [*states, *adam._staging] if not each.is_cuda)
+    return taken
 
 
 def trained(assets: Path, log_folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +127,8 @@ def predicted(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -
     return step_memory(config, hf_config, layout, rank, rows=rows, every_layer=True)
 
 
-def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> float:
-    """Return the peak that the planner's formula finds."""
+def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> tuple[float, int]:
+    """Return the peak that the planner's formula finds, and what of the host's memory the optimizer takes."""
     from nemo_kto.network.families import dimensions_of, family_of
     from nemo_kto.planning.counts import parts_of
     from nemo_kto.planning.memory import Activations, adapters_by_layer, held_memory
@@ -135,7 +148,7 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
         lora=lora,
         adapters=adapters_by_layer(lora, hf_config),
     )
-    return held.held + activations.peak(stage, rows)
+    return held.held + max(activations.peak(stage, rows), held.update), held.host_optimizer
 
 
 @pytest.mark.parametrize(
@@ -148,6 +161,10 @@ def planned(overrides: dict[str, Any], layout: Layout, rank: int, rows: Any) -> 
         pytest.param(Layout(world_size=2, tensor=2, sequence=True), {**BF16, **TP2_SP}, id="bf16 TP2 SP"),
         pytest.param(Layout(world_size=2, pipeline=2), {**BF16, **PP2}, id="bf16 PP2"),
         pytest.param(Layout(world_size=2), BF16, id="bf16 DP2"),
+        pytest.param(Layout(world_size=1), {**BF16, "model__optim__states": "bfloat16"}, id="bf16 moments"),
+        pytest.param(Layout(world_size=1), {**BF16, **ON_HOST}, id="bf16 on the host"),
+        pytest.param(Layout(world_size=2), {**BF16, **HALF_ON_HOST}, id="bf16 moments DP2, half on the host"),
+        pytest.param(Layout(world_size=1), ON_HOST, id="float32 on the host"),
     ],
 )
 def test_a_training_takes_what_a_dry_run_says(
@@ -159,8 +176,9 @@ def test_a_training_takes_what_a_dry_run_says(
         # the batch and what is logged are the device's as well
         assert dry.held == pytest.approx(found["held"], abs=2**16)
         assert dry.peak == pytest.approx(found["peak"], rel=0.005)
-        (by_formula,) = run_ranks(planned, 1, values, layout, rank, found["rows"])
+        ((by_formula, host),) = run_ranks(planned, 1, values, layout, rank, found["rows"])
         assert by_formula == pytest.approx(found["peak"], rel=0.1)
+        assert host == pytest.approx(found["host"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -176,5 +194,5 @@ def test_a_mixture_takes_what_the_formula_says(
     """Random routers load experts about equally, as the formula takes them to be."""
     values = trained(mixture, tmp_path, changes)
     for rank, found in enumerate(gpu_ranks(measured, layout.world_size, free_port(), values)):
-        (by_formula,) = run_ranks(planned, 1, values, layout, rank, found["rows"])
+        ((by_formula, _),) = run_ranks(planned, 1, values, layout, rank, found["rows"])
         assert by_formula == pytest.approx(found["peak"], rel=0.1)

@@ -147,6 +147,12 @@ CHAINS = {
         (2, {"model__pipeline_model_parallel_size": 2, "model__optim__overlap_param_sync": True}),
         (2, {"model__kto__reference__mode": "cpu_swap"}),
     ],
+    "optimizer elsewhere": [
+        (1, {"model__optim__offload_fraction": 1.0}),
+        (2, TP2_SP),
+        (2, {"model__optim__offload_fraction": 0.5, "model__optim__overlap_param_sync": True}),
+        (2, {"model__pipeline_model_parallel_size": 2, "model__optim__offload_fraction": 1.0}),
+    ],
     "router biases": [(2, EP2), (1, {"model__kto__reference__mode": "cpu_swap"})],
     "experts, whole ones": [
         (2, EP2),

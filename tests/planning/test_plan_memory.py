@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Starcoder2Config
 
-from nemo_kto.config.schema import KTOConfig, LoRAConfig
+from nemo_kto.config.schema import KTOConfig, LoRAConfig, OptimConfig
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.planning.counts import ModelParts, Parameters, Part, parts_of
@@ -80,6 +80,8 @@ CASES: dict[str, tuple[PretrainedConfig, Layout, int, dict[str, Any], dict[str, 
         "bf16-mixed",
     ),
     "beside eight bits": (LLAMA, ONE, 0, {"quantize_base": "int8", **FULL}, {"target_modules": ["all"]}, "bf16-mixed"),
+    "moments in bfloat16": (LLAMA, TP2, 0, {"optim": OptimConfig(states="bfloat16")}, {}, "bf16-mixed"),
+    "optimizer on the host": (LLAMA, PP3, 1, {"optim": OptimConfig(offload_fraction=1.0)}, {}, "bf16-mixed"),
     "qwen3": (Qwen3Config(**SIZES, head_dim=32), ONE, 0, {}, {}, "bf16-mixed"),
     "gemma3": (Gemma3TextConfig(**SIZES, head_dim=32, pad_token_id=0), TP2, 0, {}, {}, "bf16-mixed"),
     "starcoder2": (Starcoder2Config(**SIZES, bos_token_id=1, eos_token_id=2), ONE, 0, {}, {}, "bf16-mixed"),
@@ -123,7 +125,7 @@ def compare(names: list[str]) -> dict[str, tuple[int, int, int, int]]:
             lora=lora,
             adapters=adapters_by_layer(lora, hf_config),
         )
-        peak = held.held + activations.peak(stage, longest_rows(config, layout))
+        peak = held.held + max(activations.peak(stage, longest_rows(config, layout)), held.update)
         found[name] = (dry.held, dry.peak, held.held, round(peak))
     return found
 
@@ -155,6 +157,10 @@ def test_what_is_held_by_hand() -> None:
     # another model than the one beside adapters is there whole
     another = held_memory(config, parts, layout, 1, held_as("cpu_swap", model_folder=Path("another")))
     assert (another.reference, another.host) == (0, 2 * (110 + 200))
+    # 55 parameters have 4 + 2 * 2 bytes then, and 8 for the moment; 11 on the host have two times 4 to pass through
+    fewer = configured({"optim": OptimConfig(states="bfloat16", offload_fraction=0.2)}, {}, "bf16-mixed")
+    fifth = held_memory(fewer, parts, layout, 0, held_as("cached"))
+    assert (fifth.optimizer, fifth.update, fifth.host_optimizer) == (8 * 44, 8 * 44, 8 * 11 + 2 * 4 * 11)
     in_float32 = held_memory(configured({}, {}, 32), parts, layout, 0, held_as("cached"))
     assert (in_float32.weights, in_float32.optimizer, in_float32.held) == (4 * 110, 8 * 55, 4 * 110 + 4 * 110 + 8 * 55)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from nemo_kto.config.schema import KTOConfig
+from nemo_kto.config.schema import KTOConfig, OptimConfig
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.planning.counts import ModelParts, Parameters, Part
 from nemo_kto.planning.memory import RankMemory
@@ -130,3 +130,12 @@ def test_links_and_the_host() -> None:
     assert of_links == pytest.approx([8_000 * 4 * 7 / 8 / 450e9, 8_000 * 4 * 15 / 16 / 50e9])
     assert inside.time(memory).reference == pytest.approx(0.02)  # there and back, in a hundredth of a second each
     assert inside.time(memory).optimizer == pytest.approx(700 / H100.memory_bandwidth)
+
+
+def test_an_update_on_the_host() -> None:
+    """A float32 parameter and two moments are read and written; a gradient of 4 bytes comes, a parameter of 2 goes."""
+    second = int(HOST_BANDWIDTH)
+    memory = RankMemory(weights=0, gradients=0, optimizer=0, reference=0, activations=0, host_optimizer=second)
+    assert speed(Layout(world_size=1)).time(memory).optimizer == pytest.approx(2 + (4 + 2) / 12)
+    fewer = speed(Layout(world_size=1), optim=OptimConfig(states="bfloat16"))
+    assert fewer.time(memory).optimizer == pytest.approx(2 + (4 + 2) / 8)

@@ -154,6 +154,22 @@ def test_a_base_in_fewer_bits_takes_those(memories: Callable[..., list[Any]]) ->
     assert of_half == pytest.approx(saved / 2, rel=0.002)
 
 
+def test_an_optimizer_that_takes_less(memories: Callable[..., list[Any]]) -> None:
+    """Of 12 bytes moments in bfloat16 leave 8; what the host holds is not on the device at all."""
+    plain, moments, half, none = memories(
+        ({}, llama(), ONE, 0, True),
+        ({"model__optim__states": "bfloat16"}, llama(), ONE, 0, True),
+        ({"model__optim__offload_fraction": 0.5}, llama(), ONE, 0, True),
+        ({"model__optim__offload_fraction": 1.0}, llama(), ONE, 0, True),
+    )
+    whole = LAYERS * LAYER + OUTER
+    assert moments.optimizer == pytest.approx(8 * whole, rel=0.005)
+    assert half.optimizer == pytest.approx(6 * whole, rel=0.05)
+    assert none.optimizer <= 4 * 512  # single numbers that Megatron has
+    assert none.peaks["training"] == pytest.approx(plain.peaks["training"] - 12 * whole, rel=0.001)
+    assert none.peaks["update"] == pytest.approx(none.held, rel=0.005)
+
+
 def test_the_rows_of_the_longest_documents() -> None:
     config = configured(model__global_batch_size=64, model__micro_batch_size=2, model__data__seq_length=5)
     row = [(3, 2)] * 2
