@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from nemo_kto.runtime.bits import bitsandbytes
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank
 from tests.integration.oracle import PLAIN, assert_equal, oracle
+from tests.integration.test_command import ENDED, TP2, WITH_CHECKPOINTS, assert_continues, command, run
 from tests.integration.test_oracle import make_adapter
 
 PREFIX = "model__peft__lora_tuning__"
@@ -182,3 +185,25 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(root: Path, train: Callab
     run_beside(train, root, 1, **changes, log_dir=halves)
     ours, theirs = (load_file(folder / "hf" / "adapter_model.safetensors") for folder in (halves, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+    """Killed with both its ranks, wherever it was in its first eight steps, and started again."""
+    changes = {
+        **TP2,
+        **WITH_CHECKPOINTS,
+        **KINDS["nf4_double"],
+        "model__peft__peft_scheme": "lora",
+        "model__optim__lr": 1e-2,
+        "pretrained_checkpoint__restore_from_path": str(root / "wide"),
+    }
+    code, output, errors = run(command(root, tmp_path / "whole", **changes))
+    assert code == 0, output + errors
+    moment = random.uniform(0, 8)
+    print(f"killed {moment:.2f} steps after the start")
+    killed = tmp_path / "killed"
+    code, output, errors = run(command(root, killed, script=ENDED, **changes), KILL_AFTER_STEPS=str(moment))
+    assert code == -signal.SIGKILL, output + errors
+    code, output, errors = run(command(root, killed, **changes))
+    assert code == 0, output + errors
+    assert_continues(read_series(killed), read_series(tmp_path / "whole"), exactly=True)
