@@ -67,7 +67,6 @@ def run(root: Path, tmp_path: Path, gpu_ranks: Any) -> Callable[..., tuple[list[
         pytest.param(1, {}, id="float32"),
         pytest.param(2, {**BF16, **TP2_SP}, id="bf16 TP2 SP"),
         pytest.param(2, {**BF16, **LORA}, id="bf16 LoRA DP2"),
-        pytest.param(1, {"trainer__precision": "16-mixed"}, id="float16", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
