@@ -16,10 +16,11 @@ from tests.integration.assets import make_model_folder, write_feedback
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the models `hf` and `experts`, train.jsonl and validation.jsonl."""
+    """Return a folder with the models `hf`, `experts` and `wide`, train.jsonl and validation.jsonl."""
     folder = tmp_path_factory.mktemp("assets")
     make_model_folder(folder / "hf")
     make_model_folder(folder / "experts", kind="experts")
+    make_model_folder(folder / "wide", kind="wide", hidden_size=64, intermediate_size=128)  # one rank has blocks
     write_feedback(folder / "train.jsonl", number=40, seed=1)
     write_feedback(folder / "validation.jsonl", number=11, seed=2)
     return folder

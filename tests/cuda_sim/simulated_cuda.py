@@ -40,6 +40,10 @@ def install() -> None:
     import torch._dynamo  # which looks at what torch.cuda is when it is imported
 
     torch._dynamo.config.disable = True
+    # while there is no GPU: its kernels for CUDA are another library, those of its own in torch run anywhere
+    from nemo_kto.runtime.bits import bitsandbytes
+
+    bitsandbytes()
     for name, value in {**_devices(), **_state(), **_memory()}.items():
         setattr(torch.cuda, name, value)
     for owner, name, value in _elsewhere():

@@ -31,6 +31,8 @@ DORA = {
     "model__peft__lora_tuning__dora": True,
     "model__peft__lora_tuning__modules_to_save": ["embed_tokens", "lm_head"],
 }
+QLORA = {**LORA, "pretrained_checkpoint__restore_from_path": "wide", "model__peft__quantize_base": "nf4"}
+EIGHT_BITS = {**QLORA, "model__peft__quantize_base": "int8"}
 RECOMPUTE = {
     "model__activations_checkpoint_granularity": "full",
     "model__activations_checkpoint_method": "uniform",
@@ -98,6 +100,8 @@ def assert_same(
         ),
         pytest.param(1, {**LORA, **RECOMPUTE}, id="LoRA recompute"),
         pytest.param(2, {**DORA, **TP2_SP}, id="DoRA TP2 SP"),
+        pytest.param(1, {**QLORA, "model__peft__double_quantization": True}, id="nf4 twice"),
+        pytest.param(1, EIGHT_BITS, id="int8"),
         pytest.param(1, MOVING, id="cpu_swap sync"),
     ],
 )

@@ -42,7 +42,10 @@ TOKENS = torch.tensor([[3, 7, 9, 2, 11, 5, 5, 0]])
 
 
 def through(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return what bitsandbytes, as transformers calls it, makes of a weight and gives back."""
+    """Return what bitsandbytes, as transformers calls it, makes of a weight and gives back.
+
+    Its library for CPUs, other than that for GPUs, does not always take the nearest level for a scale: here it is.
+    """
     functional = bitsandbytes().functional
     if kind == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
@@ -51,6 +54,12 @@ def through(kind: str, weight: torch.Tensor) -> torch.Tensor:
     codes, state = functional.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=kind == "nf4_double"
     )
+    if kind == "nf4_double":
+        _, plain_state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        blocks = [block / block.abs().max() for block in (plain_state.absmax - state.offset).split(256)]
+        nearest = torch.cat([(block[:, None] - state.state2.code).abs().argmin(1) for block in blocks])
+        assert (nearest != state.absmax.int()).float().mean() < 0.01
+        state.absmax = nearest.to(torch.uint8)
     back: torch.Tensor = functional.dequantize_4bit(codes, state)
     return back
 
