@@ -25,6 +25,7 @@ from nemo_kto.network.quantised_weight import QuantisedWeight, plain_weights
 from nemo_kto.network.sharded import ADAPTERS, sharded_leaves
 from nemo_kto.network.trained_copies import PLACES
 from nemo_kto.quiet import is_global_rank_zero
+from nemo_kto.runs.model import dtype_of_run
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.checkpoint import SOURCE_FOLDER, load_common, load_tensors
 from nemo_kto.runtime.checkpoint_folders import fault_of
@@ -251,8 +252,13 @@ def _export_model(
 ) -> None:
     layout = Layout(world_size=1)
     parallel.initialize(layout, seed=0)
-    model = load_model(checkpoint, layout, verify=False, original_base=into_original)  # it has been
     source = source_of(checkpoint)
+    # a base in fewer bits is the plain numbers of the run's dtype
+    in_fewer_bits = base_format(source) is not None and not into_original
+    params_dtype = dtype_of_run(source) if in_fewer_bits else torch.float32
+    model = load_model(
+        checkpoint, layout, params_dtype=params_dtype, verify=False, original_base=into_original
+    )  # it has been verified
     if is_adapter(source) and not into_original:
         _say_merged(base_format(source))
     with adapters_merged([model]) if is_adapter(source) else nullcontext():

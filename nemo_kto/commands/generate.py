@@ -8,8 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from nemo_kto.data.reading.records import Messages
 from nemo_kto.data.tokens.rendering import CHAT, TokenizationSettings
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
@@ -19,7 +17,7 @@ from nemo_kto.generation.prompts import prompt_tokens, read_prompts, stop_token_
 from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.quiet import is_global_rank_zero
-from nemo_kto.runs.model import PARAMS_DTYPES
+from nemo_kto.runs.model import dtype_of_run
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.layout import Layout, check_layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
@@ -93,7 +91,7 @@ def answer_prompts(
         layout = _layout(source, tensor=tensor, pipeline=pipeline)
         parallel.initialize(layout, seed=0)
         answers = generate(
-            [load_model(checkpoint, layout, params_dtype=_dtype(source))],
+            [load_model(checkpoint, layout, params_dtype=dtype_of_run(source))],
             tokens,
             sampling,
             stop_token_ids=stop_token_ids(tokenizer, source),
@@ -104,12 +102,6 @@ def answer_prompts(
         (tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True))
         for prompt, answer in zip(tokens, answers, strict=True)
     ]
-
-
-def _dtype(source: Path) -> torch.dtype:
-    """Return the dtype that the run of a checkpoint computed in."""
-    precision = read_facts(source).get("config", {}).get("trainer", {}).get("precision", 32)
-    return PARAMS_DTYPES[precision]
 
 
 def _layout(source: Path, *, tensor: int, pipeline: int) -> Layout:

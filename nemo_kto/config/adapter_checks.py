@@ -22,6 +22,9 @@ def check_lora(config: KTOConfig) -> None:
             raise ConfigError(
                 f"{_PREFIX}restore_from_path={lora.restore_from_path} needs model.peft.peft_scheme=lora."
             )
+        for name in ("dora", "modules_to_save"):  # which ask for more than other ranks or scales would
+            if getattr(lora, name):
+                raise ConfigError(f"{_PREFIX}{name} needs model.peft.peft_scheme=lora.")
         return
     if config.pretrained_checkpoint.restore_from_path is None:
         raise ConfigError(
@@ -38,6 +41,33 @@ def check_lora(config: KTOConfig) -> None:
             raise ConfigError(f"{_PREFIX}{name} {fault}. It takes a mapping such as {{q_proj: 16}}; see docs/lora.md.")
 
 
+def check_quantisation(config: KTOConfig) -> None:
+    """Raise a ConfigError for a base in fewer bits that cannot be: only what is never changed is kept so."""
+    peft, reference = config.model.peft, config.model.kto.reference
+    if peft.double_quantization and peft.quantize_base != "nf4":
+        raise ConfigError(
+            "model.peft.double_quantization=true needs model.peft.quantize_base=nf4, whose scales it quantises."
+        )
+    if config.export.merge_into_original and not (peft.quantize_base and config.export.merge_adapters):
+        raise ConfigError(
+            "export.merge_into_original=true needs model.peft.quantize_base and export.merge_adapters=true: it says "
+            "into which weights adapters are merged."
+        )
+    if peft.quantize_base is None:
+        return
+    key = f"model.peft.quantize_base={peft.quantize_base}"
+    if peft.peft_scheme != "lora":
+        raise ConfigError(
+            f"{key} needs model.peft.peft_scheme=lora: weights in so few bits cannot be trained, only adapters beside "
+            "them."
+        )
+    if reference.mode == "cpu_swap":
+        raise ConfigError(
+            f"{key} cannot be used with model.kto.reference.mode=cpu_swap, which is for weights that are exchanged. "
+            "Use auto: the reference is the model without its adapters, or with others."
+        )
+
+
 def fault_of_patterns(patterns: Any, *, ranks: bool) -> str | None:
     """Return what is wrong with a `rank_pattern` or `alpha_pattern` of PEFT, to go on after its name.
 
@@ -49,7 +79,7 @@ def fault_of_patterns(patterns: Any, *, ranks: bool) -> str | None:
         return f"is {patterns!r}, no mapping"
     for pattern, value in patterns.items():
         try:
-            re.compile(pattern)
+            re.compile(rf"(.*\.)?({pattern})$")  # as it is looked for, see `projections.fits_pattern`
         except (re.error, TypeError) as error:
             return f"has the key {pattern!r}, which is no regular expression ({error})"
         is_number = isinstance(value, int if ranks else int | float) and not isinstance(value, bool)

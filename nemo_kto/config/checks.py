@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_kto.config.adapter_checks import check_lora
+from nemo_kto.config.adapter_checks import check_lora, check_quantisation
 from nemo_kto.config.objective_checks import check_objective
 from nemo_kto.config.reader import leaf_values
 from nemo_kto.config.schema import DataConfig, ExpManagerConfig, KTOConfig, ModelConfig, OptimConfig, TrainerKTOConfig
@@ -123,7 +123,7 @@ def check_values(config: KTOConfig) -> None:
     _check_exp_manager(config.exp_manager)
     _check_model_source(config)
     check_lora(config)
-    _check_quantisation(config)
+    check_quantisation(config)
     if config.export.push_to_hub is not None and not config.export.enabled:
         raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
     _check_reference(config)
@@ -249,33 +249,6 @@ def _check_model_source(config: KTOConfig) -> None:
         )
     elif not Path(path).is_dir():
         raise ConfigError(f"pretrained_checkpoint.restore_from_path={path} is not a folder.")
-
-
-def _check_quantisation(config: KTOConfig) -> None:
-    """Check what is kept in fewer bits: only what is never changed."""
-    peft, reference = config.model.peft, config.model.kto.reference
-    if peft.double_quantization and peft.quantize_base != "nf4":
-        raise ConfigError(
-            "model.peft.double_quantization=true needs model.peft.quantize_base=nf4, whose scales it quantises."
-        )
-    if config.export.merge_into_original and not (peft.quantize_base and config.export.merge_adapters):
-        raise ConfigError(
-            "export.merge_into_original=true needs model.peft.quantize_base and export.merge_adapters=true: it says "
-            "into which weights adapters are merged."
-        )
-    if peft.quantize_base is None:
-        return
-    key = f"model.peft.quantize_base={peft.quantize_base}"
-    if peft.peft_scheme != "lora":
-        raise ConfigError(
-            f"{key} needs model.peft.peft_scheme=lora: weights in so few bits cannot be trained, only adapters beside "
-            "them."
-        )
-    if reference.mode == "cpu_swap":
-        raise ConfigError(
-            f"{key} cannot be used with model.kto.reference.mode=cpu_swap, which exchanges the model's weights for "
-            "others. Use auto: the reference is the model without its adapters."
-        )
 
 
 def _check_reference(config: KTOConfig) -> None:

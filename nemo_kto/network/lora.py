@@ -159,7 +159,7 @@ def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
     try:
         with adapters_off(models), torch.no_grad():
             for layer in layers:
-                merged = layer.merged_weight()
+                merged = _merged_weight(layer)
                 if isinstance(layer.weight, QuantisedWeight):
                     layer.weight = torch.nn.Parameter(merged.to("cpu", layer.weight.dtype), requires_grad=False)
                 else:
@@ -172,6 +172,19 @@ def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
                     layer.weight = original
                 else:
                     layer.weight.copy_(original)
+
+
+def _merged_weight(layer: Any) -> torch.Tensor:
+    """Return a layer's merged weight, made where its adapters are: the weight may lie in the host's memory."""
+    weight, device = layer.weight, next(layer.adapters.parameters()).device
+    if weight.device == device:
+        merged: torch.Tensor = layer.merged_weight()
+        return merged
+    layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
+    try:
+        return layer.merged_weight()  # type: ignore[no-any-return]
+    finally:
+        layer.weight = weight
 
 
 def _put_aside(weight: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Frozen weights in four or eight bits, which become plain numbers each time something is computed with them.
 
-The formats, and the arithmetic, are bitsandbytes': NF4, whose blocks of 64 input channels share a scale (QLoRA, arXiv
-2305.14314, section 3), its scales in eight bits too if so wanted ("double quantization", ibid.), and rows of integers
-with a scale each (LLM.int8(), arXiv 2208.07339, without its second matrix of outliers). A row's numbers depend on that
-row alone, and with double quantisation on a matrix of the Hugging Face folder: so they are the same however a layout
-divides rows and columns.
+The formats are bitsandbytes': NF4, whose blocks of 64 input channels share a scale (QLoRA, arXiv 2305.14314, section
+3), its scales in eight bits too if so wanted ("double quantization", ibid.), and rows of integers with a scale each
+(LLM.int8(), arXiv 2208.07339, without its second matrix of outliers). A row's numbers depend on that row alone, and
+with double quantisation on a matrix of the Hugging Face folder: so they are the same however a layout divides rows and
+columns. bitsandbytes makes plain numbers of them. They are quantised by PyTorch's operators, as it does itself where
+it has no library: its kernels for GPUs and for CPUs do not always round alike, and a run may go on, or be merged, on
+the other device.
 
 torchao has formats of both kinds too. But its NF4 always quantises scales as well, with statistics of whatever part of
 a matrix it is given, which the layout would decide; and what transformers loads in four bits is bitsandbytes'.
@@ -28,11 +30,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from nemo_kto.errors import ConfigError
+from nemo_kto.network.bits_and_bytes import TABLES
 from nemo_kto.runtime.bits import bitsandbytes
 from nemo_kto.runtime.layout import NF4_BLOCK
 
 SCALES_BLOCK = 256
 """Scales of a matrix, row by row, that share a scale of their own where they are quantised too."""
+
+_LEAST = 1e-38
+"""What stands for the greatest number of a block of zeros."""
+_AT_ONCE = 1 << 24
+"""Numbers of eight bits that are made plain together."""
 
 Parts = dict[str, torch.Tensor]
 """What a weight is kept as; the first dimension of each is the weight's rows."""
@@ -99,10 +107,12 @@ class Nf4:
 
     def quantised(self, block: torch.Tensor) -> Parts:
         """See `Format`."""
-        bitsandbytes()
-        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
-        rows, columns = block.shape
-        return {"codes": codes.view(rows, columns // 2), "scales": scales.view(rows, columns // NF4_BLOCK)}
+        blocks = block.float().unflatten(1, (-1, NF4_BLOCK))
+        scales = blocks.abs().amax(-1)
+        levels = torch.tensor(TABLES["nf4"], device=block.device)
+        numbers = (blocks * (1 / scales.clamp(min=_LEAST))[..., None]).clamp_(-1, 1)
+        values = torch.bucketize(numbers, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).flatten(1)
+        return {"codes": (values[:, ::2] << 4) | values[:, 1::2], "scales": scales}
 
     def plain(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """See `Format`."""
@@ -139,15 +149,21 @@ class Int8:
 
     def quantised(self, block: torch.Tensor) -> Parts:
         """See `Format`."""
-        bitsandbytes()
-        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(block.half().contiguous())
+        halves = block.half()
+        scales = halves.abs().amax(1).float()
+        codes = torch.round(halves * (127.0 / scales.clamp(min=_LEAST))[:, None]).to(torch.int8)
         return {"codes": codes, "scales": scales}
 
     def plain(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """See `Format`."""
         bitsandbytes()
-        made: torch.Tensor = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(parts["codes"], parts["scales"])
-        return made.to(dtype)
+        codes, scales = parts["codes"], parts["scales"]
+        made = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        at_once = max(1, _AT_ONCE // max(1, codes.shape[1]))  # in float32, before they have the dtype
+        for start in range(0, len(codes), at_once):
+            rows = slice(start, start + at_once)
+            made[rows] = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes[rows], scales[rows])
+        return made
 
 
 FORMATS: dict[str, Format] = {"nf4": Nf4(double=False), "nf4_double": Nf4(double=True), "int8": Int8()}
@@ -158,15 +174,11 @@ def groups_of(scales: int) -> int:
     return (scales - 1 + SCALES_BLOCK - 1) // SCALES_BLOCK + 1
 
 
+@functools.cache  # the host would wait for a copy in each product
 def scale_levels(device: torch.device) -> torch.Tensor:
     """Return what the 256 codes of scales stand for, between -1 and 1 (arXiv 2110.02861, section 1.3)."""
-    return _levels().to(device)
-
-
-@functools.cache
-def _levels() -> torch.Tensor:
     with _disable_current_modes():  # in a dry run, too, they are numbers
-        levels: torch.Tensor = bitsandbytes().functional.create_dynamic_map()
+        levels: torch.Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
     return levels
 
 

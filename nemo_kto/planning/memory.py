@@ -301,8 +301,9 @@ class Activations:
 
     def _weight_gradient(self) -> float:
         """Return the bytes of the greatest weight's gradient, before it is added to what there is."""
-        if self.lora is not None:
+        if self.lora is not None and self.lora.base is None:
             return 0
+        # beside adapters that is what a frozen matrix is made plain in
         return self._size * 2 * self.sizes.hidden * self.sizes.feed_forward / self.layout.tensor
 
     def _head(self, tokens: int, responses: int) -> float:

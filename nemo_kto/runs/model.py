@@ -13,6 +13,7 @@ from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.runs.data import highest_token_id
 from nemo_kto.weights.import_hf import check_weights
+from nemo_kto.weights.model_card import read_facts
 
 _SIZES = (
     "num_layers",
@@ -46,6 +47,12 @@ def accelerator_of(config: KTOConfig) -> str:
 def params_dtype_of(config: KTOConfig) -> torch.dtype:
     """Return the dtype of parameters and activations for `trainer.precision`; the optimizer's is always float32."""
     return PARAMS_DTYPES[config.trainer.precision]
+
+
+def dtype_of_run(source: Path) -> torch.dtype:
+    """Return the dtype that the run of a checkpoint computed in; see `checkpoint_model.source_of`."""
+    precision = read_facts(source).get("config", {}).get("trainer", {}).get("precision", 32)
+    return PARAMS_DTYPES[precision]
 
 
 def base_format_of(config: KTOConfig) -> str | None:

@@ -220,7 +220,9 @@ def _scale(settings: LoRASettings) -> Any:
     """Return all that the scales of adapters come from, as JSON."""
     whole = settings.scale_of("")
     patterns = [dict(settings.rank_pattern), dict(settings.alpha_pattern)]
-    return [whole, *patterns] if any(patterns) else whole
+    if not any(patterns):
+        return whole
+    return [settings.rank, settings.alpha, settings.rslora, *patterns]
 
 
 def _check_same_architecture(folder: Path, hf_config: PretrainedConfig) -> None:

@@ -83,7 +83,7 @@ class FrugalAdam(torch.optim.AdamW):
     def _state_of(self, shard: torch.Tensor, on_host: bool) -> dict[str, torch.Tensor]:
         if on_host:
             with self.host():
-                master = _in_host_memory(shard.numel(), torch.float32, pinned=shard.is_cuda)
+                master = _in_host_memory(shard.numel(), torch.float32, pinned=False)  # copies go by way of `_staging`
                 moments = {
                     name: _in_host_memory(shard.numel(), self.moments_dtype, pinned=False).zero_() for name in _MOMENTS
                 }

@@ -245,7 +245,8 @@ def gathered_tensors(
     for owner, places in enumerate(everyone):
         for key, corner in places:
             owners.setdefault(key, {}).setdefault(corner, owner)
-    any_parameter = next(chunks[0].parameters())
+    # of what is exchanged; a weight may lie in the host's memory (`adapters_merged`)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     keys = sorted(owners, key=order or natural) if rank == 0 else list(owners)
     dist.broadcast_object_list(keys, src=0)
     for key in keys:
@@ -253,7 +254,7 @@ def gathered_tensors(
         for corner, owner in owners[key].items():
             global_shape, region, dtype = everyone[owner][key, corner]
             if rank == 0:
-                full = any_parameter.new_empty(global_shape, dtype=dtype) if full is None else full
+                full = torch.empty(global_shape, dtype=dtype, device=device) if full is None else full
                 if owner == 0:
                     full[region] = _plain(leaves[key, corner])
                 else:
@@ -261,7 +262,7 @@ def gathered_tensors(
                     dist.recv(block, src=owner)
                     full[region] = block
             elif rank == owner:
-                dist.send(_plain(leaves[key, corner]).contiguous().to(any_parameter.device), dst=0)
+                dist.send(_plain(leaves[key, corner]).contiguous().to(device), dst=0)
         yield key, full
 
 

@@ -166,9 +166,20 @@ def _front_matter(config: Mapping[str, Any], *, adapter: bool) -> str:
 
 def _use(facts: Mapping[str, Any], *, adapter: bool) -> str:
     """Return how the model is loaded; one that sees images is no causal language model to transformers."""
-    if not facts.get("sees_images"):
-        return _USE_ADAPTER if adapter else _USE
-    return (_USE_ADAPTER_OF_WHOLE if adapter else _USE).replace("ForCausalLM", "ForImageTextToText")
+    whole = bool(facts.get("sees_images"))
+    use = (_USE_ADAPTER_OF_WHOLE if whole else _USE_ADAPTER) if adapter else _USE
+    use = use.replace("ForCausalLM", "ForImageTextToText") if whole else use
+    peft = facts["config"]["model"]["peft"]
+    if not adapter or peft.get("quantize_base") is None:
+        return use
+    bits = "load_in_8bit=True"
+    if peft["quantize_base"] == "nf4":
+        bits = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={peft["double_quantization"]}'
+    folder = '"path/to/the/base/model"' if whole else '"path/to/this/folder"'
+    said = f"It was trained beside its base model in {peft['quantize_base']}, which the numbers above are of.\n\n"
+    settings = f"AutoTokenizer, BitsAndBytesConfig\n\nbits = BitsAndBytesConfig({bits})\n"
+    loaded = use.replace(f"{folder})", f"{folder}, quantization_config=bits)", 1)
+    return said + loaded.replace("AutoTokenizer\n", settings, 1)
 
 
 def _split(name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
@@ -182,7 +193,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for key in _SETTINGS:
         value: Any = config
         for part in key.split("."):
-            value = value[part]
+            value = value.get(part)  # an older run has not all of them
         if value is not None and not (
             key.startswith("model.peft.lora") and config["model"]["peft"]["peft_scheme"] != "lora"
         ):

@@ -111,6 +111,7 @@ SLOW = pytest.mark.slow
     [
         pytest.param(1, {**LORA, "model__kto__reference__mode": "cpu_swap"}, id="cpu_swap LoRA"),
         pytest.param(1, DORA, id="DoRA"),
+        pytest.param(1, {**LORA, "model__peft__quantize_base": "int8"}, id="int8", marks=SLOW),
         pytest.param(1, {"model__kto__reference__mode": "cpu_swap"}, id="cpu_swap", marks=SLOW),
         pytest.param(1, {**BF16, "model__kto__reference__mode": "resident"}, id="resident bf16", marks=SLOW),
         pytest.param(1, {"model__kto__reference__mode": "cached"}, id="cached", marks=SLOW),

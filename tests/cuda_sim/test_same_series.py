@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.distributed_harness import free_port
 from tests.integration.assets import read_series, settings, train_on_rank, without_times
@@ -120,3 +122,29 @@ def test_a_resumed_run_is_the_whole_one(runs: Any, saving: dict[str, Any]) -> No
     for name, values in resumed.items():  # the first of the two validated at its end as well
         resumed[name] = {step: value for step, value in values.items() if step in whole.get(name, values)}
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_base_in_fewer_bits_is_merged_as_on_cpus(
+    root: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, original: bool
+) -> None:
+    """On two stages: the later one sends rank 0 weights that are in the host's memory. DoRA's lengths are made anew."""
+    folders = []
+    for accelerator, ranks in (("gpu", gpu_ranks), ("cpu", run_ranks)):
+        changes = {
+            **QLORA,
+            "model__peft__lora_tuning__dora": True,
+            "pretrained_checkpoint__restore_from_path": str(root / "wide"),
+            "model__pipeline_model_parallel_size": 2,
+            "export__enabled": True,
+            "export__merge_adapters": True,
+            "export__merge_into_original": original,
+        }
+        folder = tmp_path / accelerator
+        steps = {"trainer__accelerator": accelerator, "trainer__kto__max_steps": 1, "model__micro_batch_size": 2}
+        ranks(train_on_rank, 2, free_port(), settings(root, folder, **steps, **changes))
+        folders.append(load_file(folder / "hf" / "model.safetensors"))
+    ours, theirs = folders
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)

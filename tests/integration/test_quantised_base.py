@@ -19,7 +19,7 @@ from nemo_kto.commands.export import export_checkpoint
 from nemo_kto.errors import KTOError
 from nemo_kto.runtime.bits import bitsandbytes
 from tests.distributed_harness import free_port
-from tests.integration.assets import read_series, settings, train_on_rank
+from tests.integration.assets import make_model_folder, read_series, refusal_on_rank, settings, train_on_rank
 from tests.integration.oracle import PLAIN, assert_equal, oracle
 from tests.integration.test_command import ENDED, TP2, WITH_CHECKPOINTS, assert_continues, command, run
 from tests.integration.test_oracle import make_adapter
@@ -160,6 +160,14 @@ def test_a_checkpoint_becomes_an_adapter_and_merged_folders(
     adapted = logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     torch.testing.assert_close(logits(load(tmp_path / "merged")), adapted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(load(trained / "hf")), adapted, rtol=1e-4, atol=1e-5)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    example = (
+        text.split("```python\n")[1].split("tokenizer =")[0].replace("path/to/this/folder", str(tmp_path / "adapter"))
+    )
+    names: dict[str, Any] = {}
+    exec(example, names)
+    torch.testing.assert_close(logits(names["model"]).float(), adapted, rtol=1e-3, atol=1e-3)
+    assert "It was trained beside its base model in nf4" in text
     beside = logits(PeftModel.from_pretrained(load(root / "wide"), tmp_path / "adapter"))
     torch.testing.assert_close(logits(load(tmp_path / "original")), beside, rtol=1e-4, atol=1e-5)
     assert (adapted - beside).abs().max() > 0.01
@@ -216,3 +224,27 @@ def test_a_killed_run_continues_as_if_it_had_not_been(root: Path, tmp_path: Path
     code, output, errors = run(command(root, killed, **changes))
     assert code == 0, output + errors
     assert_continues(read_series(killed), read_series(tmp_path / "whole"), exactly=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "parts"),
+    [
+        ("hf", {}, ["model.peft.quantize_base=nf4", "32 of a linear layer", "Use int8"]),
+        ("narrow", {"model__tensor_model_parallel_size": 2}, ["64 of a linear layer on 2 ranks", "fewer ranks"]),
+        ("wide", {"model__kto__reference__checkpoint": "tied"}, ["is another model", "mode=cached"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], model: str, changes: dict[str, Any], parts: list[str]
+) -> None:
+    if "model__kto__reference__checkpoint" in changes:
+        other = make_model_folder(tmp_path / "other", kind="wide", seed=9)
+        changes = {"model__kto__reference__checkpoint": str(other)}
+    folder = root / model
+    if model == "narrow":
+        folder = make_model_folder(tmp_path / "narrow", kind="wide", hidden_size=64)
+    values = settings(root, tmp_path / "log", **{**PLAIN_LORA, **KINDS["nf4"], **changes})
+    values["pretrained_checkpoint.restore_from_path"] = str(folder)
+    world_size = changes.get("model__tensor_model_parallel_size", 1)
+    kind, message = run_ranks(refusal_on_rank, world_size, free_port(), values)[0]
+    assert kind == "ConfigError" and all(part in message for part in parts), message

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.quantised_weight import FORMATS, QuantisedWeight, plain_weights, weights_quantised
+from nemo_kto.network import quantised_weight
+from nemo_kto.network.quantised_weight import (
+    FORMATS,
+    QuantisedWeight,
+    plain_weights,
+    scale_levels,
+    weights_quantised,
+)
 from nemo_kto.runtime.bits import bitsandbytes
 from nemo_kto.runtime.layout import Layout, ModelSizes, check_blocks
 
@@ -173,3 +180,33 @@ def test_importing_bitsandbytes_fetches_nothing(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert bitsandbytes() is bitsandbytes()
+
+
+def test_levels_of_scales_are_copied_to_a_device_once() -> None:
+    assert scale_levels(torch.device("cpu")) is scale_levels(torch.device("cpu"))
+    assert torch.equal(scale_levels(torch.device("cpu")), bitsandbytes().functional.create_dynamic_map())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_block_is_quantised_as_bitsandbytes_does_on_a_cpu(dtype: torch.dtype) -> None:
+    """With ties, rows of zeros and the greatest numbers of a block."""
+    block = torch.randn(64, INPUTS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    block[3], block[4, ::2], block[5] = 0, 0.5, block[5].abs().max() / 2
+    block[5, 0] *= 2
+    functional = bitsandbytes().functional
+    codes, state = functional.quantize_4bit(block.float(), blocksize=64, quant_type="nf4")
+    ours = FORMATS["nf4"].quantised(block)
+    assert torch.equal(ours["codes"].flatten(), codes.flatten())
+    assert torch.equal(ours["scales"].flatten(), state.absmax)
+    some = block[[*range(3), *range(4, 64)]]  # of a row of zeros bitsandbytes' are not defined
+    whole, scales, _ = functional.int8_vectorwise_quant(some.half())
+    eight = FORMATS["int8"].quantised(some)
+    assert torch.equal(eight["codes"], whole) and torch.equal(eight["scales"], scales)
+    assert not FORMATS["int8"].quantised(block)["codes"][3].any()
+
+
+def test_eight_bits_are_made_plain_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of("int8", torch.bfloat16)
+    whole = weight.plain()
+    monkeypatch.setattr(quantised_weight, "_AT_ONCE", 5 * INPUTS)
+    assert torch.equal(weight.plain(), whole)
