@@ -128,7 +128,7 @@ def test_a_resumed_run_is_the_whole_one(runs: Any, saving: dict[str, Any]) -> No
 def test_a_base_in_fewer_bits_is_merged_as_on_cpus(
     root: Path, tmp_path: Path, run_ranks: Any, gpu_ranks: Any, original: bool
 ) -> None:
-    """On two stages: the later one sends rank 0 weights that are in the host's memory. DoRA's lengths are made anew."""
+    """On two stages: the later one sends weights that are in the host's memory. DoRA's lengths are made anew."""
     folders = []
     for accelerator, ranks in (("gpu", gpu_ranks), ("cpu", run_ranks)):
         changes = {
