@@ -460,7 +460,7 @@ SYNC = "model.kto.reference.sync_every_n_steps=512"
             [*LORA, "model.kto.reference.mode=adapter_off", "model.kto.reference.checkpoint=x"],
             ["checkpoint=x", "auto"],
         ),
-        ([*LORA, "model.peft.lora_tuning.rank_pattern={(?i)q_proj: 2}"], ["(?i)q_proj", "no regular expression"]),
+        ([*LORA, 'model.peft.lora_tuning.rank_pattern={"(?i)q_proj": 2}'], ["(?i)q_proj", "no regular expression"]),
         ([*LORA, "model.peft.quantize_base=int8", "model.kto.reference.mode=cpu_swap"], ["int8", "cpu_swap", "auto"]),
         (
             [*LORA, "model.peft.quantize_base=int8", "model.peft.double_quantization=true"],

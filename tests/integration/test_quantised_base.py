@@ -166,7 +166,15 @@ def test_a_checkpoint_becomes_an_adapter_and_merged_folders(
     )
     names: dict[str, Any] = {}
     exec(example, names)
-    torch.testing.assert_close(logits(names["model"]).float(), adapted, rtol=1e-3, atol=1e-3)
+    functional, weights = bitsandbytes().functional, load(base).state_dict()
+    loaded = names["model"].get_base_model().named_modules()
+    in_four_bits = {
+        name: module for name, module in loaded if hasattr(module, "weight_format") or "base_layer" in name
+    }
+    assert len(in_four_bits) == 28
+    for name, module in in_four_bits.items():
+        plain = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(plain.float(), weights[name.replace("base_layer", "weight")]), name
     assert "It was trained beside its base model in nf4" in text
     beside = logits(PeftModel.from_pretrained(load(root / "wide"), tmp_path / "adapter"))
     torch.testing.assert_close(logits(load(tmp_path / "original")), beside, rtol=1e-4, atol=1e-5)
