@@ -175,7 +175,7 @@ def _merged(model: MegatronGPTKTOModel) -> Iterator[None]:
             }
             stack.enter_context(plain_weights(models))
             for each in models:
-                import_hf(each, folder, keys=in_fewer_bits)
+                parallel.run_everywhere(partial(import_hf, each, folder, keys=in_fewer_bits))
         else:
             _say_merged(model.lora.base)
         stack.enter_context(adapters_merged(models))

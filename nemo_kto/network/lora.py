@@ -177,14 +177,13 @@ def adapters_merged(models: Iterable[KTOGPTModel]) -> Iterator[None]:
 def _merged_weight(layer: Any) -> torch.Tensor:
     """Return a layer's merged weight, made where its adapters are: the weight may lie in the host's memory."""
     weight, device = layer.weight, next(layer.adapters.parameters()).device
-    if weight.device == device:
-        merged: torch.Tensor = layer.merged_weight()
-        return merged
-    layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
+    if weight.device != device:
+        layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
     try:
-        return layer.merged_weight()  # type: ignore[no-any-return]
+        merged: torch.Tensor = layer.merged_weight()
     finally:
         layer.weight = weight
+    return merged
 
 
 def _put_aside(weight: torch.Tensor) -> torch.Tensor:

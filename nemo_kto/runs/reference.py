@@ -202,7 +202,7 @@ def cache_settings(
         "scale of the reference adapter": None if adapter is None else _scale(read_adapter_settings(adapter)),
         "model.seed and init_method_std": random_weights,
         "trainer.precision": config.trainer.precision,
-        # so that logs of runs without it keep their key
+        # only where there is one, so that older caches keep their key
         **({} if (base := base_format_of(config)) is None else {"model.peft.quantize_base": base}),
         "model.kto.preference_average_log_probs": model.kto.preference_average_log_probs,
         "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),

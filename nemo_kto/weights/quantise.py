@@ -97,8 +97,12 @@ class Quantiser:
 
 def _matrix_of(piece: Piece) -> Piece:
     """Return the folder's matrix that a piece is of; an expert in a tensor of all is a matrix of its own."""
-    is_plain = piece.stacked is None and not piece.transposed and piece.every == 1
-    return Piece(piece.name, piece.tensor_shape) if is_plain else piece
+    return Piece(piece.name, piece.tensor_shape) if _is_rows(piece) else piece
+
+
+def _is_rows(piece: Piece) -> bool:
+    """Return whether a piece is neighbouring rows of a tensor that is a single matrix."""
+    return piece.stacked is None and not piece.transposed and piece.every == 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class _Scales:
             piece: A piece of the matrix.
             where: Its rows, and which scales of each.
         """
-        if piece.stacked is None and not piece.transposed and piece.every == 1:
+        if _is_rows(piece):
             where = piece.within(where)
         rows, columns = where
         number, device = columns.stop - columns.start, self.codes.device
