@@ -10,19 +10,30 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from nemo_kto.errors import KTOError
+from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.folder_tensors import is_of_activations
+from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.stored import SafetensorsFolder
 from nemo_kto.network.weight_rules import Piece
-from nemo_kto.weights.import_hf import check_weights
+from nemo_kto.runtime import parallel
+from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.export_hf import export_hf
+from nemo_kto.weights.import_hf import check_weights, import_hf
+from nemo_kto.weights.source_folder import write_source_folder
+from tests.distributed_harness import heard
 from tests.network import tiny_hf
 
 Tensors = dict[str, torch.Tensor]
+DIVISIONS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {"tensor": 2}, "EP2": {"expert": 2}, "PP2": {"pipeline": 2}}
+"""Name of a layout -> its sizes."""
 
 
 def plain_folder(folder: Path, name: str, **fields: Any) -> Path:
@@ -134,3 +145,36 @@ def assert_what_is_spoilt_is_named_or_read(folder: Path, target: Path, module: s
             except KTOError as error:
                 refusals += str(target) in str(error) and module in str(error)
         assert refusals >= 3, name
+
+
+def convert(source: Path, results: Path, layouts: dict[str, tuple[str, ...]]) -> list[str]:
+    """Import and export folders, from what a checkpoint keeps of them, on a rank; return what was said.
+
+    Args:
+        source: The folder of the folders.
+        results: The folder of what is exported, and of logits.
+        layouts: Keys of `DIVISIONS` for so many ranks as there are -> which folders.
+    """
+    said = heard()
+    enable_cpu()
+    for layout, names in layouts.items():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        world = 1 if layout == "TP1" else 2
+        parallel.initialize(Layout(world_size=world, **DIVISIONS[layout]), seed=1)
+        for name in names:
+            hf_config = load_hf_config(source / name)
+            sequence = layout == "TP2" and dimensions_of(hf_config).mixture is not None
+            model = build_gpt(hf_config, Layout(world_size=world, sequence=sequence, **DIVISIONS[layout]))
+            check_weights(source / name, hf_config)
+            import_hf(model, source / name)
+            target, kept = results / layout / name, results / layout / f"{name}.kept"
+            if torch.distributed.get_rank() == 0:
+                kept.mkdir(parents=True)
+                write_source_folder(kept, hf_config, model_folder=source / name, tokenizer_folder=source / name)
+            torch.distributed.barrier()
+            export_hf([model], hf_config, target, source_folder=kept)
+            logits = tiny_hf.packed_logits(model)
+            if logits is not None and parallel.position().tp_rank == 0:
+                torch.save(logits, results / layout / f"{name}.pt")
+    return said

@@ -10,22 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from nemo_kto.network.families import dimensions_of
-from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.stored import SafetensorsFolder
 from nemo_kto.network.weight_rules import Piece
-from nemo_kto.runtime import parallel
-from nemo_kto.runtime.cpu_megatron import enable_cpu
-from nemo_kto.runtime.layout import Layout
-from nemo_kto.weights.export_hf import export_hf
-from nemo_kto.weights.import_hf import check_weights, import_hf
+from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.source_folder import write_source_folder
-from tests.distributed_harness import heard
 from tests.network import tiny_hf
 from tests.weights import quantised, test_compressed_tensors_folders, test_models_with_images
 from tests.weights.quantised import Tensors
@@ -46,7 +38,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "EP2": ("nf4 of transformers", "nf4 of all experts", "int8"),
     "PP2": ("nf4 with images", "FP8 and NVFP4"),
 }
-DIVISIONS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {"tensor": 2}, "EP2": {"expert": 2}, "PP2": {"pipeline": 2}}
 CASES = [(layout, name) for layout, names in LAYOUTS.items() for name in names]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -84,33 +75,6 @@ def make_folders(root: Path) -> None:
     saved_by_transformers(root / "nf4 with images", plain, AutoModelForImageTextToText, **NF4)
 
 
-def convert(source: Path, results: Path, layouts: list[str]) -> list[str]:
-    """Import and export every folder, from what a checkpoint keeps of it; return what was said."""
-    said = heard()
-    enable_cpu()
-    for layout in layouts:
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        world = 1 if layout == "TP1" else 2
-        parallel.initialize(Layout(world_size=world, **DIVISIONS[layout]), seed=1)
-        for name in LAYOUTS[layout]:
-            hf_config = load_hf_config(source / name)
-            sequence = layout == "TP2" and dimensions_of(hf_config).mixture is not None
-            model = build_gpt(hf_config, Layout(world_size=world, sequence=sequence, **DIVISIONS[layout]))
-            check_weights(source / name, hf_config)
-            import_hf(model, source / name)
-            target, kept = results / layout / name, results / layout / f"{name}.kept"
-            if torch.distributed.get_rank() == 0:
-                kept.mkdir(parents=True)
-                write_source_folder(kept, hf_config, model_folder=source / name, tokenizer_folder=source / name)
-            torch.distributed.barrier()
-            export_hf([model], hf_config, target, source_folder=kept)
-            logits = tiny_hf.packed_logits(model)
-            if logits is not None and parallel.position().tp_rank == 0:
-                torch.save(logits, results / layout / f"{name}.pt")
-    return said
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the folders."""
@@ -123,8 +87,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(source: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[list[str]]]) -> Path:
     """Return the folder of what each layout made of them."""
     root = tmp_path_factory.mktemp("results")
-    (said,) = run_ranks(convert, 1, source, root, ["TP1"])
-    run_ranks(convert, 2, source, root, [layout for layout in LAYOUTS if layout != "TP1"])
+    (said,) = run_ranks(quantised.convert, 1, source, root, {"TP1": LAYOUTS["TP1"]})
+    run_ranks(quantised.convert, 2, source, root, {name: LAYOUTS[name] for name in LAYOUTS if name != "TP1"})
     assert sorted(text for text in said if "holds matrices" in text) == sorted(
         f"{source / name} holds matrices in {bits} bits: they are trained, and exported, as the plain numbers they "
         "stand for."
