@@ -102,7 +102,7 @@ def _parts(layout: Layout) -> int:
 
 
 def boundaries(row: PackedRow) -> dict[str, Any]:
-    """Return the fields of `DocumentParams` that say where a row's documents are."""
+    """Return the fields of `DocumentParams` that say where a row's documents and images are."""
     return {
         "qkv_format": "thd",
         "cu_seqlens_q": row.cu_seqlens,
@@ -110,6 +110,8 @@ def boundaries(row: PackedRow) -> dict[str, Any]:
         "max_seqlen_q": row.max_seqlen,
         "max_seqlen_kv": row.max_seqlen,
         "lengths": row.lengths,
+        "images": row.images,
+        "rotary_positions": row.rotary_positions,
     }
 
 

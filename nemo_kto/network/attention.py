@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
+from nemo_kto.data.batches.packed_rows import RowImages
 from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.network.sharded import mark_divided, own_state
@@ -37,9 +38,13 @@ class DocumentParams(PackedSeqParams):  # type: ignore[misc]
     Attributes:
         lengths: Tokens of each document of the whole row, as numbers: a layer that asked the device for them would
             wait until it has computed all layers before.
+        images: The images of the row; None for none.
+        rotary_positions: See `PackedRow`.
     """
 
     lengths: tuple[int, ...]
+    images: RowImages | None = None
+    rotary_positions: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)

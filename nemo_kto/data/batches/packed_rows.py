@@ -9,7 +9,7 @@ Shapes: `n` samples and `k` documents of the KL set of this rank, `d` documents 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,39 @@ from nemo_kto.data.tokens.tokenization import TokenizedSample
 
 Document = tuple[Tensor, Tensor]
 """(prompt [p], response [r]), both int64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """An image as a model takes it.
+
+    Attributes:
+        key: int64, equal for equal bytes of the file.
+        num_tokens: How many tokens of the prompt stand for it.
+        grid: Rows and columns of those tokens, where the model counts positions in both; None elsewhere.
+        inputs: What the model's vision tower takes, name -> `[k, ...]`, to be joined with other images' along the
+            first dimension; empty where nobody runs the tower.
+    """
+
+    key: int
+    num_tokens: int
+    grid: tuple[int, int] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImages:
+    """The images of a packed row.
+
+    Attributes:
+        pictures: In the order of the row; one that two documents show is there twice. Always on the CPU.
+        places: `[I]` int64, where in the row the tokens are that stand for images, on this rank.
+        features: `[I]` int64, which of all pictures' features, laid end to end, each of them takes.
+    """
+
+    pictures: tuple[Picture, ...]
+    places: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +73,9 @@ class PackedRow:
         response_tokens: [R] int64, the response tokens' ids.
         document_ids: [R] int64, the document (0 to d-1) each response token belongs to.
         response_lengths: [d] how many response tokens each document has.
+        images: Its images; None for none.
+        rotary_positions: [3, T] int64, where the model counts positions of images' tokens in time, rows and columns
+            and the row has images; else None, and they are those of `position_ids`.
     """
 
     tokens: Tensor
@@ -51,6 +87,8 @@ class PackedRow:
     response_tokens: Tensor
     document_ids: Tensor
     response_lengths: tuple[int, ...]
+    images: RowImages | None = None
+    rotary_positions: Tensor | None = None
 
     @property
     def num_documents(self) -> int:

@@ -17,6 +17,19 @@ EMPTY = (
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """Where an image of a record is: exactly one of the two is set.
+
+    Attributes:
+        file: The file, as it can be opened.
+        data: Its bytes, as a PNG or JPEG file has them.
+    """
+
+    file: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FeedbackRecord:
     """One piece of binary feedback and where it was read.
 
@@ -30,6 +43,8 @@ class FeedbackRecord:
         tools: JSON schemas of the tools that the chat template is told of.
         template_kwargs: Other variables for the chat template.
         weight: What its loss is multiplied with.
+        images: The images of the prompt, in the order of its parts `{"type": "image"}`; a record with images is made
+            of messages, whose content is a list of such parts and of `{"type": "text", "text": ...}` where it has one.
     """
 
     prompt: str | Messages
@@ -40,6 +55,7 @@ class FeedbackRecord:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
     weight: float = 1.0
+    images: tuple[Image, ...] = ()
 
     @property
     def place(self) -> str:
