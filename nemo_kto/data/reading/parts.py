@@ -199,7 +199,7 @@ def _function_part(path: str, function: RecordsFunction) -> Part:
     def content() -> Iterator[bytes]:
         for found in rows():
             values = [found.row(), found.place] if isinstance(found, FeedbackRecord) else asdict(found)
-            yield json.dumps(values, sort_keys=True).encode()
+            yield json.dumps(values, sort_keys=True, default=bytes.hex).encode()
 
     return Part(path, rows, content, lambda: None)
 
@@ -220,6 +220,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, bytes | bytearray | memoryview):  # of an image
+        return bytes(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
