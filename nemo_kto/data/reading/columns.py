@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kto.data.reading.images import Listed
+from nemo_kto.data.reading.image_places import Listed
 from nemo_kto.data.reading.json_strings import MESSAGES, Reading, Spelling, parsed_json, read_string
 from nemo_kto.data.reading.labels import Judge
 from nemo_kto.data.reading.paths import Missing, look_up

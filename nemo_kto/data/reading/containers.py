@@ -2,19 +2,17 @@
 
     .jsonl .ndjson .json .csv .tsv    also behind .gz or .zst
     .parquet
-    a folder that `datasets` saved
 
 A `.json` file holds one array of objects, or is JSON Lines by another name. Text is UTF-8.
 """
 
 import codecs
-import copy
 import csv
 import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,58 +117,13 @@ def is_data_file(path: Path) -> bool:
     return data_suffix(path) in _READERS and not path.name.startswith(".") and path.name not in _ABOUT_DATASETS
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets` saved this folder (`save_to_disk`)."""
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
-
-
-def dataset_rows(dataset: Any, source: str) -> Rows:
-    """Yields the rows of a `datasets.Dataset`, numbered from 1."""
-    number = 0
-    for batch in _batches(dataset):
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Row(source, number, _without_nulls(dict(zip(names, values, strict=True))))
-
-
-def _batches(dataset: Any) -> Iterator[dict[str, list[Any]]]:
-    """Some rows at a time of a data set, column by column; images as they are stored, in `{"bytes", "path"}`."""
-    features = _undecoded(dataset.features)
-    if features is None:
-        yield from dataset.with_format(None).iter(_ROWS_PER_BATCH)
-        return
-    for table in dataset.with_format("arrow").iter(_rows_at_once(dataset.data.nbytes, dataset.data.num_rows)):
-        yield features.decode_batch(table.to_pydict())
-
-
-def _undecoded(features: Any) -> Any:
-    """The features of a data set with none that makes an image, a sound or a video of bytes; None if all are so."""
-    import datasets
-
-    kinds = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video") if hasattr(datasets, name))
-    features, found = copy.deepcopy(features), False
-    pending = list(features.values())
-    while pending:
-        feature = pending.pop()
-        if isinstance(feature, kinds):
-            feature.decode, found = False, True
-        elif isinstance(feature, Mapping):
-            pending += feature.values()
-        elif isinstance(feature, list):
-            pending += feature
-        else:
-            pending += [feature.feature] if hasattr(feature, "feature") else []
-    return datasets.Features(features) if found else None
-
-
-def _rows_at_once(size: int, rows: int) -> int:
-    """How many rows of a table are few enough to be in memory, images in them or not."""
+def rows_at_once(size: int, rows: int) -> int:
+    """Returns how many rows of a table are few enough to be in memory, images in them or not."""
     return max(1, min(_ROWS_PER_BATCH, _MOST_BYTES * rows // max(size, 1)))
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table without the nulls in its structs, which stand for what other rows have and this one has not."""
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row without the nulls in its structs, which stand for what other rows have and this one has not."""
     return {name: _compact(value) for name, value in row.items()}
 
 
@@ -311,10 +264,10 @@ def _parquet(path: Path) -> Rows:
     with path.open("rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
         _checked_header(file.schema_arrow.names, path)
         size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
-        for batch in file.iter_batches(_rows_at_once(size, file.metadata.num_rows)):
+        for batch in file.iter_batches(rows_at_once(size, file.metadata.num_rows)):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(str(path), number, _without_nulls(values))
+                yield Row(str(path), number, without_nulls(values))
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_kto.data.reading.images import NO_IMAGES, Listed, placed
+from nemo_kto.data.reading.image_places import NO_IMAGES, Listed, placed
 from nemo_kto.data.reading.json_strings import parsed_json
 from nemo_kto.data.reading.records import EMPTY, MAX_NESTING, Messages, RecordError, json_type
 from nemo_kto.data.reading.spellings import content_parts, is_message, with_role

@@ -17,12 +17,11 @@ from nemo_kto.data.reading.containers import (
     check_file,
     check_kind,
     count_rows,
-    dataset_rows,
     is_data_file,
-    is_saved_dataset,
     no_such_file,
     read_rows,
 )
+from nemo_kto.data.reading.data_sets import dataset_rows, is_saved_dataset
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, json_type
 from nemo_kto.data.reading.sources import RecordsFunction, Source
 from nemo_kto.errors import ConfigError, DataError, KTOError

@@ -218,7 +218,7 @@ def image_in(found: Mapping[str, Any]) -> tuple[Any, str | None]:
     It is the name of a file, a data URI, base64 or bytes as they were written; `{"bytes": ...}` or `{"path": ...}`
     where nothing else can be meant.
     """
-    there = {key: found[key] for key in _IMAGE_KEYS if found.get(key) is not None}
+    there = {key: found[key] for key in _IMAGE_KEYS if found.get(key) not in (None, {})}
     if "bytes" in there and {*there} <= {"bytes", "path"}:  # of `datasets`, where the path is no more than a name
         return {"bytes": there["bytes"]}, None
     if len(there) > 1:
