@@ -49,11 +49,14 @@ class RowImages:
         pictures: In the order of the row; one that two documents show is there twice. Always on the CPU.
         places: `[I]` int64, where in the row the tokens are that stand for images, on this rank.
         features: `[I]` int64, which of all pictures' features, laid end to end, each of them takes.
+        starts: Where in the whole row, not this rank's part of it, the tokens of each picture begin, which follow one
+            on another.
     """
 
     pictures: tuple[Picture, ...]
     places: Tensor
     features: Tensor
+    starts: tuple[int, ...] = ()
 
     def between(self, start: int, end: int) -> "RowImages":
         """Those whose tokens are in a part of the row, counted from its first token; pictures are those of the row."""
