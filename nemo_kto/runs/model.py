@@ -107,8 +107,8 @@ def vision_of(config: KTOConfig, hf_config: PretrainedConfig) -> VisionSettings 
         return VisionSettings(config=whole, train=train)
     if train != "none":
         raise ConfigError(
-            f"model.vision.train={train}: the model in {folder} ({whole_of(hf_config) or hf_config.model_type}) is "
-            f"none that is trained on images here, as {', '.join(PROJECTORS)} are. Leave the key out."
+            f"model.vision.train={train}: a {whole_of(hf_config) or hf_config.model_type}, as in {folder}, cannot be "
+            f"given images. Supported are {', '.join(PROJECTORS)}. Leave the key out."
         )
     return None
 

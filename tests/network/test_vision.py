@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.utils import get_model_config
 
+from nemo_kto.data.batches.packed_rows import Picture
+from nemo_kto.errors import ConfigError
 from nemo_kto.kto.scoring import RowScorer, RowScores, unwrapped
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config, whole_config
@@ -71,6 +74,11 @@ def rows_of(folder: Path) -> list[Any]:
     return rows[place.dp_rank :: place.dp_size]
 
 
+def logps_of(folder: Path, chunks: list[KTOGPTModel], layout: Layout) -> torch.Tensor | None:
+    """Return the log-probs of this rank's documents; None except on the last stage."""
+    return RowScorer(chunks=chunks, place=parallel.position(), layout=layout).score(rows_of(folder))
+
+
 # what the ranks do
 
 
@@ -79,9 +87,7 @@ def score(source: Path, layout: str) -> dict[str, torch.Tensor | None]:
     found = {}
     for name in MODELS:
         division = Layout(world_size=dist.get_world_size(), **LAYOUTS[layout])
-        chunks = chunks_of(source / name, division)
-        scorer = RowScorer(chunks=chunks, place=parallel.position(), layout=division)
-        found[name] = scorer.score(rows_of(source / name))
+        found[name] = logps_of(source / name, chunks_of(source / name, division), division)
     return found
 
 
@@ -193,3 +199,92 @@ def check_gradients(
         for each, gradient in wanted.items():
             scale = max(1.0, gradient.abs().max().item())
             torch.testing.assert_close(gradients[each], gradient, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", ["TP2_SP", "CP2"])
+def test_gradients_do_not_depend_on_recomputation(
+    source: Path, expected: dict[str, Any], run_ranks: Callable[..., Any], layout: str
+) -> None:
+    found = run_ranks(differentiate, 2, source, layout, "all", False, True)
+    for name in MODELS:
+        check_gradients(name, [each[name] for each in found if each[name]], expected[name][1], "all")
+
+
+# what is kept
+
+
+def eyes(folder: Path, train: str = "none") -> tuple[Vision, list[Picture]]:
+    """Return what sees images in a model, on one rank, and two images."""
+    (model,) = chunks_of(folder, Layout(world_size=1), train=train)
+    assert model.vision is not None
+    config = whole_config(folder)
+    return model.vision, [tiny_vision.picture(config, 1), tiny_vision.picture(config, 2, (4, 2))]
+
+
+def see(source: Path) -> None:
+    """The same bits with and without gradients, whatever else is in the row, and in training mode."""
+    for name in MODELS:
+        for train in ("none", "projector", "all"):
+            vision, (first, second) = eyes(source / name, train)
+            vision.train()
+            with torch.no_grad():
+                alone = vision.features([second])
+            vision.forget()
+            together = vision.features([first, second, first])
+            assert together.requires_grad is (train != "none")
+            assert torch.equal(together[first.num_tokens : -first.num_tokens], alone)
+            assert torch.equal(together[: first.num_tokens], together[-first.num_tokens :])
+            assert not torch.equal(together[: first.num_tokens], alone[: first.num_tokens])
+
+
+def keep(source: Path, train: str) -> list[int]:
+    """Return how often the tower has run, after each of some looks at an image."""
+    vision, (first, _) = eyes(source / "llava_clip", train)
+    counts: list[int] = []
+    ran = [0]
+    look = vision.tower.get_image_features
+
+    def counted(**inputs: Any) -> Any:
+        ran[0] += 1
+        return look(**inputs)
+
+    vision.tower.get_image_features = counted
+    for what in ("", "", "forget", "exchange in place", "exchange memory", ""):
+        if what == "forget":
+            vision.forget()
+        elif what:
+            frozen = next(each for each in vision.parameters() if not each.requires_grad)
+            with torch.no_grad():
+                if what == "exchange in place":
+                    frozen.copy_(frozen * 2)
+                else:
+                    frozen.data = frozen * 2
+        twice = vision.features([first, first])
+        assert torch.equal(twice, vision.features([first]).repeat(2, 1))
+        counts.append(ran[0])
+    return counts
+
+
+def test_features_depend_on_nothing_but_the_image(source: Path, run_ranks: Callable[..., Any]) -> None:
+    run_ranks(see, 1, source)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected_runs"),
+    # each look is two: features are kept until they are forgotten, or come from other parameters
+    [("none", [1, 1, 2, 3, 4, 4]), ("projector", [1, 1, 2, 3, 4, 4]), ("all", [2, 4, 6, 8, 10, 12])],
+)
+def test_what_a_frozen_tower_has_seen_is_kept(
+    source: Path, run_ranks: Callable[..., Any], train: str, expected_runs: list[int]
+) -> None:
+    assert run_ranks(keep, 1, source, train) == [expected_runs]
+
+
+def miscount(source: Path) -> None:
+    vision, (first, _) = eyes(source / "llava_clip")
+    with pytest.raises(ConfigError, match="An image has 5 tokens in its prompt, and is 4 to the model"):
+        vision.features([replace(first, num_tokens=5)])
+
+
+def test_another_number_of_tokens_is_an_error(source: Path, run_ranks: Callable[..., Any]) -> None:
+    run_ranks(miscount, 1, source)
