@@ -113,13 +113,21 @@ def vision_of(config: KTOConfig, hf_config: PretrainedConfig) -> VisionSettings 
     return None
 
 
-def vision_for(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> VisionSettings | None:
+def vision_for(
+    config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule, *, trains: bool
+) -> VisionSettings | None:
     """Return what sees images in a run; None where there are none to be seen, which spares its memory.
+
+    Args:
+        config: The configuration.
+        hf_config: The model's.
+        data: The data, prepared.
+        trains: Whether there is something to train; else what was trained has to be there.
 
     Raises:
         ConfigError: It is to be trained, and cannot, or there are none.
     """
-    if data.has_images:
+    if data.has_images or (config.model.vision.train != "none" and not trains):
         return vision_of(config, hf_config)
     if config.model.vision.train != "none":
         raise ConfigError(

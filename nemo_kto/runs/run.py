@@ -107,7 +107,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         tokenizer=tokenizer,
         hf_config=hf_config,
         lora=lora,
-        vision=vision_for(config, hf_config, data),
+        vision=vision_for(config, hf_config, data, trains=trains),
         reference=reference,
         data=data,
         schedule=plan_schedule(config, data) if trains else plan_validation(config, data),
