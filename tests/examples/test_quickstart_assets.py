@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "nlp" / "kto" / "quickstart"
-MODULES = ("style", "facts", "make_data", "answers", "run")
+MODULES = ("shared", "style", "facts", "make_data", "answers", "run")
 MEGABYTE = 1_000_000
 
 
@@ -152,25 +152,22 @@ def test_shipped_model_has_both_styles_and_knows_the_answers(scripts: dict[str, 
     assert before.correct >= 0.9
 
 
-def test_only_the_own_default_results_are_emptied(
-    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, default = scripts["run"], tmp_path / "results" / "quickstart"
-    monkeypatch.setattr(run, "DEFAULT_RESULTS", default)
-    run.prepare_results(default)
+def test_only_the_own_default_results_are_emptied(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    shared, default = scripts["shared"], tmp_path / "results" / "quickstart"
+    shared.prepare_results(default, default)
     (default / "old.txt").write_text("of the first run")
-    run.prepare_results(default)
-    assert [path.name for path in default.iterdir()] == [run.MARKER]
+    shared.prepare_results(default, default)
+    assert [path.name for path in default.iterdir()] == [shared.MARKER]
 
     other = tmp_path / "other"
-    run.prepare_results(other)
+    shared.prepare_results(other, default)
     (other / "old.txt").write_text("mine")
     with pytest.raises(SystemExit, match="not empty"):
-        run.prepare_results(other)
-    (default / run.MARKER).unlink()
+        shared.prepare_results(other, default)
+    (default / shared.MARKER).unlink()
     (default / "old.txt").write_text("not made by the quickstart")
     with pytest.raises(SystemExit, match="not empty"):
-        run.prepare_results(default)
+        shared.prepare_results(default, default)
     assert (other / "old.txt").is_file()
     assert (default / "old.txt").is_file()
 
@@ -193,7 +190,7 @@ def test_a_failed_training_fails_the_quickstart(
 ) -> None:
     run = scripts["run"]
     monkeypatch.setattr(run, "evaluate", lambda *_: run.Evaluation(answers=[], polite=0.5, curt=0.5, correct=1.0))
-    monkeypatch.setattr(run, "training_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(run, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(tmp_path / "results")])
     assert run.main() == 1
     assert "exit code 3" in capsys.readouterr().err
