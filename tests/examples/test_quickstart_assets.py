@@ -147,9 +147,9 @@ def test_tokenizer_writes_any_text_and_ends_answers() -> None:
 def test_shipped_model_has_both_styles_and_knows_the_answers(scripts: dict[str, ModuleType]) -> None:
     run = scripts["run"]
     before = run.evaluate(QUICKSTART / "model", run.read_prompts(QUICKSTART / "data" / "prompts.jsonl"))
-    assert 0.35 <= before.polite <= 0.65
-    assert 0.35 <= before.curt <= 0.65
-    assert before.correct >= 0.9
+    assert 0.35 <= before.shares["polite"] <= 0.65
+    assert 0.35 <= before.shares["curt"] <= 0.65
+    assert before.shares["correct"] >= 0.9
 
 
 def test_only_the_own_default_results_are_emptied(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_only_the_own_default_results_are_emptied(scripts: dict[str, ModuleType]
 def test_exit_code_follows_the_share(
     scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], polite: float, code: int
 ) -> None:
-    run = scripts["run"]
-    after = run.Evaluation(answers=[], polite=polite, curt=1 - polite, correct=1.0)
-    assert run.verdict(after) == code
+    shared = scripts["shared"]
+    after = shared.Evaluation(answers=[], shares={"polite": polite, "curt": 1 - polite, "correct": 1.0})
+    assert shared.verdict(after, after, goal="polite", start=0.0) == code
     assert ("failed" in capsys.readouterr().err) == (code == 1)
 
 
@@ -189,7 +189,8 @@ def test_a_failed_training_fails_the_quickstart(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = scripts["run"]
-    monkeypatch.setattr(run, "evaluate", lambda *_: run.Evaluation(answers=[], polite=0.5, curt=0.5, correct=1.0))
+    before = scripts["shared"].Evaluation(answers=[], shares={"polite": 0.5})
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: before)
     monkeypatch.setattr(run, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(tmp_path / "results")])
     assert run.main() == 1
