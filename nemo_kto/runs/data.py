@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
-from nemo_kto.config.folders import log_directory
+from nemo_kto.config.folders import log_directory, model_folder
 from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig, ModelConfig
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
 from nemo_kto.data.batches.dealing import Division
 from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.generation.rows import Prompt
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.layout import kl_fraction
-from nemo_kto.runs.records import check_named, sources, tokenization_settings
+from nemo_kto.runs.records import check_named, image_tokens, sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,12 @@ _SHOWN = 80
 
 
 def read_data(
-    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, vocab_size: int, trains: bool = True
+    config: KTOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_positions: int,
+    vocab_size: int,
+    trains: bool = True,
 ) -> KTODataModule:
     """Return the data of the run, read and tokenised.
 
@@ -51,11 +56,13 @@ def read_data(
             "argument as $'...'.",
             data.prompt_template,
         )
+    folder = model_folder(config)
     settings = DataSettings(
         train=sources(data, data.data_prefix.train or ()),
         validation=sources(data, data.data_prefix.validation or ()),
         validation_fraction=data.validation_fraction,
         tokenization=tokenization_settings(data),
+        images=None if folder is None else image_tokens(folder),
         max_length=min(data.seq_length, max_positions),
         max_positions=max_positions,
         overlong=data.overlong,
@@ -127,15 +134,16 @@ def _division(model: ModelConfig) -> Division:
     )
 
 
-def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[torch.Tensor]:
-    """Return the tokens `[p]` int64 of the first different prompts of the validation data, or of the training data.
+def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[Prompt]:
+    """Return the first different prompts of the validation data, or of the training data.
 
     Args:
         config: The configuration, which says how many.
         data: The data of the run.
         max_positions: The longest document the model is defined for; a prompt has to leave room for an answer.
     """
-    samples = data.splits.get("validation", data.splits["train"])
+    split = "validation" if "validation" in data.splits else "train"
+    samples = data.splits[split]
     wanted, found, seen = config.generation.num_prompts, [], set()
     for index, key in enumerate(samples.prompt_keys.tolist()):
         if len(found) == wanted:
@@ -144,7 +152,14 @@ def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: 
             seen.add(key)
             prompt = samples[index].prompt
             if prompt.numel() < max_positions:
-                found.append(prompt)
+                found.append(
+                    Prompt(
+                        prompt,
+                        data.pictures(split, index),
+                        data.image_token_id,
+                        data.thumbnails(split, index),
+                    )
+                )
     return found
 
 
