@@ -40,6 +40,11 @@ class Picture:
     grid: tuple[int, int] | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as bytes, see `KTOBatch`."""
+        inputs = {name: of.numpy() for name, of in self.inputs.items()}
+        return _picture_from_numbers, (self.key, self.num_tokens, self.grid, inputs)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImages:
@@ -49,11 +54,14 @@ class RowImages:
         pictures: In the order of the row; one that two documents show is there twice. Always on the CPU.
         places: `[I]` int64, where in the row the tokens are that stand for images, on this rank.
         features: `[I]` int64, which of all pictures' features, laid end to end, each of them takes.
+        starts: Where in the whole row, not this rank's part of it, the tokens of each picture begin, which follow one
+            on another.
     """
 
     pictures: tuple[Picture, ...]
     places: Tensor
     features: Tensor
+    starts: tuple[int, ...] = ()
 
     def between(self, start: int, end: int) -> "RowImages":
         """Those whose tokens are in a part of the row, counted from its first token; pictures are those of the row."""
@@ -186,13 +194,8 @@ def pack_documents(
     ]
     images, rotary = None, None
     if pictures is not None and any(pictures):
-        places = [
-            _image_places(prompt, shown, image_token_id)
-            for (prompt, _), shown in zip(documents, pictures, strict=True)
-        ]
-        images = _row_images(pictures, places, cu_seqlens.tolist())
-        if images.pictures[0].grid is not None:
-            rotary = torch.cat(list(map(_document_positions, lengths, pictures, places)), dim=1)
+        assert image_token_id is not None
+        images, rotary = _shown(documents, pictures, cu_seqlens.tolist(), image_token_id)
     return PackedRow(
         tokens=torch.cat([part for document in documents for part in document]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -208,29 +211,27 @@ def pack_documents(
     )
 
 
-def _image_places(prompt: Tensor, pictures: Sequence[Picture], image_token_id: int | None) -> Tensor:
-    """Where in a prompt the tokens are that stand for images: `[i]` int64."""
-    if not pictures:
-        return torch.empty(0, dtype=torch.int64)
-    assert image_token_id is not None
-    places: Tensor = (prompt == image_token_id).nonzero().flatten()
-    number = sum(picture.num_tokens for picture in pictures)
-    assert places.numel() == number, (places.numel(), number)
-    return places
-
-
-def _row_images(pictures: Sequence[Sequence[Picture]], places: Sequence[Tensor], starts: Sequence[int]) -> RowImages:
-    in_row = torch.cat([inside + start for inside, start in zip(places, starts, strict=False)])
-    shown = tuple(picture for of_document in pictures for picture in of_document)
-    return RowImages(shown, in_row, torch.arange(in_row.numel()))
-
-
-def _document_positions(length: int, pictures: Sequence[Picture], places: Tensor) -> Tensor:
-    """See `rotary_positions`."""
-    firsts = itertools.accumulate((picture.num_tokens for picture in pictures[:-1]), initial=0)
-    grids = [picture.grid for picture in pictures]
-    starts = [int(places[first]) for first in firsts] if grids else []
-    return rotary_positions(length, [(start, grid) for start, grid in zip(starts, grids, strict=True) if grid])
+def _shown(
+    documents: Sequence[Document],
+    pictures: Sequence[Sequence[Picture]],
+    starts: Sequence[int],
+    image_token_id: int,
+) -> tuple[RowImages, Tensor | None]:
+    """The images of a row whose documents begin at `starts`, and its rotary positions, if its images have grids."""
+    places, firsts, positions = [], [], []
+    for (prompt, response), shown, start in zip(documents, pictures, starts, strict=False):
+        inside = torch.eq(prompt, image_token_id).nonzero().flatten() if shown else prompt.new_empty(0)
+        numbers = [picture.num_tokens for picture in shown]
+        assert inside.numel() == sum(numbers), (inside.numel(), numbers)
+        own = inside[list(itertools.accumulate(numbers[:-1], initial=0))].tolist() if shown else []
+        places.append(inside + start)
+        firsts += [first + start for first in own]
+        grids = [(first, of.grid) for first, of in zip(own, shown, strict=True) if of.grid is not None]
+        positions.append(rotary_positions(prompt.numel() + response.numel(), grids))
+    in_row = torch.cat(places)
+    all_shown = tuple(picture for shown in pictures for picture in shown)
+    images = RowImages(all_shown, in_row, torch.arange(in_row.numel()), tuple(firsts))
+    return images, torch.cat(positions, dim=1) if all_shown[0].grid is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +280,8 @@ class KTOBatch:
         lengths = [part.numel() for part in parts]
         others = {field.name: getattr(self, field.name) for field in fields(self)}
         numbers = {name: other.numpy() for name, other in others.items() if isinstance(other, Tensor)}
-        images = _flat_pictures(self.images), self.image_token_id
-        sizes = self.row_sizes, self.kl_row_sizes
-        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *sizes, numbers, *images)
+        rest = self.row_sizes, self.kl_row_sizes, numbers, self.images, self.image_token_id
+        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *rest)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -305,10 +305,6 @@ class KTOBatch:
         ]
 
 
-_FlatPictures = tuple[list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], dict[int, list[int]]]
-"""Pictures as (key, number of tokens, grid, inputs), and record -> the numbers of those it shows."""
-
-
 def _uploaded(owner: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
     return dict(zip(names, upload([getattr(owner, name) for name in names], device), strict=True))
 
@@ -319,7 +315,7 @@ def _batch_from_flat(
     row_sizes: list[int],
     kl_row_sizes: list[int],
     numbers: dict[str, np.ndarray],
-    images: _FlatPictures,
+    images: dict[int, tuple[Picture, ...]],
     image_token_id: int | None,
 ) -> KTOBatch:
     parts = torch.split(torch.from_numpy(tokens), lengths)
@@ -332,27 +328,12 @@ def _batch_from_flat(
         row_sizes,
         kl_row_sizes,
         **tensors,
-        images=_pictures_from_flat(*images),
+        images=images,
         image_token_id=image_token_id,
     )
 
 
-def _flat_pictures(images: dict[int, tuple[Picture, ...]]) -> _FlatPictures:
-    """Each picture once, with numbers for its tensors, and which of them each record shows."""
-    distinct = {id(picture): picture for shown in images.values() for picture in shown}
-    numbers = {name: number for number, name in enumerate(distinct)}
-    flat = [
-        (picture.key, picture.num_tokens, picture.grid, {name: of.numpy() for name, of in picture.inputs.items()})
-        for picture in distinct.values()
-    ]
-    return flat, {record: [numbers[id(picture)] for picture in shown] for record, shown in images.items()}
-
-
-def _pictures_from_flat(
-    flat: list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], shown: dict[int, list[int]]
-) -> dict[int, tuple[Picture, ...]]:
-    pictures = [
-        Picture(key, number, grid, {name: torch.from_numpy(of) for name, of in inputs.items()})
-        for key, number, grid, inputs in flat
-    ]
-    return {record: tuple(pictures[number] for number in numbers) for record, numbers in shown.items()}
+def _picture_from_numbers(
+    key: int, num_tokens: int, grid: tuple[int, int] | None, inputs: dict[str, np.ndarray]
+) -> Picture:
+    return Picture(key, num_tokens, grid, {name: torch.from_numpy(of) for name, of in inputs.items()})
