@@ -67,6 +67,7 @@ class MegatronGPTKTOModel(LightningModule):
         params_dtype: Dtype of parameters and activations; log-probs and losses are float32 whatever it is.
         recompute: What the backward pass computes again.
         lora: The adapters to train; None to train the whole model.
+        vision: What sees images; None where the data has none.
         reference: The reference policy.
         steps_per_epoch: Steps of one pass over the training data.
         val_batches: Batches of one validation.
@@ -91,6 +92,7 @@ class MegatronGPTKTOModel(LightningModule):
         params_dtype: torch.dtype,
         recompute: Recompute | None,
         lora: LoRASettings | None,
+        vision: VisionSettings | None,
         reference: ReferenceSettings,
         steps_per_epoch: int,
         val_batches: int,
@@ -106,6 +108,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.params_dtype = params_dtype
         self.recompute = recompute
         self.lora = lora
+        self.vision = vision
         self.reference_settings = reference
         self.chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
@@ -150,6 +153,7 @@ class MegatronGPTKTOModel(LightningModule):
                 moe_aux_loss_coeff=model.moe_aux_loss_coeff,
                 unfused=self.lora is not None,
                 quantised=None if self.lora is None else self.lora.base,
+                vision=self.vision,
             )
             for chunk in range(self.layout.virtual)
         )
@@ -263,6 +267,7 @@ class MegatronGPTKTOModel(LightningModule):
         )
         with self.clock.part(GRADIENTS), self.clock.sync_within(self.chunks):
             observed = train()
+        scorer.forget_images()
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
             # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
@@ -406,6 +411,7 @@ class MegatronGPTKTOModel(LightningModule):
         rows = batch.sample_rows()
         baseline = self._baseline(scorer, batch, rows, split="validation")
         scores = scorer.score_rows(rows)
+        scorer.forget_images()
         if scores is None or baseline is None:
             return None
         observed = torch.cat(

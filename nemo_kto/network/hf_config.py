@@ -50,6 +50,23 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         CheckpointError: It cannot be read.
         ConfigError: The model is of an unsupported architecture, or its weights are quantised in another way.
     """
+    whole, file = _read(folder), folder / "config.json"
+    return _language_model_of(whole, file) if whole.model_type in parts_of_wholes() else whole
+
+
+def whole_config(folder: str | Path) -> PretrainedConfig | None:
+    """Return what the `config.json` of a folder says of a model that sees images, all of it; None for another model.
+
+    Raises:
+        CheckpointError: See `read_hf_config`.
+        ConfigError: See `read_hf_config`.
+    """
+    whole = _read(Path(folder))
+    return whole if whole.model_type in parts_of_wholes() else None
+
+
+def _read(folder: Path) -> PretrainedConfig:
+    """Return what the `config.json` of a folder says, see `read_hf_config`, of all of the model."""
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Name the folder of a Hugging Face model.")
@@ -67,7 +84,7 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
     if quantisation_of(keys, file) is not None:
         _take_out_quantisation(config)
-    return _language_model_of(config, file) if named.model_type in parts_of_wholes() else config
+    return config
 
 
 def _take_out_quantisation(config: PretrainedConfig) -> None:

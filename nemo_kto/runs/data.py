@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
-from nemo_kto.config.folders import log_directory
+from nemo_kto.config.folders import log_directory, model_folder
 from nemo_kto.config.objective_checks import kl_group_size
 from nemo_kto.config.schema import KTOConfig, ModelConfig
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
@@ -19,7 +19,7 @@ from nemo_kto.data.batches.dealing import Division
 from nemo_kto.errors import ConfigError, DataError
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.layout import kl_fraction
-from nemo_kto.runs.records import check_named, sources, tokenization_settings
+from nemo_kto.runs.records import check_named, image_tokens, sources, tokenization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,12 @@ _SHOWN = 80
 
 
 def read_data(
-    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, vocab_size: int, trains: bool = True
+    config: KTOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_positions: int,
+    vocab_size: int,
+    trains: bool = True,
 ) -> KTODataModule:
     """Return the data of the run, read and tokenised.
 
@@ -51,11 +56,13 @@ def read_data(
             "argument as $'...'.",
             data.prompt_template,
         )
+    folder = model_folder(config)
     settings = DataSettings(
         train=sources(data, data.data_prefix.train or ()),
         validation=sources(data, data.data_prefix.validation or ()),
         validation_fraction=data.validation_fraction,
         tokenization=tokenization_settings(data),
+        images=None if folder is None else image_tokens(folder),
         max_length=min(data.seq_length, max_positions),
         max_positions=max_positions,
         overlong=data.overlong,

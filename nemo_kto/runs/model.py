@@ -8,9 +8,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto.config.schema import KTOConfig
+from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
+from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config, whole_config
 from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.vision import VisionSettings, can_see
 from nemo_kto.runs.data import highest_token_id
 from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.model_card import read_facts
@@ -86,8 +88,40 @@ def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
             f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
         )
     hf_config = load_hf_config(folder)
-    check_weights(Path(folder), hf_config)
+    check_weights(Path(folder), hf_config, vision=seeing(Path(folder), hf_config))
     return hf_config
+
+
+def seeing(folder: Path, hf_config: PretrainedConfig, *, train: str = "none") -> VisionSettings | None:
+    """Return what sees images in the model of a folder; None for a model whose images are of no use here.
+
+    Args:
+        folder: The folder.
+        hf_config: The configuration of its language model.
+        train: `model.vision.train`.
+    """
+    if not can_see(hf_config):
+        return None
+    whole = whole_config(folder)
+    assert whole is not None, folder
+    return VisionSettings(config=whole, train=train)
+
+
+def vision_settings(config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule) -> VisionSettings | None:
+    """Return what sees images in a run; None where there are none to be seen, which spares the memory.
+
+    Raises:
+        ConfigError: It is to be trained, and cannot, or there are no images.
+    """
+    train, folder = config.model.vision.train, config.pretrained_checkpoint.restore_from_path
+    if train == "none" and not data.has_images:
+        return None
+    found = None if folder is None else seeing(Path(folder), hf_config, train=train)
+    if train != "none" and found is None:
+        raise ConfigError(f"model.vision.train={train}, but the model sees no images. Leave the key out.")
+    if train != "none" and not data.has_images:
+        raise ConfigError(f"model.vision.train={train}, but the data has no images. Leave the key out.")
+    return found
 
 
 def recompute_of(config: KTOConfig) -> Recompute | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nemo_kto.config.plugins import load_function
@@ -11,8 +13,15 @@ from nemo_kto.config.schema import DataConfig, KTOConfig
 from nemo_kto.data.reading.labels import parse_words
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import Source, parse_source
+from nemo_kto.data.tokens.pictures import ImageTokens
 from nemo_kto.data.tokens.rendering import CHAT, TokenizationSettings
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, git_lfs_hint
+
+_PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "llava": "LlavaProcessor", "gemma3": "Gemma3Processor"}
+"""Architecture of a model that is trained on images -> its processor in transformers."""
+
+_COUNTS_GRID = ("qwen2_5_vl",)
+"""Those that count positions in the rows and columns of an image."""
 
 
 def sources(
@@ -52,6 +61,34 @@ def tokenization_settings(data: DataConfig) -> TokenizationSettings:
         system=data.system,
         template_losses=data.template_losses,
     )
+
+
+def image_tokens(folder: Path) -> ImageTokens | None:
+    """Return what the data needs to know of the model in a folder, if that is one that is trained on images.
+
+    Raises:
+        ConfigError: Its config.json cannot be read.
+    """
+    file = folder / "config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
+    if kind not in _PROCESSORS:
+        return None
+    from transformers import AutoConfig  # only now: it takes longer than small data does
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its checks of single fields raise classes with no common base
+        text = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
+    token = getattr(config, "image_token_id", None)
+    if not isinstance(token, int):
+        raise ConfigError(f"{file} names no token of images; image_token_id has to be its number.")
+    return ImageTokens(str(folder.absolute()), _PROCESSORS[kind], token, counts_grid=kind in _COUNTS_GRID)
 
 
 def check_named(data: DataConfig, *, trains: bool) -> None:

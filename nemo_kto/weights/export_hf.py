@@ -17,11 +17,11 @@ from transformers import PretrainedConfig
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.gpt import VISION_PREFIX, KTOGPTModel
 from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import SafetensorsFolder, has_weights
-from nemo_kto.network.weight_rules import Piece, Rule, is_of_language_model, match
+from nemo_kto.network.weight_rules import Piece, Rule, all_pieces, is_of_language_model, match
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.folder import NewFolder, configured_dtype, copy_companions
 from nemo_kto.weights.shard_writer import ShardWriter
@@ -94,6 +94,8 @@ class _Plan:
         self, model: KTOGPTModel, hf_config: PretrainedConfig, new: NewFolder, *, dtype: torch.dtype | None
     ) -> None:
         self._rules = model.rules()
+        frozen = {leaf.key for leaf in model.frozen_leaves()}
+        self._trained = [rule for rule in self._rules if rule.key.startswith(VISION_PREFIX) and rule.key not in frozen]
         self._own_dtype = next(model.parameters()).dtype
         self._hf_config = hf_config
         self._new = new
@@ -112,10 +114,13 @@ class _Plan:
         if whole_of(self._hf_config) is not None:
             self._rest = self._rest_of_whole()
             further = family_of(self._hf_config).further_tensors
+            trained = {place.name for piece in all_pieces(self._trained) for place in self._places(piece)}
             own = (
                 name
                 for name in self._file_of
-                if not is_of_language_model(name) and not (further and name.startswith(further))
+                if not is_of_language_model(name)
+                and not (further and name.startswith(further))
+                and name not in trained
             )
             self._passed_on = sorted(own, key=lambda name: (self._file_of[name], name))
         self._new.start()

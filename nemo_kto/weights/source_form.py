@@ -116,7 +116,7 @@ def write_config(
     while (found := quantised.described_in(fields)) is not None:
         del found[0][found[1]]
         is_quantised = True
-    text = fields if whole_of(config) is None else fields["text_config"]
+    text = fields if whole_of(config) is None else fields.get("text_config", fields)
     left_out = {name: 0 for name in family_of(config).further_layers if text.get(name)}
     text |= left_out
     if dtype is not None and configured_dtype(config) != dtype:

@@ -24,7 +24,16 @@ _ITEM_FIELDS = ("prompt_tokens", "response_tokens", "sample_length", "sample_lab
 
 
 def collate_item(sample: TokenizedSample) -> dict[str, Any]:
-    """The sample as the kind of item `kto_custom_collate` takes."""
+    """The sample as the kind of item `kto_custom_collate` takes.
+
+    Raises:
+        DataError: Its prompt shows images, for which NeMo-Aligner's form has no place.
+    """
+    if sample.images:
+        raise DataError(
+            f"kto_custom_collate has no place for images, and the prompt of a sample shows {len(sample.images)}. "
+            "Use the batches of KTODataModule, or samples without images."
+        )
     return {
         "prompt_tokens": sample.prompt,
         "response_tokens": sample.response,

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kto.data.batches.dataset import KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
-from nemo_kto.data.batches.packed_rows import KTOBatch, KTODataset, KTOItem, collate_documents
+from nemo_kto.data.batches.packed_rows import KTOBatch
 from nemo_kto.data.batches.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.batches.sampling import (
     GlobalBatchSampler,
@@ -26,6 +27,7 @@ from nemo_kto.data.batches.sampling import (
 from nemo_kto.data.reading.parts import file_names
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
+from nemo_kto.data.tokens.pictures import ImageTokens
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.store import copy_bad_records
 from nemo_kto.data.tokens.tokenization import Encoder
@@ -45,6 +47,7 @@ class DataSettings:
         validation_fraction: Share of the training samples that is validated on instead, where `validation` is empty;
             no prompt is in both.
         tokenization: How records become tokens.
+        images: What to know of a model that takes images; None for one that takes none.
         max_length: Most tokens of prompt and response together, what `append_eod` adds included.
         max_positions: See `KTODataset`.
         overlong: What becomes of longer samples.
@@ -66,6 +69,7 @@ class DataSettings:
     validation: Sequence[Source] = ()
     validation_fraction: float = 0.0
     tokenization: TokenizationSettings = TokenizationSettings()
+    images: ImageTokens | None = None
     max_length: int
     max_positions: int | None = None
     overlong: Overlong = "drop"
@@ -89,6 +93,7 @@ class _Position:
     num_steps: int
     steps_per_epoch: int
     start_step: Callable[[], int]
+    pixels: bool = True
 
 
 class KTODataModule(LightningDataModule):
@@ -110,7 +115,7 @@ class KTODataModule(LightningDataModule):
         """
         super().__init__()
         self._settings = settings
-        self._encoder = Encoder(tokenizer, settings.tokenization)
+        self._encoder = Encoder(tokenizer, settings.tokenization, settings.images)
         self._position: _Position | None = None
         self.splits: dict[str, Samples] = {}
 
@@ -155,6 +160,7 @@ class KTODataModule(LightningDataModule):
         num_steps: int,
         steps_per_epoch: int,
         start_step: Callable[[], int],
+        pixels: bool = True,
     ) -> None:
         """Says which share of each batch is dealt here and where training stands; see `GlobalBatchSampler`.
 
@@ -165,9 +171,10 @@ class KTODataModule(LightningDataModule):
             num_steps: Steps of the whole run.
             steps_per_epoch: Steps of one pass over the training data.
             start_step: Returns the number of steps taken before.
+            pixels: Whether images are decoded here; a process that does not run the model's vision tower needs none.
         """
         division = replace(self._settings.division, dp_rank=dp_rank, dp_size=dp_size, multiple=multiple)
-        self._position = _Position(division, num_steps, steps_per_epoch, start_step)
+        self._position = _Position(division, num_steps, steps_per_epoch, start_step, pixels)
 
     def train_dataloader(self) -> DataLoader[KTOItem]:
         """Batches from the current position to the end of the run; its length is that of the whole run.
@@ -192,8 +199,7 @@ class KTODataModule(LightningDataModule):
 
     def rank_batch(self, split: str, documents: Sequence[DocumentIndex]) -> KTOBatch:
         """This rank's share of a global batch."""
-        dataset = self._dataset(split)
-        return collate_documents([dataset[index] for index in self._dealer(split).share(documents)])
+        return collate_documents(self._dataset(split).__getitems__(self._dealer(split).share(documents)))
 
     def _dealer(self, split: str) -> Dealer:
         samples = self.splits[split]
@@ -276,6 +282,9 @@ class KTODataModule(LightningDataModule):
         if samples.num_bad:
             counts.append(f"{samples.num_bad} bad records skipped")
         _inform("%s data: %s", split, ", ".join(counts))
+        with_images = int((samples.column("images") > 0).sum())
+        if with_images:
+            _inform("%s data: %d of the samples show images", split, with_images)
         weights = samples.column("weight")
         if len(samples) and (weights != 1).any():
             _inform("%s data: the samples' own weights are %.4g to %.4g", split, weights.min(), weights.max())
@@ -336,7 +345,12 @@ class KTODataModule(LightningDataModule):
         return self._position
 
     def _dataset(self, split: str) -> KTODataset:
-        return KTODataset(self.splits[split], max_positions=self._settings.max_positions)
+        return KTODataset(
+            self.splits[split],
+            max_positions=self._settings.max_positions,
+            images=self._encoder.images,
+            pixels=self._known_position().pixels,
+        )
 
     def _loader(self, split: str, sampler: GlobalBatchSampler | ValidationBatchSampler) -> DataLoader[KTOItem]:
         return DataLoader(

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from nemo_kto.data.batches.dealing import DocumentIndex
+from nemo_kto.data.batches.rotary_positions import rotary_positions
 from nemo_kto.data.batches.upload import upload
-from nemo_kto.data.tokens.tokenization import TokenizedSample
 
 Document = tuple[Tensor, Tensor]
 """(prompt [p], response [r]), both int64."""
@@ -51,11 +49,19 @@ class RowImages:
         pictures: In the order of the row; one that two documents show is there twice. Always on the CPU.
         places: `[I]` int64, where in the row the tokens are that stand for images, on this rank.
         features: `[I]` int64, which of all pictures' features, laid end to end, each of them takes.
+        starts: Where in the whole row, not this rank's part of it, the tokens of each picture begin, which follow one
+            on another.
     """
 
     pictures: tuple[Picture, ...]
     places: Tensor
     features: Tensor
+    starts: tuple[int, ...] = ()
+
+    def between(self, start: int, end: int) -> "RowImages":
+        """Those whose tokens are in a part of the row, counted from its first token; pictures are those of the row."""
+        mine = (self.places >= start) & (self.places < end)
+        return replace(self, places=self.places[mine] - start, features=self.features[mine])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +107,24 @@ class PackedRow:
         if not missing:
             return self
         end = self.cu_seqlens[-1:] + missing
+        counted = torch.arange(missing, device=self.position_ids.device)
+        rotary = self.rotary_positions
         return replace(
             self,
             tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
-            position_ids=torch.cat([self.position_ids, torch.arange(missing, device=self.position_ids.device)]),
+            position_ids=torch.cat([self.position_ids, counted]),
             cu_seqlens=torch.cat([self.cu_seqlens, end]),
             lengths=(*self.lengths, missing),
             max_seqlen=max(self.max_seqlen, missing),
             response_lengths=(*self.response_lengths, 0),
+            rotary_positions=None if rotary is None else torch.cat([rotary, counted.expand(3, -1)], dim=1),
         )
 
     def shard(self, rank: int, size: int) -> "PackedRow":
         """The `rank`-th of `size` equal parts of the row.
 
-        Tokens and positions are the part's own; responses are those predicted in it, counted from its first token;
+        Tokens, positions and places of images are the part's own; responses are those predicted in it, counted from
+        its first token;
         `cu_seqlens`, `lengths` and `max_seqlen` still describe the whole row. `size` divides the number of tokens.
         """
         if size == 1:
@@ -124,6 +134,7 @@ class PackedRow:
         start = rank * length
         mine = (self.response_positions >= start) & (self.response_positions < start + length)
         documents = self.document_ids[mine]
+        rotary = self.rotary_positions
         return replace(
             self,
             tokens=self.tokens[start : start + length],
@@ -132,19 +143,34 @@ class PackedRow:
             response_tokens=self.response_tokens[mine],
             document_ids=documents,
             response_lengths=tuple(torch.bincount(documents, minlength=self.num_documents).tolist()),
+            images=None if self.images is None else self.images.between(start, start + length),
+            rotary_positions=None if rotary is None else rotary[:, start : start + length],
         )
 
     def to(self, device: torch.device | str) -> "PackedRow":
-        """The row with every tensor on `device`."""
+        """The row with every tensor on `device`; pictures stay where they are."""
         names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
-        return replace(self, **_uploaded(self, names, device))
+        if self.images is None:
+            return replace(self, **_uploaded(self, names, device))
+        tensors = [getattr(self, name) for name in names]
+        *moved, places, features = upload([*tensors, self.images.places, self.images.features], device)
+        images = replace(self.images, places=places, features=features)
+        changed: dict[str, Any] = dict(zip(names, moved, strict=True))
+        return replace(self, **changed, images=images)
 
 
-def pack_documents(documents: Sequence[Document]) -> PackedRow:
+def pack_documents(
+    documents: Sequence[Document],
+    pictures: Sequence[Sequence[Picture]] | None = None,
+    *,
+    image_token_id: int | None = None,
+) -> PackedRow:
     """Lays documents end to end.
 
     Args:
         documents: At least one (prompt [p >= 1], response [r >= 1]).
+        pictures: What the prompt of each document shows, in order; None for nothing.
+        image_token_id: The token that stands for what they show.
 
     Example:
         Prompts [1 2] and [5], responses [3] and [6 7] give tokens [1 2 3 5 6 7], position_ids [0 1 2 0 1 2],
@@ -161,6 +187,15 @@ def pack_documents(documents: Sequence[Document]) -> PackedRow:
         torch.arange(start + p - 1, start + p - 1 + r)
         for start, p, r in zip(cu_seqlens.tolist(), prompt_lengths, response_lengths, strict=False)
     ]
+    images, rotary = None, None
+    if pictures is not None and any(pictures):
+        places = [
+            _image_places(prompt, shown, image_token_id)
+            for (prompt, _), shown in zip(documents, pictures, strict=True)
+        ]
+        images = _row_images(pictures, places, cu_seqlens.tolist())
+        if images.pictures[0].grid is not None:
+            rotary = torch.cat(list(map(_document_positions, lengths, pictures, places)), dim=1)
     return PackedRow(
         tokens=torch.cat([part for document in documents for part in document]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -171,53 +206,34 @@ def pack_documents(documents: Sequence[Document]) -> PackedRow:
         response_tokens=torch.cat([response for _, response in documents]),
         document_ids=torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(response_lengths)),
         response_lengths=tuple(response_lengths),
+        images=images,
+        rotary_positions=rotary,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class KTOItem:
-    """A document of a batch.
-
-    Attributes:
-        prompt: [p] int64.
-        response: [r] int64.
-        desirable: True for thumbs up; of the sample that the prompt is of.
-        index: Which document it is.
-        weight: What the loss of that sample is multiplied with.
-    """
-
-    prompt: Tensor
-    response: Tensor
-    desirable: bool
-    index: DocumentIndex
-    weight: float = 1.0
+def _image_places(prompt: Tensor, pictures: Sequence[Picture], image_token_id: int | None) -> Tensor:
+    """Where in a prompt the tokens are that stand for images: `[i]` int64."""
+    if not pictures:
+        return torch.empty(0, dtype=torch.int64)
+    assert image_token_id is not None
+    places: Tensor = (prompt == image_token_id).nonzero().flatten()
+    number = sum(picture.num_tokens for picture in pictures)
+    assert places.numel() == number, (places.numel(), number)
+    return places
 
 
-class KTODataset(Dataset[KTOItem]):
-    """Tokenised samples, looked up by the documents that the samplers deal.
+def _row_images(pictures: Sequence[Sequence[Picture]], places: Sequence[Tensor], starts: Sequence[int]) -> RowImages:
+    in_row = torch.cat([inside + start for inside, start in zip(places, starts, strict=False)])
+    shown = tuple(picture for of_document in pictures for picture in of_document)
+    return RowImages(shown, in_row, torch.arange(in_row.numel()))
 
-    A prompt and the response of another sample can together be longer than any sample is. Only where that is more than
-    the model has positions is such a KL response cut at the end; samples are never cut.
-    """
 
-    def __init__(self, samples: Sequence[TokenizedSample], *, max_positions: int | None = None) -> None:
-        """Keeps the samples; `max_positions` is the longest document the model is defined for (None: no limit)."""
-        self._samples = samples
-        self._max_positions = max_positions
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._samples)
-
-    def __getitem__(self, index: DocumentIndex) -> KTOItem:
-        """A sample, or a document of the KL set."""
-        sample = self._samples[index.prompt]
-        response = sample.response
-        if index.in_kl_set:
-            response = self._samples[index.response].response
-            if self._max_positions is not None:
-                response = response[: self._max_positions - sample.prompt.numel()]
-        return KTOItem(sample.prompt, response, sample.desirable, index, sample.weight)
+def _document_positions(length: int, pictures: Sequence[Picture], places: Tensor) -> Tensor:
+    """See `rotary_positions`."""
+    firsts = itertools.accumulate((picture.num_tokens for picture in pictures[:-1]), initial=0)
+    grids = [picture.grid for picture in pictures]
+    starts = [int(places[first]) for first in firsts] if grids else []
+    return rotary_positions(length, [(start, grid) for start, grid in zip(starts, grids, strict=True) if grid])
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +253,8 @@ class KTOBatch:
         weights: [n] float32, 1 for a sample that counts, 0 for one that only fills a place.
         kl_weights: [k] float32, the same of the KL set.
         loss_weights: [n] float32, what each loss is multiplied with; 0 for a sample that only fills a place.
+        images: Record -> what its prompt shows, in order, of the records whose prompts are here and show something.
+        image_token_id: The token that stands for what they show; None without images.
     """
 
     samples: list[Document]
@@ -251,6 +269,8 @@ class KTOBatch:
     weights: Tensor
     kl_weights: Tensor
     loss_weights: Tensor
+    images: dict[int, tuple[Picture, ...]] = field(default_factory=dict)
+    image_token_id: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels between processes as bytes, and not as PyTorch sends tensors.
@@ -260,9 +280,11 @@ class KTOBatch:
         """
         parts = [part for document in self.samples + self.kl_samples for part in document]
         lengths = [part.numel() for part in parts]
-        others = [getattr(self, field.name) for field in fields(self)[2:]]
-        numbers = [other.numpy() if isinstance(other, Tensor) else other for other in others]
-        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *numbers)
+        others = {field.name: getattr(self, field.name) for field in fields(self)}
+        numbers = {name: other.numpy() for name, other in others.items() if isinstance(other, Tensor)}
+        images = _flat_pictures(self.images), self.image_token_id
+        sizes = self.row_sizes, self.kl_row_sizes
+        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *sizes, numbers, *images)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -271,57 +293,69 @@ class KTOBatch:
 
     def sample_rows(self) -> list[PackedRow]:
         """The samples as packed rows, a micro-batch each."""
-        return _rows(self.samples, self.row_sizes)
+        return self._rows(self.samples, self.row_sizes, self.pairs)
 
     def kl_rows(self) -> list[PackedRow]:
         """The KL set as packed rows, a micro-batch each."""
-        return _rows(self.kl_samples, self.kl_row_sizes)
+        return self._rows(self.kl_samples, self.kl_row_sizes, self.kl_pairs)
+
+    def _rows(self, documents: list[Document], sizes: list[int], pairs: Tensor) -> list[PackedRow]:
+        pictures = [self.images.get(record, ()) for record in pairs[:, 0].tolist()]
+        ends = list(itertools.accumulate(sizes, initial=0))
+        return [
+            pack_documents(documents[start:end], pictures[start:end], image_token_id=self.image_token_id)
+            for start, end in itertools.pairwise(ends)
+        ]
+
+
+_FlatPictures = tuple[list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], dict[int, list[int]]]
+"""Pictures as (key, number of tokens, grid, inputs), and record -> the numbers of those it shows."""
 
 
 def _uploaded(owner: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
     return dict(zip(names, upload([getattr(owner, name) for name in names], device), strict=True))
 
 
-def collate_documents(items: Sequence[KTOItem]) -> KTOBatch:
-    """Joins the documents of a batch, each micro-batch's in a row; the `collate_fn` for DataLoader."""
-    samples = [item for item in items if not item.index.in_kl_set]
-    kl_set = [item for item in items if item.index.in_kl_set]
-    weights = torch.tensor([item.index.weight for item in samples], dtype=torch.float32)
-    return KTOBatch(
-        samples=[(item.prompt, item.response) for item in samples],
-        kl_samples=[(item.prompt, item.response) for item in kl_set],
-        row_sizes=_row_sizes(samples),
-        kl_row_sizes=_row_sizes(kl_set),
-        pairs=_pairs(samples),
-        kl_pairs=_pairs(kl_set),
-        places=torch.tensor([item.index.place for item in samples], dtype=torch.int64),
-        kl_places=torch.tensor([item.index.place for item in kl_set], dtype=torch.int64),
-        desirable=torch.tensor([item.desirable for item in samples], dtype=torch.bool),
-        weights=weights,
-        kl_weights=torch.tensor([item.index.weight for item in kl_set], dtype=torch.float32),
-        loss_weights=weights * torch.tensor([item.weight for item in samples], dtype=torch.float32),
-    )
-
-
-def _row_sizes(items: Sequence[KTOItem]) -> list[int]:
-    return [len(list(row)) for _, row in itertools.groupby(items, key=lambda item: item.index.row)]
-
-
-def _pairs(items: Sequence[KTOItem]) -> Tensor:
-    numbers = [(item.index.prompt, item.index.response) for item in items]
-    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, 2)
-
-
 def _batch_from_flat(
-    tokens: np.ndarray, lengths: list[int], row_sizes: list[int], kl_row_sizes: list[int], *numbers: np.ndarray
+    tokens: np.ndarray,
+    lengths: list[int],
+    row_sizes: list[int],
+    kl_row_sizes: list[int],
+    numbers: dict[str, np.ndarray],
+    images: _FlatPictures,
+    image_token_id: int | None,
 ) -> KTOBatch:
     parts = torch.split(torch.from_numpy(tokens), lengths)
     documents = list(zip(parts[::2], parts[1::2], strict=True))
     number = sum(row_sizes)
-    tensors = map(torch.from_numpy, numbers)
-    return KTOBatch(documents[:number], documents[number:], row_sizes, kl_row_sizes, *tensors)
+    tensors: dict[str, Any] = {name: torch.from_numpy(of) for name, of in numbers.items()}
+    return KTOBatch(
+        documents[:number],
+        documents[number:],
+        row_sizes,
+        kl_row_sizes,
+        **tensors,
+        images=_pictures_from_flat(*images),
+        image_token_id=image_token_id,
+    )
 
 
-def _rows(documents: list[Document], sizes: list[int]) -> list[PackedRow]:
-    ends = list(itertools.accumulate(sizes, initial=0))
-    return [pack_documents(documents[start:end]) for start, end in itertools.pairwise(ends)]
+def _flat_pictures(images: dict[int, tuple[Picture, ...]]) -> _FlatPictures:
+    """Each picture once, with numbers for its tensors, and which of them each record shows."""
+    distinct = {id(picture): picture for shown in images.values() for picture in shown}
+    numbers = {name: number for number, name in enumerate(distinct)}
+    flat = [
+        (picture.key, picture.num_tokens, picture.grid, {name: of.numpy() for name, of in picture.inputs.items()})
+        for picture in distinct.values()
+    ]
+    return flat, {record: [numbers[id(picture)] for picture in shown] for record, shown in images.items()}
+
+
+def _pictures_from_flat(
+    flat: list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], shown: dict[int, list[int]]
+) -> dict[int, tuple[Picture, ...]]:
+    pictures = [
+        Picture(key, number, grid, {name: torch.from_numpy(of) for name, of in inputs.items()})
+        for key, number, grid, inputs in flat
+    ]
+    return {record: tuple(pictures[number] for number in numbers) for record, numbers in shown.items()}

@@ -19,7 +19,12 @@ from nemo_kto.data.tokens.tokenization import TokenizedSample
 Overlong = Literal["drop", "truncate_prompt_left", "truncate_response"]
 """What becomes of a sample of too many tokens. "drop": it is left out. "truncate_prompt_left": its prompt loses its
 beginning, apart from a BOS token. "truncate_response": its response loses its end, and with it the EOS token. Where
-that would leave nothing of the prompt or of the response, the sample is left out."""
+that would leave nothing of the prompt or of the response, or cut into what stands for an image, the sample is left
+out."""
+
+
+_BEFORE_IMAGE = 2
+"""Tokens that stay before the first image's where a prompt loses its beginning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,7 @@ class Samples(Sequence[TokenizedSample]):
             bool(row["desirable"]),
             int(row["prompt_key"]),
             float(row["weight"]),
+            store.images_of(int(self.place[index])) if row["images"] else (),
         )
 
     def column(self, name: str) -> np.ndarray:
@@ -160,6 +166,9 @@ def fit(store: TokenStore, *, max_length: int, overlong: Overlong, bos_token_id:
     truncated = np.zeros_like(too_long)
     if overlong == "truncate_prompt_left":
         truncated = too_long & (response < max_length)
+        # the token before the first image's, by which some models tell where it begins, and the BOS token stay too
+        start = store.samples["image_start"] - (prompt + response - max_length)
+        truncated &= (store.samples["images"] == 0) | (start >= _BEFORE_IMAGE)
         prompt[truncated] = max_length - response[truncated]
     elif overlong == "truncate_response":
         truncated = too_long & (prompt < max_length)

@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 5
+_VERSION = 6
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -72,6 +72,7 @@ class TokenCache:
         if type(encoder.tokenizer).__module__.partition(".")[0] == "transformers_modules":
             self._workers = 1  # its class is made of a file that other processes cannot import
         self._tokenizer_digest = tokenizer_digest(encoder.tokenizer)
+        self._images_digest = None if encoder.images is None else encoder.images.tokens.digest()
 
     def tokens_of(self, source: Source, *, skip_bad: bool) -> TokenStore:
         """Returns a source's tokens, from disk if they are there.
@@ -85,11 +86,11 @@ class TokenCache:
         """
         final = self._folder / self._key(source)
         try:
-            store = _open(final)
+            store = _open(final, _base(source))
             if store is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with locked(final.with_suffix(".lock"), f"tokenizes {source.path}"):
-                    store = _open(final) or self._make(source, final, skip_bad=skip_bad)
+                    store = _open(final, _base(source)) or self._make(source, final, skip_bad=skip_bad)
         except OSError as error:
             raise DataError(
                 f"The tokens of {source.path} cannot be written to {self._folder} ({error.strerror or error}). "
@@ -107,6 +108,7 @@ class TokenCache:
             asdict(self._encoder.settings),
             asdict(source.reader),
             [source.split, source.name],
+            self._images_digest,
         ]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -114,7 +116,7 @@ class TokenCache:
         _remove_abandoned(final)
         partial = _partial(final)
         try:
-            with StoreWriter(partial) as writer, contextlib.closing(self._chunks(source)) as chunks:
+            with StoreWriter(partial, _base(source)) as writer, contextlib.closing(self._chunks(source)) as chunks:
                 bad: list[BadRecord] = []
                 for chunk in chunks:
                     writer.add(chunk)
@@ -126,7 +128,7 @@ class TokenCache:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another one was faster
                     raise
-            return TokenStore(final)
+            return TokenStore(final, _base(source))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             _remove_abandoned(final)  # a killed process gives its lock back a moment before it is gone
@@ -154,9 +156,15 @@ class TokenCache:
             logger.info("Tokenized %d rows of %s in %.0f s", done, source.path, time.monotonic() - started)
 
 
-def _open(folder: Path) -> TokenStore | None:
+def _base(source: Source) -> Path:
+    """The folder that a source's own names of files are relative to."""
+    path = Path(source.path).expanduser().absolute()
+    return path if path.is_dir() else path.parent
+
+
+def _open(folder: Path, base: Path) -> TokenStore | None:
     try:
-        return TokenStore(folder)
+        return TokenStore(folder, base)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:

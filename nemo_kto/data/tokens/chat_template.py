@@ -9,6 +9,9 @@ starts after midnight, must see the same tokens.
 Tool calls. OpenAI writes the arguments of a call as a string with JSON in it, most templates expect an object, some
 insist on a string. A template gets them as the record has them; in the other form if it refuses those, or if it would
 put the string, quoted once more, into JSON of its own.
+
+Images. A message that shows some is a list of parts, and so is every message where a template, as LLaVA's, finds texts
+only in such lists.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from jinja2 import TemplateError
 
 from nemo_kto.data.reading.records import Messages, RecordError
+from nemo_kto.data.tokens.contents import as_parts, images_in, joined
 from nemo_kto.data.tokens.lost_parts import REASONING, Part, lost
 from nemo_kto.data.tokens.reasoning import OPEN, thought_of, under_known_name, written_behind
 from nemo_kto.data.tokens.special_text import hidden
@@ -273,7 +277,24 @@ class ChatTemplate:
         except ValueError as error:
             raise RecordError(f"no chat template can be chosen ({error}).") from error
 
+    @cached_property
+    def _reads_parts_only(self) -> bool:
+        """Whether the template finds texts only in lists of parts."""
+
+        def writes(messages: Messages) -> bool:
+            try:
+                return _PROBE in self._written(messages, _NOTHING)
+            except RecordError:
+                return False
+
+        probe: Messages = [{"role": "user", "content": _PROBE}]
+        return not writes(probe) and writes(as_parts(probe))
+
     def _apply(self, messages: Messages, given: _Given, *, add_generation_prompt: bool = False) -> str:
+        form = as_parts(messages) if self._reads_parts_only else messages
+        return self._written(form, given, add_generation_prompt=add_generation_prompt)
+
+    def _written(self, messages: Messages, given: _Given, *, add_generation_prompt: bool = False) -> str:
         template = self._template(given.tools)
         if "strftime_now" in template:
             template = _DATE_MACRO + template
@@ -299,13 +320,17 @@ def instructed(messages: Messages, system: SystemPrompts) -> Messages:
     if system == "keep" or not any(message["role"] in INSTRUCTIONS for message in messages):
         return messages
     kept: Messages = []
-    waiting: list[str] = []
+    waiting: list[Any] = []
     for message in messages:
         if message["role"] in INSTRUCTIONS:
             waiting.append(message.get("content", ""))
+            if system == "drop" and images_in([message]):
+                raise RecordError(
+                    f"the {message['role']} message, which model.data.system=drop leaves out, has an image. Set "
+                    "model.data.system=keep, or merge_into_user."
+                )
         elif message["role"] == "user" and system == "merge_into_user" and waiting:
-            texts = filter(None, [*waiting, message.get("content", "")])
-            kept.append({**message, "content": "\n\n".join(texts)})
+            kept.append({**message, "content": joined([*waiting, message.get("content", "")])})
             waiting = []
         else:
             kept.append(message)

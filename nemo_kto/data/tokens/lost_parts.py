@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_kto.data.reading.records import Messages
+from nemo_kto.data.tokens.contents import texts_of
 from nemo_kto.data.tokens.reasoning import reasonings_of, thought_of
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object, calls_of, leaves
 
@@ -48,15 +49,14 @@ def prompt_parts(messages: Messages, tools: Sequence[Any] | None) -> list[Part]:
     """Returns the parts of a prompt, in order."""
     parts = [Part("the tools' schemas", text) for text in _tool_texts(tools or ())]
     for message in messages:
-        role, content = message["role"], message.get("content") or ""
+        role, texts = message["role"], texts_of(message)
         if role == "assistant":
-            _, content = thought_of(content)
             calls = list(_calls(message, "a tool call of an earlier answer"))
             name = "the text beside a tool call of an earlier answer" if calls else "an earlier answer"
-            parts += [Part(name, content, first=True), *calls]
+            parts += [*(Part(name, thought_of(text)[1], first=True) for text in texts), *calls]
         else:
-            names = {"tool": "a tool's result", "user": "a user's message"}
-            parts.append(Part(names.get(role, f"the {role} message"), content, first=role == "user"))
+            name = {"tool": "a tool's result", "user": "a user's message"}.get(role, f"the {role} message")
+            parts += [Part(name, text, first=role == "user") for text in texts]
     return parts
 
 

@@ -5,7 +5,8 @@ messages first.
 
 Text that people wrote may spell a special token (`<|im_end|>`). What a template writes is control, what people wrote
 is text; where it spells such a token, the characters are remembered (`Text.prompt_spans`), and tokenisation makes
-ordinary tokens of them.
+ordinary tokens of them. So what a template writes for an image is told from what people wrote; what the model's
+processor shows of the image takes its place.
 
 Where the response ends. A template ends an answer with a special token of its own, usually the tokenizer's EOS token.
 What it writes behind that, a line break or the EOS token of another model, is never generated, so it is not trained
@@ -14,11 +15,13 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_kto.data.reading.records import FeedbackRecord, Messages, RecordError, shown
+from nemo_kto.data.reading.records import FeedbackRecord, Image, Messages, RecordError, shown
 from nemo_kto.data.tokens.chat_template import (
     CLOSED_BLOCK,
     EARLIER_TURNS,
@@ -32,8 +35,10 @@ from nemo_kto.data.tokens.chat_template import (
     common_length,
     instructed,
 )
+from nemo_kto.data.tokens.contents import texts_of
 from nemo_kto.data.tokens.endings import ended
 from nemo_kto.data.tokens.lost_parts import REASONING, Part, answer_parts, lost, prompt_parts
+from nemo_kto.data.tokens.pictures import ImageReader, SeenImage
 from nemo_kto.data.tokens.reasoning import CLOSE, OPEN, reasoning_of
 from nemo_kto.data.tokens.special_text import Marker, Spans, hidden, strings, token_pattern
 from nemo_kto.data.tokens.tool_calls import arguments_of, as_object
@@ -56,6 +61,7 @@ SPELLED_BY_ASSISTANT = (
     "special tokens that an assistant's message spells are taken as text; model.data.special_tokens=control makes "
     "them what they spell"
 )
+SEVERAL_FRAMES = "an image has several frames, of which the first is taken"
 _SHOWN = 60
 """Characters around a place that an example shows."""
 
@@ -113,6 +119,7 @@ class Text:
             the conversation goes on otherwise behind some of its last tokens.
         ended: Whether the response ends with the chat template's own end token.
         notes: What a person should know.
+        images: What the prompt shows, in order.
     """
 
     prompt: str
@@ -124,6 +131,7 @@ class Text:
     continues: bool = True
     ended: bool = False
     notes: tuple[Note, ...] = ()
+    images: tuple[SeenImage, ...] = ()
 
 
 class Renderer:
@@ -133,9 +141,12 @@ class Renderer:
         template: The tokenizer's chat template, if it has one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings) -> None:
-        """Keeps both; a tokenizer without a chat template renders strings only."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings, images: ImageReader | None = None
+    ) -> None:
+        """Keeps all; a tokenizer without a chat template renders strings only, and without `images` there are none."""
         self._settings = settings
+        self._images = images
         self._eos = tokenizer.eos_token
         self._lacking = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
         added = tokenizer.added_tokens_decoder.values()
@@ -143,6 +154,7 @@ class Renderer:
             map(str, tokenizer.all_special_tokens)
         )
         special -= _REASONING_TAGS  # they end nothing, and templates divide answers at them
+        self._special_tokens = special
         self._special = token_pattern(special)
         self._added = token_pattern(special | _REASONING_TAGS | {str(token.content) for token in added})
         self.template = ChatTemplate(tokenizer, self._special, self._added) if tokenizer.chat_template else None
@@ -157,18 +169,31 @@ class Renderer:
         if isinstance(prompt, str):
             prompt, response = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
         assert isinstance(response, list), record.place
-        return self._conversation(prompt + response, record)
+        return self._conversation(prompt + response, record, self.see(record.images))
 
-    def render_prompt(self, prompt: str | Messages) -> Text:
+    def see(self, images: Sequence[Image]) -> tuple[SeenImage, ...]:
+        """Returns what is shown of some images; raises a RecordError if one is of no use, or the model takes none."""
+        if not images:
+            return ()
+        if self._images is None:
+            raise RecordError(
+                "the record has an image, and this model takes none here: models that are trained on images are those "
+                "of Qwen2.5-VL, LLaVA and Gemma 3. Take such records out of the data, or set "
+                "model.data.on_bad_record=skip."
+            )
+        return self._images.look_at(images)
+
+    def render_prompt(self, prompt: str | Messages, images: tuple[SeenImage, ...] = ()) -> Text:
         """Returns a prompt as inference sends it, and no response; raises a RecordError if it cannot be rendered."""
         template = self._settings.prompt_template
         if isinstance(prompt, str) and template != CHAT:
             return self._plain(prompt, "", template)
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        messages, _, _, marker = self._given(prompt, None, None)
+        messages, _, _, marker = self._given(prompt, None, None, images)
         assert self.template is not None
-        return _text(self.template.prompt(messages), "", marker, templated=True)
+        text = self._with_images(self.template.prompt(messages), images)
+        return _text(text, "", marker, templated=True, images=images)
 
     def _plain(self, prompt: str, response: str, template: str | None) -> Text:
         meaning = self._settings.special_tokens
@@ -182,7 +207,11 @@ class Renderer:
         return _text(prompt, response, marker, templated=False, spelled=spelled)
 
     def _given(
-        self, messages: Messages, tools: list[Any] | None, variables: dict[str, Any] | None
+        self,
+        messages: Messages,
+        tools: list[Any] | None,
+        variables: dict[str, Any] | None,
+        images: Sequence[SeenImage] = (),
     ) -> tuple[Messages, list[Any] | None, dict[str, Any] | None, Marker | None]:
         """What the chat template gets of a conversation, and what finds hidden special tokens again."""
         if self.template is None:
@@ -193,16 +222,42 @@ class Renderer:
         messages = instructed(messages, self._settings.system)
         given = messages, tools, variables
         spelled = [as_object(value) for message in messages for value in arguments_of(message)]
-        if self._settings.special_tokens == "control" or not any(map(self._special.search, strings((given, spelled)))):
+        special = self._special if not images else self._special_with_placeholder
+        if self._settings.special_tokens == "control" or not any(map(special.search, strings((given, spelled)))):
             return *given, None
-        if any(self._special.search(message["role"]) for message in messages):
+        if any(special.search(message["role"]) for message in messages):
             raise RecordError("the role of a message spells a special token.")
-        marker = Marker(self._special, given)
+        marker = Marker(special, given)
         messages, tools, variables = (hidden(part, marker.hide) for part in given)
         return messages, tools, variables, marker
 
-    def _conversation(self, conversation: Messages, record: FeedbackRecord) -> Text:
-        messages, tools, variables, marker = self._given(conversation, record.tools, record.template_kwargs)
+    @cached_property
+    def _special_with_placeholder(self) -> re.Pattern[str]:
+        """Special tokens, and what the chat template writes for an image, if that is none."""
+        assert self._images is not None
+        return token_pattern({*self._special_tokens, self._images.placeholder})
+
+    def _with_images(self, text: str, images: Sequence[SeenImage]) -> str:
+        """What a chat template wrote, with what the model's processor shows of each image."""
+        if not images:
+            return text
+        assert self._images is not None
+        placeholder = self._images.placeholder
+        pieces = text.split(placeholder)
+        if len(pieces) == 1:
+            raise RecordError(
+                f"the chat template writes nothing for an image, where {placeholder} is expected. Use the template "
+                "of the model's processor, in chat_template.jinja or chat_template.json."
+            )
+        if len(pieces) != len(images) + 1:
+            raise RecordError(
+                f"the chat template writes {placeholder} {len(pieces) - 1} times for {len(images)} images."
+            )
+        stands = [image.stand.text for image in images]
+        return "".join(part for pair in zip(pieces, [*stands, ""], strict=True) for part in pair)
+
+    def _conversation(self, conversation: Messages, record: FeedbackRecord, images: tuple[SeenImage, ...]) -> Text:
+        messages, tools, variables, marker = self._given(conversation, record.tools, record.template_kwargs, images)
         assert self.template is not None
         hide = _as_it_is if marker is None else marker.hide
         try:
@@ -231,19 +286,27 @@ class Renderer:
             if self.template.knows(name, tools)
         ]
         notes += self._notes_on_end(clear(answer), end, behind)
-        written = [message.get("content", "") for message in conversation if message["role"] == "assistant"]
+        notes += [
+            Note(SEVERAL_FRAMES, shown(image.image.file or f"{image.frames} frames"))
+            for image in images
+            if image.frames > 1
+        ]
+        written = [text for message in conversation if message["role"] == "assistant" for text in texts_of(message)]
         if marker is not None and (found := self._special.search("\0".join(written))):
             notes.append(Note(SPELLED_BY_ASSISTANT, shown(found[0])))
         notes = [*{note.kind: note for note in reversed(notes)}.values()][::-1]  # the first of each kind
-        response = answer if rendering.continues else rendering.whole[: -len(rendering.answer)] + answer
+        response = answer
+        if not rendering.continues:
+            response = self._with_images(rendering.whole[: -len(rendering.answer)] + answer, images)
         return _text(
-            rendering.prompt,
+            self._with_images(rendering.prompt, images),
             response,
             marker,
             templated=True,
             continues=rendering.continues,
             ended=end is not None,
             notes=notes,
+            images=images,
         )
 
     def _example(self, kind: str, rendering: Rendering, messages: Messages, clear: Callable[[str], str]) -> str:
@@ -343,9 +406,10 @@ def _text(
     continues: bool = True,
     ended: bool = False,
     notes: Iterable[Note] = (),
+    images: tuple[SeenImage, ...] = (),
 ) -> Text:
     found: tuple[Spans, Spans] = ((), ())
     if marker is not None:
         (prompt, first), (response, second) = marker.reveal(prompt), marker.reveal(response)
         found = first, second
-    return Text(prompt, response, templated, *found, spelled, continues, ended, tuple(notes))
+    return Text(prompt, response, templated, *found, spelled, continues, ended, tuple(notes), images)

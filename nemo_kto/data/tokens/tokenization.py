@@ -10,7 +10,8 @@ tokenised, and the prompt is the tokens with which both begin.
 
 Beginning of sequence. For strings, whatever the tokenizer puts in front of a text (usually one BOS token) is put in
 front of the prompt once, and not again when the text already begins with it. For messages the chat template alone
-decides, as it does at inference. Tokens that a tokenizer appends to a text are never taken over.
+decides, as it does at inference; but the processor of a model that takes images treats what the template wrote as a
+string. Tokens that a tokenizer appends to a text are never taken over.
 
 Special tokens that people wrote (see rendering.py) become the tokens of their characters.
 
@@ -26,11 +27,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, Messages, RecordError
+from nemo_kto.data.reading.records import EMPTY, BadRecord, FeedbackRecord, Image, Messages, RecordError
 from nemo_kto.data.tokens.chat_template import common_length
 from nemo_kto.data.tokens.dividing import Divider
+from nemo_kto.data.tokens.pictures import ImageReader, ImageTokens, SeenImage
 from nemo_kto.data.tokens.rendering import Note, Renderer, Text, TokenizationSettings
 from nemo_kto.data.tokens.special_text import Spans
+from nemo_kto.data.tokens.stored_images import StoredImage
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,8 +55,9 @@ class TokenizedSample:
         prompt: [p] int64 token ids, p >= 1.
         response: [r] int64 token ids, r >= 1.
         desirable: True for thumbs up.
-        prompt_key: `prompt_key(prompt)`: equal for samples of the same prompt.
+        prompt_key: `prompt_key(prompt, ...)`: equal for samples of the same prompt.
         weight: What its loss is multiplied with.
+        images: What the prompt shows, in order.
     """
 
     prompt: Tensor
@@ -61,6 +65,7 @@ class TokenizedSample:
     desirable: bool
     prompt_key: int
     weight: float = 1.0
+    images: tuple[StoredImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,8 @@ class EncodedRecord:
         spelled: Whether those spell special tokens, which count as such.
         weight: What its loss is multiplied with.
         notes: What a person should know; the examples begin with the record's place.
+        images: What the prompt shows, in order.
+        image_start: Where in the prompt the first token is that stands for an image; 0 without images.
     """
 
     prompt: list[int]
@@ -86,11 +93,18 @@ class EncodedRecord:
     spelled: bool
     weight: float = 1.0
     notes: tuple[Note, ...] = ()
+    images: tuple[SeenImage, ...] = ()
+    image_start: int = 0
 
 
-def prompt_key(prompt: Tensor) -> int:
-    """A 63-bit number that is the same for equal prompts [p] on every machine and in every process."""
-    return token_key(prompt.numpy())
+def prompt_key(prompt: Tensor | np.ndarray, images: Sequence[int] = ()) -> int:
+    """A 63-bit number that is the same for equal prompts [p] on every machine and in every process.
+
+    Args:
+        prompt: Its tokens.
+        images: The keys of the images that it shows; other images with the same tokens are another prompt.
+    """
+    return token_key(np.concatenate([np.asarray(prompt, dtype=np.int64), np.asarray(images, dtype=np.int64)]))
 
 
 def token_key(tokens: np.ndarray | list[int]) -> int:
@@ -105,10 +119,13 @@ class Encoder:
     Attributes:
         tokenizer: Any transformers tokenizer; records made of messages need one with a chat template.
         settings: How.
+        images: Reads images; None where the model takes none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings) -> None:
-        """Keeps both.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: TokenizationSettings, images: ImageTokens | None = None
+    ) -> None:
+        """Keeps all; `images` is what to know of a model that takes some.
 
         Raises:
             ConfigError: `settings.append_eod` with a tokenizer that has no EOS token; or one that does not work here.
@@ -120,7 +137,8 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.settings = settings
-        self._renderer = Renderer(tokenizer, settings)
+        self.images = None if images is None else ImageReader(images, tokenizer)
+        self._renderer = Renderer(tokenizer, settings, self.images)
         self._divider = Divider(tokenizer)
         self._special_ids = frozenset(
             [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -146,14 +164,38 @@ class Encoder:
             results[place] = result
         return results
 
-    def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Returns the tokens of a prompt as inference sends it; raises a RecordError if it has none."""
-        text = self._renderer.render_prompt(prompt)
+    def see(self, images: Sequence[Image]) -> tuple[SeenImage, ...]:
+        """Returns what is shown of some images; raises a RecordError if one is of no use, or the model takes none."""
+        return self._renderer.see(images)
+
+    def encode_prompt(self, prompt: str | Messages, images: tuple[SeenImage, ...] = ()) -> list[int]:
+        """Returns the tokens of a prompt as inference sends it; raises a RecordError if it has none.
+
+        Args:
+            prompt: The prompt.
+            images: What it shows, in the order of its parts that are images; see `see`.
+        """
+        text = self._renderer.render_prompt(prompt, images)
         (tokens,) = self._encode([(text.prompt, text.prompt_spans)])
         tokens = self._with_prefix(text, tokens)
         if not tokens:
             raise RecordError(_NO_PROMPT)
+        self._image_start(tokens, images)
         return tokens
+
+    def _image_start(self, prompt: list[int], images: Sequence[SeenImage]) -> int:
+        """Where the first token is that stands for an image; a RecordError if there are more, or fewer, of them."""
+        if not images:
+            return 0
+        assert self.images is not None
+        token = self.images.tokens.image_token_id
+        found, wanted = prompt.count(token), sum(image.stand.num_tokens for image in images)
+        if found != wanted:
+            raise RecordError(
+                f"the prompt has {found} tokens {self.tokenizer.convert_ids_to_tokens(token)!r}, and its images take "
+                f"{wanted}: its text spells one that cannot be taken for ordinary text. Take it out."
+            )
+        return prompt.index(token)
 
     @property
     def end_of_answer(self) -> str | None:
@@ -161,7 +203,8 @@ class Encoder:
         return None if self._renderer.template is None else self._renderer.template.end
 
     def _with_prefix(self, text: Text, prompt: list[int]) -> list[int]:
-        has_it = text.templated or prompt[: len(self._prefix)] == self._prefix
+        alone = text.templated and self.images is None
+        has_it = alone or prompt[: len(self._prefix)] == self._prefix
         return prompt if has_it else self._prefix + prompt
 
     def _encode_texts(
@@ -203,6 +246,8 @@ class Encoder:
             spelled=text.spelled,
             weight=record.weight,
             notes=tuple(Note(note.kind, f"{record.place}: {note.example}") for note in text.notes),
+            images=text.images,
+            image_start=self._image_start(prompt, text.images),
         )
 
     def _encode(self, texts: Sequence[tuple[str, Spans]], *, split_special_tokens: bool = False) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_kto.errors import ConfigError, git_lfs_hint
+from nemo_kto.quiet import is_global_rank_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # One of these is present wherever transformers can build a tokenizer from files.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -92,7 +96,33 @@ def load_tokenizer(
             "chat template. Take tekken.json out of the folder, if tokenizer.json is there too; or uninstall "
             "mistral-common."
         )
+    template = processor_template(folder)
+    if template is not None and template != tokenizer.chat_template:
+        if tokenizer.chat_template is not None and is_global_rank_zero():
+            logger.info(
+                "%s: the chat template is the processor's, as at inference; the tokenizer has another.", folder
+            )
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def processor_template(folder: Path) -> str | dict[str, str] | None:
+    """Returns the chat template that a folder has for its processor only; None if that takes the tokenizer's.
+
+    Raises:
+        ConfigError: A file that has it cannot be read.
+    """
+    for name in ("processor_config.json", "chat_template.json"):  # transformers' order
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
+        if isinstance(template, dict) or (isinstance(template, str) and template):
+            return template
+    return None
 
 
 def has_own_code(file: Path) -> bool:

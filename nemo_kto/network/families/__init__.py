@@ -66,8 +66,10 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
     """
     try:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if keys.get("model_type") in parts_of_wholes():
-            keys = keys["text_config"]
+        parts = parts_of_wholes().get(keys.get("model_type"))
+        if parts is not None:
+            # Qwen2.5-VL is published with the fields of its language model beside all others
+            keys = keys["text_config"] if "text_config" in keys else {**keys, "model_type": parts[0]}
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
         sizes = dimensions_of(hf).divided
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, ConfigError):

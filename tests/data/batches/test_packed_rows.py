@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_kto.data.batches.dataset import KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.dealing import DocumentIndex
-from nemo_kto.data.batches.packed_rows import KTODataset, KTOItem, PackedRow, collate_documents, pack_documents
+from nemo_kto.data.batches.packed_rows import PackedRow, pack_documents
 from nemo_kto.data.tokens.tokenization import TokenizedSample, prompt_key
 
 

@@ -323,7 +323,7 @@ def test_what_the_progress_bar_counts_to(tmp_path, name, total):
 def test_a_store_travels_by_name(source, tmp_path):
     store = cache(tmp_path).tokens_of(source, skip_bad=False)
     maker, arguments = store.__reduce__()
-    assert arguments == (store.folder,) and stored_samples(maker(*arguments)) == stored_samples(store)
+    assert arguments[0] == store.folder and stored_samples(maker(*arguments)) == stored_samples(store)
 
 
 def test_pairs_become_two_samples(write_jsonl, tmp_path):
@@ -338,4 +338,7 @@ def test_pairs_become_two_samples(write_jsonl, tmp_path):
 def test_counts_are_those_of_the_files(source, tmp_path):
     store = cache(tmp_path).tokens_of(source, skip_bad=False)
     counts = json.loads(Path(store.folder, "counts.json").read_text())
-    assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0, "notes": {}}
+    assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0, "notes": {}} | {
+        "images": 0,
+        "contents": 0,
+    }
