@@ -5,6 +5,7 @@ Of ours the oracle takes only which records a batch joins, and asserts that thei
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from nemo_kto.data.batches.packed_rows import KTOBatch
@@ -50,8 +52,9 @@ def marked(cases: list[tuple[str, str]], quick: list[tuple[str, str]]) -> list[A
 class VisionPair(Pair):
     """Policy and reference that see; of the policy's vision the part that `trained` names is trained."""
 
-    def __init__(self, folder: Path, *, trained: str) -> None:
-        super().__init__(folder, average=False, kl_group=GLOBAL_BATCH_SIZE, auto=AutoModelForImageTextToText)
+    def __init__(self, folder: Path, *, trained: str, reference: Path | None = None) -> None:
+        auto = AutoModelForImageTextToText
+        super().__init__(folder, average=False, kl_group=GLOBAL_BATCH_SIZE, reference=reference, auto=auto)
         for name, parameter in self.policy.named_parameters():
             if any(part in name for part in PROJECTORS):
                 parameter.requires_grad_(trained != "none")
@@ -107,16 +110,23 @@ def compared(
     """Return `compared(kind, trained)`: the series of a run on one rank, and the oracle's of the same batches."""
     known: dict[tuple[str, str], tuple[dict[str, dict[int, float]], Series]] = {}
 
-    def run(kind: str, trained: str) -> tuple[dict[str, dict[int, float]], Series]:
+    def get(kind: str, trained: str) -> tuple[dict[str, dict[int, float]], Series]:
         if (kind, trained) not in known:
             log_dir = tmp_path_factory.mktemp("run")
-            ((batches),) = run_ranks(train_and_keep_batches, 1, free_port(), overrides(root, log_dir, kind, trained))
-            readings = Readings(root / "train.jsonl", kind)
-            read = [as_transformers_reads(batch, readings) for batch in batches]
-            known[kind, trained] = read_series(log_dir), train(VisionPair(root / kind, trained=trained), read)
+            batches = run_and_read(root, run_ranks, overrides(root, log_dir, kind, trained), kind)
+            known[kind, trained] = read_series(log_dir), train(VisionPair(root / kind, trained=trained), batches)
         return known[kind, trained]
 
-    return run
+    return get
+
+
+def run_and_read(
+    root: Path, run_ranks: Callable[..., Any], values: dict[str, Any], kind: str
+) -> list[SimpleNamespace]:
+    """Train on one rank; return the batches as transformers reads them."""
+    (batches,) = run_ranks(train_and_keep_batches, 1, free_port(), values)
+    readings = Readings(root / "train.jsonl", kind)
+    return [as_transformers_reads(batch, readings) for batch in batches]
 
 
 def overrides(root: Path, log_dir: Path, kind: str, trained: str, **changes: Any) -> dict[str, Any]:
@@ -164,3 +174,38 @@ def test_the_parts_differ(compared: Callable[..., tuple[dict[str, dict[int, floa
     """What is trained shows in the oracle's gradients, so that a part that is forgotten would be seen."""
     norms = [compared("qwen2_5_vl", trained)[1]["grad_norm"][0] for trained in ("none", "projector", "all")]
     assert norms[0] * 1.001 < norms[1] < norms[1] * 1.001 < norms[2]
+
+
+@pytest.mark.parametrize(
+    ("mode", "trained"),
+    [("cpu_swap", "none"), pytest.param("resident", "all", marks=pytest.mark.slow), ("cached", "none")],
+)
+def test_another_reference_has_eyes_of_its_own(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str, trained: str
+) -> None:
+    """Its tower, its projector and its language model are other ones, whatever is trained of the policy's."""
+    other = tmp_path / "other"
+    shutil.copytree(root / "llava_clip", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 0.8 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    reference = {"model__kto__reference__checkpoint": str(other), "model__kto__reference__mode": mode}
+    values = overrides(root, tmp_path / "log", "llava_clip", trained, **reference)
+    batches = run_and_read(root, run_ranks, values, "llava_clip")
+    expected = train(VisionPair(root / "llava_clip", trained=trained, reference=other), batches)
+    assert_equal(read_series(tmp_path / "log"), expected)
+    assert abs(expected["rewards/chosen"][0]) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["cpu_swap", pytest.param("resident", marks=pytest.mark.slow)])
+def test_a_reference_that_moves_takes_the_tower_along(
+    root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str
+) -> None:
+    moving = {
+        "model__kto__reference__mode": mode,
+        "model__kto__reference__sync_every_n_steps": 2,
+        "model__kto__reference__sync_mixup_alpha": 0.6,
+    }
+    values = overrides(root, tmp_path, "llava_clip", "all", **moving)
+    batches = run_and_read(root, run_ranks, values, "llava_clip")
+    expected = train(VisionPair(root / "llava_clip", trained="all"), batches, sync=(2, 0.6))
+    assert_equal(read_series(tmp_path), expected)
