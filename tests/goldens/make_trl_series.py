@@ -159,25 +159,25 @@ class RecordingTrainer(KTOTrainer):
         )
 
 
-def arguments_of(case: dict[str, Any], output: str, *, steps: int) -> KTOConfig:
+def arguments_of(case: dict[str, Any], output: str, settings: dict[str, Any]) -> KTOConfig:
     """Return what TRL is told of a case."""
     return KTOConfig(
         output_dir=output,
         loss_type=case["loss_type"],
-        beta=SETTINGS["beta"],
+        beta=settings["beta"],
         desirable_weight=case["desirable_weight"],
-        undesirable_weight=SETTINGS["undesirable_weight"],
+        undesirable_weight=settings["undesirable_weight"],
         per_device_train_batch_size=case["micro_batch_size"],
         gradient_accumulation_steps=case["global_batch_size"] // case["micro_batch_size"],
-        max_steps=steps,
-        learning_rate=SETTINGS["learning_rate"],
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        adam_beta1=SETTINGS["betas"][0],
-        adam_beta2=SETTINGS["betas"][1],
-        adam_epsilon=SETTINGS["eps"],
-        weight_decay=SETTINGS["weight_decay"],
-        max_grad_norm=SETTINGS["max_grad_norm"],
+        adam_beta1=settings["betas"][0],
+        adam_beta2=settings["betas"][1],
+        adam_epsilon=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
         train_sampling_strategy="sequential",
         model_init_kwargs={"dtype": "float32"},
         bf16=False,
@@ -192,7 +192,7 @@ def arguments_of(case: dict[str, Any], output: str, *, steps: int) -> KTOConfig:
 
 def train(case: dict[str, Any], output: str) -> RecordingTrainer:
     """Return a trainer that has taken all steps; `case` is one of `CASES`."""
-    arguments = arguments_of(case, output, steps=SETTINGS["steps"])
+    arguments = arguments_of(case, output, SETTINGS)
     records = [json.loads(line) for line in FEEDBACK.read_text().splitlines()]
     trainer = RecordingTrainer(model=str(MODEL), args=arguments, train_dataset=Dataset.from_list(records))
     trainer.train()

@@ -230,7 +230,7 @@ def test_images_and_the_tower_matter() -> None:
     whole, frozen, blank = (runs[name] for name in ("all-8of8", "none-8of8", "all-blank-8of8"))
     assert whole[0]["loss"] == frozen[0]["loss"] == blank[0]["loss"]  # policy and reference are one
     for other in (frozen, blank):
-        assert whole[0]["grad_norm"] > 1.2 * other[0]["grad_norm"]
+        assert whole[0]["grad_norm"] > 1.1 * other[0]["grad_norm"]
         assert all(abs(one["loss"] - two["loss"]) > 1e-3 for one, two in zip(whole[1:], other[1:], strict=True))
     assert sum(sum(step["kl"]) / 4 > 0.1 for step in runs["all-2of8"]) > 5
     shown = [ids.count(2) for ids in OF_IMAGES["tokens"]["prompt_ids"]]
