@@ -45,6 +45,7 @@ from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.lora import add_adapters
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.vision import VisionSettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
@@ -219,6 +220,7 @@ class MegatronGPTKTOModel(LightningModule):
             num_steps=self.trainer.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             start_step=lambda: self.trainer.global_step,
+            pixels=place.is_first_stage,
         )
 
     def configure_optimizers(self) -> None:

@@ -16,6 +16,7 @@ from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER
+from nemo_kto.weights.checkpoint_model import TRAINED_OF_VISION
 from nemo_kto.weights.folder import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _model_identity(
     return {
         **_reference_identity(reference),
         **_lora_identity(config, lora),
-        "model.vision.train": None if config.model.vision.train == "none" else config.model.vision.train,
+        TRAINED_OF_VISION: None if config.model.vision.train == "none" else config.model.vision.train,
         "model.init_method_std": None if folder else config.model.init_method_std,
         "model.seed": None if folder else config.model.seed,
         "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),

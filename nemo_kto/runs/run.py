@@ -21,7 +21,7 @@ from nemo_kto.network.vision import VisionSettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
-from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of, vision_settings
+from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of, vision_for
 from nemo_kto.runs.reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.runs.schedule import Schedule, plan_schedule, plan_validation
 from nemo_kto.runtime import cpu_megatron
@@ -107,7 +107,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         tokenizer=tokenizer,
         hf_config=hf_config,
         lora=lora,
-        vision=vision_settings(config, hf_config, data),
+        vision=vision_for(config, hf_config, data, trains=trains),
         reference=reference,
         data=data,
         schedule=plan_schedule(config, data) if trains else plan_validation(config, data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.utils import get_model_config
 
+from nemo_kto.config.schema import OptimConfig
+from nemo_kto.data.batches.packed_rows import Picture
+from nemo_kto.errors import ConfigError
 from nemo_kto.kto.scoring import RowScorer, RowScores, unwrapped
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config, whole_config
@@ -21,6 +25,7 @@ from nemo_kto.network.vision import Vision, VisionSettings
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.optimizer import make_optimizer, wrap_for_training
 from nemo_kto.weights.import_hf import import_hf
 from tests.network import tiny_vision
 
@@ -71,6 +76,11 @@ def rows_of(folder: Path) -> list[Any]:
     return rows[place.dp_rank :: place.dp_size]
 
 
+def logps_of(folder: Path, chunks: list[KTOGPTModel], layout: Layout) -> torch.Tensor | None:
+    """Return the log-probs of this rank's documents; None except on the last stage."""
+    return RowScorer(chunks=chunks, place=parallel.position(), layout=layout).score(rows_of(folder))
+
+
 # what the ranks do
 
 
@@ -79,9 +89,7 @@ def score(source: Path, layout: str) -> dict[str, torch.Tensor | None]:
     found = {}
     for name in MODELS:
         division = Layout(world_size=dist.get_world_size(), **LAYOUTS[layout])
-        chunks = chunks_of(source / name, division)
-        scorer = RowScorer(chunks=chunks, place=parallel.position(), layout=division)
-        found[name] = scorer.score(rows_of(source / name))
+        found[name] = logps_of(source / name, chunks_of(source / name, division), division)
     return found
 
 
@@ -193,3 +201,159 @@ def check_gradients(
         for each, gradient in wanted.items():
             scale = max(1.0, gradient.abs().max().item())
             torch.testing.assert_close(gradients[each], gradient, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", ["TP2_SP", "CP2"])
+def test_gradients_do_not_depend_on_recomputation(
+    source: Path, expected: dict[str, Any], run_ranks: Callable[..., Any], layout: str
+) -> None:
+    found = run_ranks(differentiate, 2, source, layout, "all", False, True)
+    for name in MODELS:
+        check_gradients(name, [each[name] for each in found if each[name]], expected[name][1], "all")
+
+
+# what is kept
+
+
+def eyes(folder: Path, train: str = "none") -> tuple[Vision, list[Picture]]:
+    """Return what sees images in a model, on one rank, and two images."""
+    (model,) = chunks_of(folder, Layout(world_size=1), train=train)
+    assert model.vision is not None
+    config = whole_config(folder)
+    return model.vision, [tiny_vision.picture(config, 1), tiny_vision.picture(config, 2, (4, 2))]
+
+
+def see(source: Path) -> None:
+    """The same bits with and without gradients, whatever else is in the row, and in training mode."""
+    for name in MODELS:
+        for train in ("none", "projector", "all"):
+            vision, (first, second) = eyes(source / name, train)
+            vision.train()
+            with torch.no_grad():
+                alone = vision.features([second])
+            vision.forget()
+            together = vision.features([first, second, first])
+            assert together.requires_grad is (train != "none")
+            assert torch.equal(together[first.num_tokens : -first.num_tokens], alone)
+            assert torch.equal(together[: first.num_tokens], together[-first.num_tokens :])
+            assert not torch.equal(together[: first.num_tokens], alone[: first.num_tokens])
+
+
+def keep(source: Path, train: str) -> list[int]:
+    """Return how often the tower has run, after each of some looks at an image."""
+    vision, (first, _) = eyes(source / "llava_clip", train)
+    counts: list[int] = []
+    ran = [0]
+    look = vision.tower.get_image_features
+
+    def counted(**inputs: Any) -> Any:
+        ran[0] += 1
+        return look(**inputs)
+
+    vision.tower.get_image_features = counted
+    for what in ("", "", "forget", "exchange in place", "exchange memory", ""):
+        if what == "forget":
+            vision.forget()
+        elif what:
+            frozen = next(each for each in vision.parameters() if not each.requires_grad)
+            with torch.no_grad():
+                if what == "exchange in place":
+                    frozen.copy_(frozen * 2)
+                else:
+                    frozen.data = frozen * 2
+        twice = vision.features([first, first])
+        assert torch.equal(twice, vision.features([first]).repeat(2, 1))
+        counts.append(ran[0])
+    return counts
+
+
+def test_features_depend_on_nothing_but_the_image(source: Path, run_ranks: Callable[..., Any]) -> None:
+    run_ranks(see, 1, source)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected_runs"),
+    # each look is two: features are kept until they are forgotten, or come from other parameters
+    [("none", [1, 1, 2, 3, 4, 4]), ("projector", [1, 1, 2, 3, 4, 4]), ("all", [2, 4, 6, 8, 10, 12])],
+)
+def test_what_a_frozen_tower_has_seen_is_kept(
+    source: Path, run_ranks: Callable[..., Any], train: str, expected_runs: list[int]
+) -> None:
+    assert run_ranks(keep, 1, source, train) == [expected_runs]
+
+
+def miscount(source: Path) -> None:
+    vision, (first, _) = eyes(source / "llava_clip")
+    with pytest.raises(ConfigError, match="An image has 5 tokens in its prompt, and is 4 to the model"):
+        vision.features([replace(first, num_tokens=5)])
+
+
+def test_another_number_of_tokens_is_an_error(source: Path, run_ranks: Callable[..., Any]) -> None:
+    run_ranks(miscount, 1, source)
+
+
+# training
+
+STEPS = 3
+ADAM: dict[str, Any] = {"lr": 0.02, "betas": [0.8, 0.9], "eps": 1e-2, "weight_decay": 0.0}
+"""With an epsilon beside which the rounding of small gradients is nothing."""
+TRAINED = ("llava_clip", "qwen2_5_vl")
+
+
+def learn(source: Path, layout: str, overlap: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what sees images in each model after some steps in which all of it is trained."""
+    found = {}
+    for name in TRAINED:
+        division = Layout(world_size=dist.get_world_size(), **LAYOUTS[layout])
+        optim = OptimConfig(**ADAM, overlap_grad_sync=overlap, overlap_param_sync=overlap)
+        chunks = wrap_for_training(chunks_of(source / name, division, train="all"), optim)
+        optimizer = make_optimizer(chunks, optim, params_dtype=torch.float32, gradient_clip=0.0)
+        place = parallel.position()
+        shares = torch.tensor(WEIGHTS).split([3, 1])[place.dp_rank :: place.dp_size]
+        scorer = RowScorer(chunks=chunks, place=place, layout=division)
+        for _ in range(STEPS):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            scorer.train(rows_of(source / name), lambda scores, index: _loss(scores, shares[index]))  # noqa: B023
+            optimizer.step()
+        if overlap:
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
+        vision = unwrapped(chunks[0]).vision
+        if vision is not None:
+            found[name] = {vision.source_name(key): each.detach().clone() for key, each in vision.named_parameters()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def learned(source: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return all parameters of transformers' models after those steps of torch's Adam."""
+    found = {}
+    for name in TRAINED:
+        model = tiny_vision.load(source / name)
+        shown = [each for row in tiny_vision.documents(model.config) for each in row]
+        optimizer = torch.optim.Adam(model.parameters(), lr=ADAM["lr"], betas=ADAM["betas"], eps=ADAM["eps"])
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            logps = torch.stack([tiny_vision.whole_logps(model, each) for each in shown])
+            (logps * torch.tensor(WEIGHTS)).sum().backward()
+            optimizer.step()
+        found[name] = {key.removeprefix("model."): each.detach() for key, each in model.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize(("layout", "overlap"), [("TP1", False), ("TP2_SP", False), ("DP2", True), ("CP2", True)])
+def test_steps_of_adam_equal_those_with_transformers(
+    source: Path,
+    learned: dict[str, dict[str, torch.Tensor]],
+    run_ranks: Callable[..., Any],
+    layout: str,
+    overlap: bool,
+) -> None:
+    """Also where a rank has no images, and what is to come of gradients and parameters comes in the background."""
+    for found in run_ranks(learn, world_of(layout), source, layout, overlap):
+        for name in TRAINED:
+            assert len(found[name]) > 10
+            for key, each in found[name].items():
+                torch.testing.assert_close(each, learned[name][key], rtol=0, atol=2e-4)

@@ -56,7 +56,7 @@ class RowImages:
     pictures: tuple[Picture, ...]
     places: Tensor
     features: Tensor
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...]
 
     def between(self, start: int, end: int) -> "RowImages":
         """Those whose tokens are in a part of the row, counted from its first token; pictures are those of the row."""
@@ -188,14 +188,9 @@ def pack_documents(
         for start, p, r in zip(cu_seqlens.tolist(), prompt_lengths, response_lengths, strict=False)
     ]
     images, rotary = None, None
-    if pictures is not None and any(pictures):
-        places = [
-            _image_places(prompt, shown, image_token_id)
-            for (prompt, _), shown in zip(documents, pictures, strict=True)
-        ]
-        images = _row_images(pictures, places, cu_seqlens.tolist())
-        if images.pictures[0].grid is not None:
-            rotary = torch.cat(list(map(_document_positions, lengths, pictures, places)), dim=1)
+    if pictures is not None:
+        prompts = [prompt for prompt, _ in documents]
+        images, rotary = images_of_row(prompts, lengths, pictures, image_token_id=image_token_id)
     return PackedRow(
         tokens=torch.cat([part for document in documents for part in document]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -209,6 +204,30 @@ def pack_documents(
         images=images,
         rotary_positions=rotary,
     )
+
+
+def images_of_row(
+    prompts: Sequence[Tensor],
+    lengths: Sequence[int],
+    pictures: Sequence[Sequence[Picture]],
+    *,
+    image_token_id: int | None,
+) -> tuple[RowImages | None, Tensor | None]:
+    """Returns the images of a row and its rotary positions, see `PackedRow`; None where there are none.
+
+    Args:
+        prompts: The prompt [p] of each document.
+        lengths: Tokens of each document.
+        pictures: What each prompt shows, in order.
+        image_token_id: The token that stands for what they show.
+    """
+    if not any(pictures):
+        return None, None
+    places = [_image_places(prompt, shown, image_token_id) for prompt, shown in zip(prompts, pictures, strict=True)]
+    images = _row_images(pictures, places, list(itertools.accumulate(lengths, initial=0)))
+    if images.pictures[0].grid is None:
+        return images, None
+    return images, torch.cat(list(map(_document_positions, lengths, pictures, places)), dim=1)
 
 
 def _image_places(prompt: Tensor, pictures: Sequence[Picture], image_token_id: int | None) -> Tensor:
@@ -225,7 +244,8 @@ def _image_places(prompt: Tensor, pictures: Sequence[Picture], image_token_id: i
 def _row_images(pictures: Sequence[Sequence[Picture]], places: Sequence[Tensor], starts: Sequence[int]) -> RowImages:
     in_row = torch.cat([inside + start for inside, start in zip(places, starts, strict=False)])
     shown = tuple(picture for of_document in pictures for picture in of_document)
-    return RowImages(shown, in_row, torch.arange(in_row.numel()))
+    firsts = itertools.accumulate((picture.num_tokens for picture in shown[:-1]), initial=0)
+    return RowImages(shown, in_row, torch.arange(in_row.numel()), tuple(in_row[list(firsts)].tolist()))
 
 
 def _document_positions(length: int, pictures: Sequence[Picture], places: Tensor) -> Tensor:

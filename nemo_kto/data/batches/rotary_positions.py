@@ -28,8 +28,8 @@ def rotary_positions(length: int, images: Iterable[tuple[int, Grid]]) -> Tensor:
     for start, (rows, columns) in images:
         parts.append(_text(start - done, position))
         position += start - done
-        grid = torch.meshgrid(torch.zeros(1), torch.arange(rows), torch.arange(columns), indexing="ij")
-        parts.append(torch.stack([axis.reshape(-1).to(torch.int64) for axis in grid]) + position)
+        grid = torch.meshgrid(*map(torch.arange, (1, rows, columns)), indexing="ij")
+        parts.append(torch.stack([axis.reshape(-1) for axis in grid]) + position)
         position += max(rows, columns)
         done = start + rows * columns
     return torch.cat([*parts, _text(length - done, position)], dim=1)

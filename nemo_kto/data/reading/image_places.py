@@ -109,8 +109,8 @@ def _filled(prompt: Messages, listed: Listed, name: str) -> Messages:
     empty = [part for part in places if "image" not in part]
     if len(empty) != len(listed.values):
         raise RecordError(
-            f'has {_several(len(empty), "part")} {{"type": "image"}} without an image of their own, and '
-            f"'{listed.column}' holds {_several(len(listed.values), 'image')}; there must be one for each.",
+            f'has {_several(len(empty), "part")} {{"type": "image"}} to be filled from '
+            f"'{listed.column}', which holds {_several(len(listed.values), 'image')}; there must be one for each.",
             name,
         )
     for place, part in enumerate(empty):

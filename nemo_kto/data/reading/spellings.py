@@ -207,7 +207,7 @@ def _image_part(part: Mapping[str, Any], where: str, name: str) -> dict[str, Any
     if there is not None:
         raise RecordError(f"{where} whose '{there}' names a file of a service; write the image's bytes.", name)
     if part.get("type") != "image":
-        raise RecordError(f"{where} whose 'image_url' is {'null' if 'image_url' in part else 'missing'}.", name)
+        raise RecordError(f"{where} that holds no image.", name)
     index = part.get("index")
     return {"type": "image"} if index is None else {"type": "image", "index": index}
 
