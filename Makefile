@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint | format | bench | docs
+# make quickstart | quickstart-vision | test | test-slow | lint | format | bench | docs
 # PYTHON=python3.11 chooses an interpreter, WORKERS=4 how many tests run side by side
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-slow test-container lint format bench docs install
+.PHONY: quickstart quickstart-vision test test-slow test-container lint format bench docs install
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt pyproject.toml
@@ -28,6 +28,10 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/nlp/kto/quickstart/run.py
+
+# the same with feedback on pictures
+quickstart-vision: $(INSTALLED)
+	$(BIN)/python examples/nlp/kto/vision/run.py
 
 test: $(INSTALLED)
 	$(PYTEST)
@@ -53,5 +57,5 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
-	for name in start_up step_time against_trl scaling memory optimizer_memory import_memory attention reference_modes kl_fraction tokenization; do \
+	for name in start_up step_time against_trl scaling memory optimizer_memory import_memory attention reference_modes kl_fraction images tokenization; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done

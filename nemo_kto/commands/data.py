@@ -28,7 +28,7 @@ from nemo_kto.data.batches.samples import Samples, read_samples
 from nemo_kto.data.batches.statistics import DataStatistics, describe
 from nemo_kto.data.reading.chunks import MAX_SHOWN, bad_records_error, parse_chunk, read_chunks
 from nemo_kto.data.reading.json_strings import messages_in
-from nemo_kto.data.reading.records import BadRecord, FeedbackRecord
+from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, Image, image_kind
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.store import Notes
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 _ROWS = 1000
 _ENDS = 4
 """Tokens with which responses end, of which the table shows the most frequent ones."""
+_ALIKE = 4
+"""Special tokens of one kind behind each other from which on they are counted, not shown."""
 _MODEL_OPTIONS = ("seed", "global_batch_size")
 """Options that are keys of `model`, not of `model.data`."""
 
@@ -319,6 +321,8 @@ def show(options: argparse.Namespace) -> None:
     colour = "green" if result.desirable else "red"
     console = Console(highlight=False)
     console.print(f"{record.place}, {'desirable' if result.desirable else 'undesirable'}", style="bold", markup=False)
+    for number, image in enumerate(record.images, 1):
+        console.print(f"image {number}: {_described(image)}", markup=False, soft_wrap=True)
     for name, tokens, style in (("prompt", result.prompt, "cyan"), ("response", result.response, colour)):
         console.rule(f"{name}, {len(tokens)} tokens", style=style, align="left")
         console.print(_visible(tokens, encoder.tokenizer, style), soft_wrap=True)
@@ -329,14 +333,21 @@ def show(options: argparse.Namespace) -> None:
         console.print(f"Note: {note.kind}, {note.example}", style="yellow", markup=False, soft_wrap=True)
 
 
+def _described(image: Image) -> str:
+    return image.file or f"{len(image.data or b''):,} bytes ({image_kind(image.data or b'') or 'unknown kind'})"
+
+
 def _visible(tokens: list[int], tokenizer: PreTrainedTokenizerBase, style: str) -> Text:
     """Return tokens as text, special ones set off and line breaks marked."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     text = Text()
     for is_special, group in itertools.groupby(tokens, key=lambda token: token in special):
         if is_special:
-            for token in group:
-                text.append(str(tokenizer.convert_ids_to_tokens(token)), style="reverse")
+            for token, alike in itertools.groupby(group):
+                count = len([*alike])
+                shown = str(tokenizer.convert_ids_to_tokens(token))
+                # one image is hundreds of the same token
+                text.append(shown * count if count < _ALIKE else f"{shown} x {count:,}", style="reverse")
         else:
             decoded = tokenizer.decode(list(group), clean_up_tokenization_spaces=False)
             text.append(str(decoded).replace("\n", "↵\n"), style=style)

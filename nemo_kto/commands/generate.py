@@ -18,6 +18,7 @@ from nemo_kto.network.families import dimensions_of
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.model import dtype_of_run
+from nemo_kto.runs.records import image_tokens
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.layout import Layout, check_layout
 from nemo_kto.weights.checkpoint_model import load_model, source_of
@@ -64,7 +65,8 @@ def answer_prompts(
 
     Args:
         checkpoint: A checkpoint folder of a run, saved under any layout.
-        prompts: Texts or conversations that end before the assistant's answer; at least one.
+        prompts: Texts or conversations that end before the assistant's answer; at least one. Images are parts of the
+            messages, as in feedback; names of files are relative to the working directory.
         sampling: How answers are made.
         tensor: Processes that share every layer.
         pipeline: Stages the layers are divided into.
@@ -86,21 +88,22 @@ def answer_prompts(
         special_tokens=data.get("special_tokens", "auto"),
         system=data.get("system", "keep"),
     )
-    tokens = prompt_tokens(prompts, tokenizer, settings)
+    given = prompt_tokens(prompts, tokenizer, settings, image_tokens(source))
+    shows_images = any(prompt.pictures for prompt in given)
     with parallel.default_group():
         layout = _layout(source, tensor=tensor, pipeline=pipeline)
         parallel.initialize(layout, seed=0)
         answers = generate(
-            [load_model(checkpoint, layout, params_dtype=dtype_of_run(source))],
-            tokens,
+            [load_model(checkpoint, layout, params_dtype=dtype_of_run(source), images=shows_images)],
+            given,
             sampling,
             stop_token_ids=stop_token_ids(tokenizer, source),
             layout=layout,
             place=parallel.position(),
         )
     return [
-        (tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True))
-        for prompt, answer in zip(tokens, answers, strict=True)
+        (tokenizer.decode(prompt.in_brief), tokenizer.decode(answer, skip_special_tokens=True))
+        for prompt, answer in zip(given, answers, strict=True)
     ]
 
 

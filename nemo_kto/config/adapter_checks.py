@@ -41,6 +41,23 @@ def check_lora(config: KTOConfig) -> None:
             raise ConfigError(f"{_PREFIX}{name} {fault}. It takes a mapping such as {{q_proj: 16}}; see docs/lora.md.")
 
 
+def check_vision(config: KTOConfig) -> None:
+    """Raise a ConfigError for what sees images being trained where it cannot be, as far as the model is not needed."""
+    key = f"model.vision.train={config.model.vision.train}"
+    if config.model.vision.train == "none":
+        return
+    if config.model.peft.peft_scheme == "lora":
+        raise ConfigError(
+            f"{key} cannot be used with model.peft.peft_scheme=lora, which trains adapters of the language model. Use "
+            "none, or peft_scheme=none."
+        )
+    if config.pretrained_checkpoint.restore_from_path is None:
+        raise ConfigError(
+            f"{key} needs a model that sees images: set pretrained_checkpoint.restore_from_path to its Hugging Face "
+            "folder."
+        )
+
+
 def check_quantisation(config: KTOConfig) -> None:
     """Raise a ConfigError for a base in fewer bits that cannot be: only what is never changed is kept so."""
     peft, reference = config.model.peft, config.model.kto.reference

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_kto.config.adapter_checks import check_lora, check_quantisation
+from nemo_kto.config.adapter_checks import check_lora, check_quantisation, check_vision
 from nemo_kto.config.objective_checks import check_objective
 from nemo_kto.config.reader import leaf_values
 from nemo_kto.config.schema import DataConfig, ExpManagerConfig, KTOConfig, ModelConfig, OptimConfig, TrainerKTOConfig
@@ -124,6 +124,7 @@ def check_values(config: KTOConfig) -> None:
     _check_model_source(config)
     check_lora(config)
     check_quantisation(config)
+    check_vision(config)
     if config.export.push_to_hub is not None and not config.export.enabled:
         raise ConfigError("export.push_to_hub needs export.enabled=true: it is the exported folder that is uploaded.")
     _check_reference(config)

@@ -182,6 +182,13 @@ class PeftConfig:
 
 
 @dataclass(kw_only=True)
+class VisionConfig:
+    """`model.vision`: what sees images in a model that does."""
+
+    train: Literal["none", "projector", "all"] = "none"
+
+
+@dataclass(kw_only=True)
 class SchedConfig:
     """`model.optim.sched`: learning rate over time."""
 
@@ -278,6 +285,7 @@ class ModelConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     kto: KTOLossConfig = field(default_factory=KTOLossConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.generation.decoding import Sampling, generate
+from nemo_kto.generation.rows import Prompt
 from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ExchangedReference, LiveReference
 from nemo_kto.runtime import parallel
@@ -27,10 +27,11 @@ class AnswerPrompts(Callback):
     """Answers some prompts after validations and at the end, and writes down what policy and reference say.
 
     One line for each prompt goes to a JSON Lines file, `{"step", "prompt", "policy", "reference"}`, where `step` is
-    the number of steps taken; TensorBoard gets the same as text. The reference answers once, unless it moves.
+    the number of steps taken, with small `images` where the prompt shows some; TensorBoard gets the texts. The
+    reference answers once, unless it moves.
 
     Args:
-        prompts: `[p]` int64 token ids of each prompt; at least one.
+        prompts: What is answered; at least one.
         tokenizer: Makes text of tokens.
         sampling: How answers are made; the same draws each time.
         stop_token_ids: Tokens that end an answer.
@@ -40,7 +41,7 @@ class AnswerPrompts(Callback):
 
     def __init__(
         self,
-        prompts: Sequence[torch.Tensor],
+        prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
@@ -81,7 +82,7 @@ class AnswerPrompts(Callback):
         trainer.strategy.complete_parameters()  # type: ignore[attr-defined]
         policy = self._answers(pl_module)
         reference = self._answers_of_reference(pl_module)
-        prompts = [self._tokenizer.decode(prompt) for prompt in self._prompts]
+        prompts = [self._tokenizer.decode(prompt.in_brief) for prompt in self._prompts]
         rows = list(zip(prompts, policy, reference, strict=True))
         parallel.run_on_rank_zero(partial(self._write, trainer, rows), f"{self._file} cannot be written")
 
@@ -120,8 +121,10 @@ class AnswerPrompts(Callback):
 
     def _append(self, trainer: Trainer, names: tuple[str, str, str], rows: list[tuple[str, str, str]]) -> None:
         with self._file.open("a", encoding="utf-8") as lines:
-            for row in rows:
+            for prompt, row in zip(self._prompts, rows, strict=True):
                 values = {"step": trainer.global_step, **dict(zip(names, row, strict=True))}
+                if prompt.thumbnails:
+                    values["images"] = prompt.thumbnails
                 lines.write(json.dumps(values, ensure_ascii=False) + "\n")
         for sink in trainer.loggers:
             if isinstance(sink, TensorBoardLogger):

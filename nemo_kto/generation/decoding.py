@@ -30,6 +30,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from nemo_kto.data.batches.packed_rows import PackedRow
 from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.generation.rows import Prompt, Row
 from nemo_kto.kto.scoring import boundaries, part_of, rows_known, unwrapped
 from nemo_kto.network.attention import CachedRowParams
 from nemo_kto.network.gpt import tensor_generator
@@ -68,7 +69,7 @@ class Sampling:
 @torch.no_grad()
 def generate(
     chunks: Sequence[torch.nn.Module],
-    prompts: Sequence[torch.Tensor],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
     stop_token_ids: frozenset[int],
@@ -87,7 +88,7 @@ def generate(
 
     Args:
         chunks: The chunks of the live model on this process, wrapped for data parallelism or not.
-        prompts: `[p]` int64 token ids of each prompt.
+        prompts: What is answered.
         sampling: How tokens are chosen.
         stop_token_ids: Tokens that end an answer.
         layout: The layout.
@@ -110,12 +111,15 @@ def generate(
     answers: list[list[int]] = []
     for first in range(0, len(prompts), size):
         answers += _answer(scorer, prompts[first : first + size], first, sampling, stop_token_ids, cached=cached)
+        for chunk in map(unwrapped, chunks):
+            if chunk.vision is not None:
+                chunk.vision.forget()
     return answers
 
 
 def _answer(
     scorer: _NextTokenScorer,
-    prompts: Sequence[torch.Tensor],
+    prompts: Sequence[Prompt],
     first: int,
     sampling: Sampling,
     stop_token_ids: frozenset[int],
@@ -124,19 +128,18 @@ def _answer(
 ) -> list[list[int]]:
     """Return the answers to some prompts, of which the first has number `first`."""
     place, longest = scorer.place, unwrapped(scorer.chunks[0]).max_sequence_length
-    texts: list[list[int]] = [prompt.tolist() for prompt in prompts]
+    texts: list[list[int]] = [prompt.tokens.tolist() for prompt in prompts]
     limits = [min(len(text) + sampling.max_new_tokens, longest) for text in texts]
     rotary = unwrapped(scorer.chunks[0]).rotary
-    rows = _deal(
-        texts, scorer.layout, place, cached=cached, switches=frozenset() if rotary is None else rotary.switches
-    )
+    switches = frozenset() if rotary is None else rotary.switches
+    rows = _deal(prompts, texts, scorer.layout, place, cached=cached, switches=switches)
     unfinished = set(range(len(texts)))
     while unfinished:
         logits = scorer.logits(rows)
         newest = torch.zeros(len(texts), dtype=torch.int64, device=scorer.device)
         if logits is not None and place.reports:
             numbers = [number for row in rows for number in row.numbers]
-            steps = [len(texts[number]) - prompts[number].numel() for number in numbers]
+            steps = [len(texts[number]) - prompts[number].tokens.numel() for number in numbers]
             newest[numbers] = next_tokens(logits, sampling, [first + number for number in numbers], steps)
         dist.all_reduce(newest)
         tokens = newest.tolist()
@@ -145,7 +148,7 @@ def _answer(
         unfinished = {n for n in unfinished if tokens[n] not in stop_token_ids and len(texts[n]) < limits[n]}
         for row in rows:
             row.go_on(unfinished)
-    return [text[prompt.numel() :] for text, prompt in zip(texts, prompts, strict=True)]
+    return [text[prompt.tokens.numel() :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def next_tokens(
@@ -179,8 +182,8 @@ def next_tokens(
     return drawn.clamp_(max=logits.shape[1] - 1)  # a diverged model's logits are no numbers: any token will do
 
 
-def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int, vocab_size: int) -> None:
-    for number, prompt in enumerate(prompts, 1):
+def _check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
+    for number, prompt in enumerate((each.tokens for each in prompts), 1):
         if not 0 < prompt.numel() < max_positions:
             raise DataError(
                 f"Prompt {number} has {prompt.numel()} tokens; to be answered it needs 1 to "
@@ -194,68 +197,18 @@ def _check_prompts(prompts: Sequence[torch.Tensor], max_positions: int, vocab_si
 
 
 def _deal(
-    texts: list[list[int]], layout: Layout, place: RankPosition, *, cached: bool, switches: frozenset[int]
-) -> list[_Row]:
+    prompts: Sequence[Prompt],
+    texts: list[list[int]],
+    layout: Layout,
+    place: RankPosition,
+    *,
+    cached: bool,
+    switches: frozenset[int],
+) -> list[Row]:
     """Return this replica's rows, one a stage, for that is also the least number interleaved stages can work on."""
     mine = range(place.dp_rank, len(texts), place.dp_size)
     shares = [mine[first :: layout.pipeline] for first in range(layout.pipeline)]
-    return [_Row(texts, list(share), KeyValueCache() if cached else None, switches) for share in shares]
-
-
-@dataclass
-class _Row:
-    """The documents of a micro-batch: those of its prompts whose answers have not ended.
-
-    Attributes:
-        texts: All prompts with their answers so far, of this row and of others.
-        numbers: Which of them are in this row, ascending; there may be none.
-        cache: Their keys and values; None to score whole documents each time.
-        switches: Lengths of documents beyond which they have another rotary embedding, see `RotaryEmbedding`.
-        whole: Whether the next pass is of whole documents, rather than of their newest tokens.
-    """
-
-    texts: list[list[int]]
-    numbers: list[int]
-    cache: KeyValueCache | None
-    switches: frozenset[int]
-    whole: bool = True
-
-    def pack(self, device: torch.device) -> PackedRow:
-        """Return what the next pass is of: the documents, or their newest tokens, or, without any, a dummy token.
-
-        The "responses" are the tokens to come: `response_positions` `[b]` are the documents' last tokens.
-        """
-        texts = [self.texts[number] for number in self.numbers]
-        if not self.whole and any(len(text) - 1 in self.switches for text in texts):
-            self.whole, self.cache = True, KeyValueCache()  # keys that are kept have the other rotary embedding
-        starts = [0 if self.whole else len(text) - 1 for text in texts]
-        longest = max(map(len, texts), default=1)
-        if self.cache is not None:
-            self.cache.begin([len(text) for text in texts], device)
-        parts = [torch.tensor(text[start:]) for text, start in zip(texts, starts, strict=True)]
-        positions = [torch.arange(start, len(text)) for text, start in zip(texts, starts, strict=True)]
-        dummy = torch.zeros(1, dtype=torch.int64)
-        starts_and_end = torch.tensor([0, *map(len, parts or [dummy])]).cumsum(0)
-        return PackedRow(
-            tokens=torch.cat(parts or [dummy]),
-            position_ids=torch.cat(positions or [dummy]),
-            cu_seqlens=starts_and_end.to(torch.int32),
-            lengths=tuple(map(len, parts or [dummy])),
-            max_seqlen=longest,
-            response_positions=starts_and_end[1 : len(parts) + 1] - 1,
-            response_tokens=torch.zeros(len(parts), dtype=torch.int64),
-            document_ids=torch.arange(len(parts)),
-            response_lengths=(1,) * len(parts) or (0,),
-        )
-
-    def go_on(self, unfinished: set[int]) -> None:
-        """Leave out the documents that have ended; keys and values of the others are known from now on."""
-        kept = [place for place, number in enumerate(self.numbers) if number in unfinished]
-        if self.cache is not None:
-            self.whole = False
-            if len(kept) < len(self.numbers):
-                self.cache.keep(kept)
-        self.numbers = [self.numbers[place] for place in kept]
+    return [Row(prompts, texts, list(share), KeyValueCache() if cached else None, switches) for share in shares]
 
 
 @dataclass(kw_only=True)
@@ -282,7 +235,7 @@ class _NextTokenScorer:
         """Where the model is."""
         return next(self.chunks[0].parameters()).device
 
-    def logits(self, rows: Sequence[_Row]) -> torch.Tensor | None:
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """Return `[b, v]` float32, for the rows' documents in their order; None except on the last stage."""
         packed = [(row.pack(self.device), row.cache) for row in rows]
         with rows_known([row for row, _ in packed], self.chunks, self.place, self.layout):

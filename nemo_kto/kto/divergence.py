@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kto.algorithms.finite import first_not_finite, is_finite
 from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.data.tokens.contents import in_brief
 from nemo_kto.errors import DivergenceError
 from nemo_kto.kto.baseline import Baseline
 from nemo_kto.network.gpt import KTOGPTModel
@@ -267,7 +268,7 @@ class RecordsFile:
                     "label": sample.desirable,
                     "log_prob": _as_json(log_prob),
                     "log_ratio": _as_json(log_ratio),
-                    "prompt": self._tokenizer.decode(sample.prompt),
+                    "prompt": self._tokenizer.decode(in_brief(sample.prompt, self._data.image_token_id)),
                     "response": self._tokenizer.decode(sample.response),
                 }
             )

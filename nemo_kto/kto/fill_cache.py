@@ -144,6 +144,7 @@ def fill(
                     if values is not None and scorer.place.reports:
                         kept = wanted[places]
                         mine.append((split, (table.names(*pairs[kept].T), values.cpu()[kept])))
+                scorer.forget_images()
                 bar.update()
             found = _gathered(mine, work)
             _check_finite(found)

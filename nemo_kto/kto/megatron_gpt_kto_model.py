@@ -45,6 +45,7 @@ from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.lora import add_adapters
 from nemo_kto.network.megatron_config import Recompute
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.vision import VisionSettings
 from nemo_kto.runtime import parallel, router_loss
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.loop import graceful_stop
@@ -67,6 +68,7 @@ class MegatronGPTKTOModel(LightningModule):
         params_dtype: Dtype of parameters and activations; log-probs and losses are float32 whatever it is.
         recompute: What the backward pass computes again.
         lora: The adapters to train; None to train the whole model.
+        vision: What sees images; None where the data has none.
         reference: The reference policy.
         steps_per_epoch: Steps of one pass over the training data.
         val_batches: Batches of one validation.
@@ -91,6 +93,7 @@ class MegatronGPTKTOModel(LightningModule):
         params_dtype: torch.dtype,
         recompute: Recompute | None,
         lora: LoRASettings | None,
+        vision: VisionSettings | None,
         reference: ReferenceSettings,
         steps_per_epoch: int,
         val_batches: int,
@@ -106,6 +109,7 @@ class MegatronGPTKTOModel(LightningModule):
         self.params_dtype = params_dtype
         self.recompute = recompute
         self.lora = lora
+        self.vision = vision
         self.reference_settings = reference
         self.chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
@@ -150,6 +154,7 @@ class MegatronGPTKTOModel(LightningModule):
                 moe_aux_loss_coeff=model.moe_aux_loss_coeff,
                 unfused=self.lora is not None,
                 quantised=None if self.lora is None else self.lora.base,
+                vision=self.vision,
             )
             for chunk in range(self.layout.virtual)
         )
@@ -215,6 +220,7 @@ class MegatronGPTKTOModel(LightningModule):
             num_steps=self.trainer.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             start_step=lambda: self.trainer.global_step,
+            pixels=place.is_first_stage,
         )
 
     def configure_optimizers(self) -> None:
@@ -263,6 +269,7 @@ class MegatronGPTKTOModel(LightningModule):
         )
         with self.clock.part(GRADIENTS), self.clock.sync_within(self.chunks):
             observed = train()
+        scorer.forget_images()
         if self.objective.interval is not None:
             # As HALOs does: a step behind, for else all log-ratios were zero with a reference that moves every step,
             # and none ever outside of the interval. The gradient pass has completed the parameters; to do so again
@@ -406,6 +413,7 @@ class MegatronGPTKTOModel(LightningModule):
         rows = batch.sample_rows()
         baseline = self._baseline(scorer, batch, rows, split="validation")
         scores = scorer.score_rows(rows)
+        scorer.forget_images()
         if scores is None or baseline is None:
             return None
         observed = torch.cat(

@@ -192,6 +192,13 @@ class RowScorer:
         # the schedule divides the loss it gets in place: never hand it the log-probs themselves
         return self._run(rows, lambda scores, index: (scores.token_logps.new_zeros(()), scores), forward_only=True)
 
+    def forget_images(self) -> None:
+        """Forget what is kept of the images of the rows so far, which no later row has."""
+        for chunk in self.chunks:
+            vision = unwrapped(chunk).vision
+            if vision is not None:
+                vision.forget()
+
     def train(
         self, rows: Sequence[PackedRow], loss: LossFunction, *, dropout: Dropout | None = None
     ) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_kto.algorithms.finite import first_not_finite
 from nemo_kto.errors import CheckpointError
 from nemo_kto.kto.reference import EXCHANGED, AdapterOffReference, LiveReference, ReferenceSettings
-from nemo_kto.network.gpt import KTOGPTModel, initialize_weights
+from nemo_kto.network.gpt import VISION_PREFIX, KTOGPTModel, initialize_weights
 from nemo_kto.network.lora import clear_adapters, initialize_adapters
 from nemo_kto.network.moe import router_biases
 from nemo_kto.network.sharded import ADAPTERS
@@ -83,8 +83,13 @@ class Weights:
         if self.reference.mode == "adapter_off":
             return AdapterOffReference(models)
         everything = self.reference.model_folder is not None or not self.has_adapters
+        same_eyes = self.reference.model_folder is None
         exchanged = [
-            parameter for model in models for parameter in model.parameters() if everything or parameter.requires_grad
+            parameter
+            for model in models
+            for name, parameter in model.named_parameters()
+            # what sees images and is frozen is the same in both, and what it makes of an image is kept
+            if parameter.requires_grad or (everything and not (same_eyes and name.startswith(VISION_PREFIX)))
         ]
         if everything:
             exchanged += [bias for model in models for bias in router_biases(model)]

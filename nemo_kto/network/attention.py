@@ -7,6 +7,8 @@ of which values and the output may have another number.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,7 +148,8 @@ class DocumentAttention(MegatronModule):
         if cache is not None and cache.holds(self.layer_number):
             output = self._newest_tokens(query, key, value, cache)
         else:
-            output = self._documents(query, key, value, packed_seq_params.lengths)
+            blocks = self._blocks(packed_seq_params)
+            output = self._documents(query, key, value, packed_seq_params.lengths, blocks)
             if cache is not None:
                 cache.start(self.layer_number, key, value)
         if self.cp_group is not None:
@@ -167,12 +170,23 @@ class DocumentAttention(MegatronModule):
             return {}
         return own_state(self, prefix, sharded_offsets, metadata, divided={"softmax_offset": 0})
 
+    def _blocks(self, row: DocumentParams) -> list[list[slice]]:
+        """Return the tokens of each document that see each other in both directions, block by block."""
+        if row.images is None or not self.config.images_see_themselves:
+            return [[] for _ in row.lengths]
+        return blocks_of_images(row.images, row.lengths)
+
     def _documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Sequence[int],
+        blocks: Sequence[Sequence[slice]],
     ) -> torch.Tensor:
         """Return `[T, a, d]` from query `[T, a, d]` and key and value `[T, g, d]` of documents that attend apart."""
-        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        outputs = [self._document(*(part.transpose(0, 1)[None] for part in parts)) for parts in documents]
+        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), blocks, strict=True)
+        outputs = [self._document(*(part.transpose(0, 1)[None] for part in parts), own) for *parts, own in documents]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # the one that attention keeps: not another one
 
     def _newest_tokens(
@@ -194,7 +208,9 @@ class DocumentAttention(MegatronModule):
             output[:documents] = attended.flatten(1, 2)
         return output
 
-    def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[slice]
+    ) -> torch.Tensor:
         """Return `[n, a, d]` from query `[1, a, n, d]` and key and value `[1, g, n, d]` of one document."""
         length, window = query.shape[2], self.window
         if self._scoring is not None:
@@ -211,11 +227,45 @@ class DocumentAttention(MegatronModule):
                 keys, values = key[:, :, first:end], value[:, :, first:end]
                 outputs.append(self._attend(query[:, :, start:end], keys, values, mask))
             output = torch.cat(outputs, dim=2)
+        if blocks:
+            output = self._with_blocks(output, query, key, value, blocks)
         return output.squeeze(0).transpose(0, 1)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    def _with_blocks(
+        self,
+        output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: Sequence[slice],
     ) -> torch.Tensor:
+        """Return `[1, a, n, d]`, the output with that of the tokens of blocks in its place, see `_document`.
+
+        A token of a block sees all of the block that is still to come, and before it what any token sees.
+        """
+        assert self._scoring is None, "no model has images that see themselves and caps or sinks"
+        parts, done = [], 0
+        for block in blocks:
+            first = 0 if self.window is None else max(0, block.start - self.window)
+            mask = None
+            if self.window is not None and block.stop - 1 - first > self.window:
+                places = torch.arange(first, block.stop, device=query.device)
+                mask = places[block.start - first :, None] - places <= self.window
+            seen = key[:, :, first : block.stop], value[:, :, first : block.stop]
+            parts += [output[:, :, done : block.start], self._attend(query[:, :, block], *seen, mask, causal=False)]
+            done = block.stop
+        return torch.cat([*parts, output[:, :, done:]], dim=2)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        causal: bool = True,
+    ) -> torch.Tensor:
+        """Return `[1, a, n, d]`; without a mask a token sees itself and those before, unless not `causal`."""
         if query.shape[1] != key.shape[1] and not _takes_grouped_heads(query, mask):
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -226,9 +276,34 @@ class DocumentAttention(MegatronModule):
             widest = max(query.shape[-1], channels)
             query, key, value = (F.pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return attended[..., :channels]
+
+
+def blocks_of_images(images: RowImages, lengths: Sequence[int]) -> list[list[slice]]:
+    """Return, for each document of a row, where in it the tokens of its images are; of neighbours together.
+
+    As transformers has it (`get_block_sequence_ids_for_mask` of Gemma 3), for which images that follow one on another
+    are one.
+    """
+    assert len(images.starts) == len(images.pictures), (images.starts, len(images.pictures))
+    found: list[list[slice]] = [[] for _ in lengths]
+    ends = list(itertools.accumulate(lengths))
+    for picture, start in zip(images.pictures, images.starts, strict=True):
+        document = bisect.bisect_right(ends, start)
+        start -= ends[document] - lengths[document]
+        end, blocks = start + picture.num_tokens, found[document]
+        if blocks and blocks[-1].stop == start:
+            start = blocks.pop().start
+        blocks.append(slice(start, end))
+    return found
 
 
 def _takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,9 @@ from nemo_kto.network.layer_specs import attends_by_document, block_spec, check_
 from nemo_kto.network.megatron_config import Recompute, megatron_config
 from nemo_kto.network.quantised_weight import weights_quantised
 from nemo_kto.network.rotary import RotaryEmbedding
-from nemo_kto.network.sharded import mark_divided, sharded_leaves
+from nemo_kto.network.sharded import Leaf, mark_divided, sharded_leaves
 from nemo_kto.network.trained_copies import Copied
+from nemo_kto.network.vision import Vision, VisionSettings
 from nemo_kto.network.weight_rules import PaddedVocab, Rule, match
 from nemo_kto.runtime import megatron_fixes, parallel
 from nemo_kto.runtime.layout import Layout, padded_vocabulary
@@ -37,6 +39,8 @@ _NORM = re.compile(r"norm(_weight|\.weight)$")
 """What the names of the weights of norms end with."""
 _PLAIN_NORM = "gated_norm_weight"
 """That of linear attention, to which one is not added where it is to others."""
+VISION_PREFIX = "vision."
+"""What the names of the parameters begin with that see images."""
 
 
 class KTOGPTModel(GPTModel):  # type: ignore[misc]
@@ -54,12 +58,20 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         hf_config: Its configuration.
         rotary: Its rotary embedding, where attention is `DocumentAttention`; None with Transformer Engine's, which
             takes Megatron's.
+        vision: What sees images, beside the embedding; None where that is not, or nothing does.
     """
 
     def __init__(
-        self, *args: Any, hf_config: PretrainedConfig, rotary: RotaryEmbedding | None, cp_rank: int, **kwargs: Any
+        self,
+        *args: Any,
+        hf_config: PretrainedConfig,
+        rotary: RotaryEmbedding | None,
+        cp_rank: int,
+        vision: Vision | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.vision = vision
         self.hf_config = hf_config
         self.padded_vocab_size: int = self.vocab_size
         self.vocab_size: int = hf_config.vocab_size
@@ -72,8 +84,13 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         return self.rotary is not None
 
     def rules(self) -> list[Rule]:
-        """Return its table of weights, of all layers of all stages."""
-        return family_of(self.hf_config).rules(self.hf_config)
+        """Return its table of weights, of all layers of all stages; of what sees images where that is."""
+        of_images = [] if self.vision is None else self.vision.rules(VISION_PREFIX)
+        return family_of(self.hf_config).rules(self.hf_config) + of_images
+
+    def frozen_leaves(self) -> Iterable[Leaf]:
+        """Return the parameters that `sharded_leaves` leaves out, of what sees images, each whole."""
+        return () if self.vision is None else self.vision.frozen_leaves(VISION_PREFIX)
 
     def forward(self, *args: Any, packed_seq_params: PackedSeqParams, **kwargs: Any) -> torch.Tensor:
         """Return hidden states `[T, 1, h]`.
@@ -105,6 +122,10 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
         """
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
+        images = getattr(packed_seq_params, "images", None)
+        if images is not None and self.pre_process:
+            assert self.vision is not None, "the model was built without what sees images"
+            input_ids = input_ids.index_fill(1, images.places, 0)  # for the ids there may be no embedding
         described = replace(packed_seq_params, qkv_format="thd")  # else Megatron cuts the table into zigzag parts
         decoder_input, rotary, *rest = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=described, padding_mask=padding_mask, **kwargs
@@ -115,8 +136,14 @@ class KTOGPTModel(GPTModel):  # type: ignore[misc]
             decoder_input = decoder_input.view(decoder_input.shape)
             if self.config.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self._embedding_multiplier
+            if self.vision is not None:
+                decoder_input = self.vision.put_over(
+                    decoder_input, images, sequence_parallel=self.config.sequence_parallel
+                )
         if self.rotary is not None:
-            rotary = self.rotary.table(position_ids[0], self._document_lengths(position_ids[0], packed_seq_params))
+            lengths = self._document_lengths(position_ids[0], packed_seq_params)
+            in_images = getattr(packed_seq_params, "rotary_positions", None)
+            rotary = self.rotary.table(position_ids[0], lengths, in_images)
         return (decoder_input, rotary, *rest)
 
     @property
@@ -172,6 +199,7 @@ def build_gpt(
     moe_aux_loss_coeff: float = 0.0,
     unfused: bool = False,
     quantised: str | None = None,
+    vision: VisionSettings | None = None,
 ) -> KTOGPTModel:
     """Return one chunk of this rank's part of the model, on the current device, with weights still to be set.
 
@@ -193,6 +221,7 @@ def build_gpt(
             Engine, as adapters need them.
         quantised: In which format the weights of linear layers are kept, experts' included, so that they cannot be
             trained: a key of `quantised_weight.FORMATS`; None for plain numbers.
+        vision: What sees images, which the chunk with the embedding gets; None for rows without images.
 
     Raises:
         ConfigError: The model, `transformer_impl` or the padded vocabulary does not fit.
@@ -212,7 +241,9 @@ def build_gpt(
         moe_aux_loss_coeff=moe_aux_loss_coeff,
     )
     rotary = RotaryEmbedding(hf_config, sizes.head_channels)
-    by_document = attends_by_document(config, use_transformer_engine) or rotary.is_beyond_megatron
+    # of what images need, Transformer Engine's attention and Megatron's rotary embedding know nothing
+    for_images = vision is not None and (rotary.has_sections or config.images_see_themselves)
+    by_document = attends_by_document(config, use_transformer_engine) or rotary.is_beyond_megatron or for_images
     # for what `DocumentAttention` takes a function of `algorithms/pointwise.py`, see `keep_less_for_backward`; for
     # Transformer Engine's rows its own kernel, as Megatron would ask the device for the documents' lengths
     config.apply_rope_fusion = by_document or megatron_fixes.has_rotary_kernel_for_rows()
@@ -226,6 +257,7 @@ def build_gpt(
         unfused=unfused or quantised is not None,
         own_experts=quantised is not None,
     )
+    pre_process = place.is_first_stage and chunk == 0
     with weights_quantised(quantised, (ColumnParallelLinear, RowParallelLinear, WholeLinear), until=TransformerBlock):
         model = KTOGPTModel(
             config,
@@ -233,9 +265,10 @@ def build_gpt(
             hf_config=hf_config,
             rotary=rotary if by_document else None,
             cp_rank=place.cp_rank,
+            vision=Vision(vision, params_dtype) if vision is not None and pre_process else None,
             vocab_size=padded_vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=place.is_first_stage and chunk == 0,
+            pre_process=pre_process,
             post_process=place.is_last_stage and chunk == layout.virtual - 1,
             parallel_output=True,
             position_embedding_type="none" if by_document else "rope",

@@ -50,6 +50,23 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         CheckpointError: It cannot be read.
         ConfigError: The model is of an unsupported architecture, or its weights are quantised in another way.
     """
+    whole, file = _read(folder), folder / "config.json"
+    return _language_model_of(whole, file) if whole.model_type in parts_of_wholes() else whole
+
+
+def whole_config(folder: str | Path) -> PretrainedConfig | None:
+    """Return what the `config.json` of a folder says of a model that sees images, all of it; None for another model.
+
+    Raises:
+        CheckpointError: See `read_hf_config`.
+        ConfigError: See `read_hf_config`.
+    """
+    whole = _read(Path(folder))
+    return whole if whole.model_type in parts_of_wholes() else None
+
+
+def _read(folder: Path) -> PretrainedConfig:
+    """Return what the `config.json` of a folder says, see `read_hf_config`, of all of the model."""
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json. Name the folder of a Hugging Face model.")
@@ -59,7 +76,11 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
     if named.model_type not in parts_of_wholes():
-        family_of(named, file)  # before transformers: it may not know the architecture either
+        if not family_of(named, file).alone:  # before transformers: it may not know the architecture either
+            raise ConfigError(
+                f"{file}: a {named.model_type} is the language model of {family_of(named).part_of[0]}, and "
+                "transformers has no model of it alone. Use the folder of the whole model."
+            )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base
@@ -67,7 +88,7 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{file} cannot be read by transformers ({type(error).__name__}: {text}).") from error
     if quantisation_of(keys, file) is not None:
         _take_out_quantisation(config)
-    return _language_model_of(config, file) if named.model_type in parts_of_wholes() else config
+    return config
 
 
 def _take_out_quantisation(config: PretrainedConfig) -> None:

@@ -29,6 +29,7 @@ class ModelConfig(TransformerConfig):
         delta: The layers of linear attention, see `delta_net.py`; None for no such layer.
         attention_cap: Largest score of attention, see `algorithms.attention.Scoring`; None for no cap.
         rotary_scales_queries: Whether the rotary embedding has a table for keys and one for queries, with a factor.
+        images_see_themselves: Whether tokens of one image see each other in both directions.
         rotary_tables: Which of the tables of its rotary embedding each layer takes, see `RotaryEmbedding`; None where
             there is one.
     """
@@ -46,4 +47,5 @@ class ModelConfig(TransformerConfig):
     delta: Delta | None = None
     attention_cap: float | None = None
     rotary_scales_queries: bool = False
+    images_see_themselves: bool = False
     rotary_tables: tuple[int, ...] | None = None

@@ -13,13 +13,15 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_kto.network.families import family_of
+from nemo_kto.network.families import dimensions_of, family_of
 from nemo_kto.network.family import Refusals
 
 SUPPORTED_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 """`dynamic` has other frequencies in documents longer than `max_position_embeddings` only, which do not exist here."""
 
 _CPU = torch.device("cpu")
+
+_SECTIONS = (16, 24, 24)
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
@@ -57,7 +59,26 @@ def unsupported_fields(config: PretrainedConfig) -> Refusals:
         # a "proportional" embedding has angles for all channels, of which some are zero
         if not partial and factor not in (None, 1.0) and rope["rope_type"] != "proportional":
             found[f"{name}.partial_rotary_factor"] = (factor, "This architecture rotates all channels of a head.")
+        sections, angles = _sections(config, rope), dimensions_of(config).head_channels // 2
+        if sections and sum(sections) != angles:
+            found[f"{name}.mrope_section"] = (list(sections), f"The sections have {angles} angles together.")
     return found
+
+
+def _sections(config: PretrainedConfig, rope: dict[str, Any]) -> tuple[int, ...]:
+    """Return how many angles of a model, a section behind the other, go by time, rows, columns, time again ...
+
+    None where a token has one position. Those that are not named are transformers' own.
+    """
+    return tuple(rope.get("mrope_section", _SECTIONS)) if family_of(config).rotary_sections else ()
+
+
+def _axes(config: PretrainedConfig, rope: dict[str, Any]) -> torch.Tensor | None:
+    """Return by which of three positions each angle goes, `[r / 2]` int64; None where a token has one."""
+    sections = _sections(config, rope)
+    if not sections:
+        return None
+    return torch.arange(len(sections)).remainder(3).repeat_interleave(torch.tensor(sections))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +90,15 @@ class _Frequencies:
         long: `[r / 2]` float32, those of documents longer than `switch`; None for the same.
         switch: Longest document, in tokens, with the first kind; None without another.
         factor: What cosines and sines are multiplied with.
+        axes: `[r / 2]` int64, whether it is multiplied with a position in time, 0, rows or columns; None where a token
+            has one position.
     """
 
     usual: torch.Tensor
     long: torch.Tensor | None = None
     switch: int | None = None
     factor: float = 1.0
+    axes: torch.Tensor | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig, head_channels: int, kind: str | None, rope: dict[str, Any]) -> _Frequencies:
@@ -83,11 +107,11 @@ class _Frequencies:
             share = (rope.get("partial_rotary_factor") or 1.0) if family_of(config).partial_rotary else 1.0
             channels = int(head_channels * share)
             exponents = torch.arange(0, channels, 2, dtype=torch.float32) / channels
-            return cls(usual=1.0 / (rope["rope_theta"] ** exponents))
+            return cls(usual=1.0 / (rope["rope_theta"] ** exponents), axes=_axes(config, rope))
         compute = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
         usual, factor = compute(config, _CPU, layer_type=kind)
         if rope["rope_type"] != "longrope":
-            return cls(usual=usual, factor=factor)
+            return cls(usual=usual, factor=factor, axes=_axes(config, rope))
         switch = int(rope["original_max_position_embeddings"])
         long, _ = compute(config, _CPU, seq_len=switch + 1, layer_type=kind)
         return cls(usual=usual, long=long, switch=switch, factor=factor)
@@ -96,11 +120,19 @@ class _Frequencies:
         """Return them on a device; themselves if they are there."""
         if self.usual.device == device:
             return self
-        return replace(self, usual=self.usual.to(device), long=None if self.long is None else self.long.to(device))
+        tensors = {"usual": self.usual, "long": self.long, "axes": self.axes}
+        return replace(
+            self, **{name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        )
 
-    def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def table(
+        self, positions: torch.Tensor, lengths: torch.Tensor, in_images: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return cosines, then sines, `[T, r]` float32; see `RotaryEmbedding.table`."""
         where = positions.float()[:, None]
+        if in_images is not None:
+            assert self.axes is not None, "no family but those with mrope_section has such positions"
+            where = in_images.float()[self.axes].T
         angles = where * self.usual
         if self.long is not None:
             is_long = (lengths > self.switch)[:, None]
@@ -162,12 +194,20 @@ class RotaryEmbedding:
         kinds = self._kinds
         return len(kinds) > 1 or bool(self.switches) or kinds[0].factor != 1.0 or self._query_scale is not None
 
-    def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    @property
+    def has_sections(self) -> bool:
+        """Whether tokens of images have positions in time, rows and columns."""
+        return self._kinds[0].axes is not None
+
+    def table(
+        self, positions: torch.Tensor, lengths: torch.Tensor, in_images: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return cosines, then sines, of the angles of each token, float32; see `pointwise.rotate`.
 
         Args:
             positions: `[T]` int64, places of the tokens in their documents.
             lengths: `[T]` int64, tokens of their documents.
+            in_images: `[3, T]` int64, positions in time, rows and columns; None where all are `positions`.
 
         Returns:
             `[T, 1, 1, r]`; where layers have different tables `[tables, T, 1, 1, r]`; where queries have a factor
@@ -175,7 +215,7 @@ class RotaryEmbedding:
         """
         # once: each copy from ordinary memory would wait for the device
         self._kinds = [kind.on(positions.device) for kind in self._kinds]
-        tables = torch.stack([kind.table(positions, lengths) for kind in self._kinds])[:, :, None, None]
+        tables = torch.stack([kind.table(positions, lengths, in_images) for kind in self._kinds])[:, :, None, None]
         if self._query_scale is not None:
             return torch.cat([tables, tables * self._query_scale.factors(positions)[:, None, None, None]])
         return tables[0] if self.tables_of_layers is None else tables

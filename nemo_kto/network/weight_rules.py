@@ -108,16 +108,16 @@ _WHOLE = "language_model."
 def names_in_whole(name: str) -> tuple[str, ...]:
     """Return what the tensor `name` of a language model is called in a model with images that it is a part of.
 
-    The first is the name that they are published with; transformers 5 has the second.
+    The first is the name that most are published with, the last that of Qwen2.5-VL; transformers 5 has the second.
     """
     if name.startswith(_PREFIX):
-        return (_WHOLE + name, f"{_PREFIX}{_WHOLE}{name.removeprefix(_PREFIX)}")
+        return (_WHOLE + name, f"{_PREFIX}{_WHOLE}{name.removeprefix(_PREFIX)}", name)
     return (_WHOLE + name, name)
 
 
 def is_of_language_model(name: str) -> bool:
     """Return whether a tensor of a model with images has a name of its language model."""
-    return name.removeprefix(_PREFIX).startswith((_WHOLE, "lm_head."))
+    return name.removeprefix(_PREFIX).startswith((_WHOLE, "lm_head.", "layers.", "embed_tokens.", "norm."))
 
 
 def within_whole(rule: Rule) -> Rule:
@@ -261,7 +261,7 @@ def match(rules: Sequence[Rule], key: str) -> Rule:
     layer, expert = _LAYER.search(key), _EXPERT.search(key)
     generic = _EXPERT.sub("{expert}", _LAYER.sub("{layer}", key))
     for rule in rules:
-        if rule.key == generic:
+        if rule.key in (key, generic):
             return rule.at(layer[0] if layer else 0, expert[0] if expert else 0)
     raise KeyError(f"no rule for the Megatron tensor {key}")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from nemo_kto.network.vision import can_see
 from nemo_kto.planning.memory import RankMemory
 from nemo_kto.planning.search import RESERVE, RESERVE_SHARE, Found, Plan, Planner
 from nemo_kto.planning.speed import HOST_BANDWIDTH, OF_LINKS, OF_PEAK, StepTime
@@ -164,6 +165,8 @@ def _assumptions(planner: Planner) -> Iterator[str]:
     )
     if planner.sizes.mixture is not None:
         yield "    experts get equally many tokens"
+    if can_see(planner.hf_config):
+        yield "    documents are of text: what sees images, which the first stage has whole, is not counted"
 
 
 def as_json(planner: Planner, plans: Pasted) -> list[dict[str, Any]]:

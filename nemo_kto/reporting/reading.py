@@ -21,6 +21,9 @@ from nemo_kto.config.folders import ANSWERS_FILE, FACTS_FILE
 from nemo_kto.errors import DataError
 
 EVENT_FILES = "events.out.tfevents*"
+IMAGE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+")
+MOST_IMAGE_CHARACTERS = 64 * 1024
+"""An image of a prompt is shown up to this size; training writes thumbnails of 128 pixels at most."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,28 @@ class Series:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the policy, and the reference if it was asked, answered to a prompt at a step."""
+    """What the policy, and the reference if it was asked, answered to a prompt at a step.
+
+    Attributes:
+        step: Steps taken.
+        prompt: Its text.
+        policy: The policy's answer.
+        reference: The reference's, or None.
+        images: The prompt's images, as data URIs that are safe to show.
+        unusable_images: Others, which are left out.
+    """
 
     step: int
     prompt: str
     policy: str
     reference: str | None
+    images: tuple[str, ...] = ()
+    unusable_images: int = 0
+
+    @property
+    def question(self) -> tuple[str, tuple[str, ...], int]:
+        """What was asked: the same words about other images are another question."""
+        return self.prompt, self.images, self.unusable_images
 
 
 @dataclass(frozen=True)
@@ -180,7 +199,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 def _read_generations(folder: Path) -> tuple[list[Generation], int]:
     """Return (generations by step, number of lines that are none: a killed run may leave half a line)."""
-    found: dict[tuple[int, str], Generation] = {}
+    found: dict[tuple[Any, ...], Generation] = {}
     unreadable = 0
     for part in _parts(folder):
         file = part / ANSWERS_FILE
@@ -190,7 +209,7 @@ def _read_generations(folder: Path) -> tuple[list[Generation], int]:
             if generation is None:
                 unreadable += 1
             else:
-                found[generation.step, generation.prompt] = generation
+                found[generation.step, generation.question] = generation
     return sorted(found.values(), key=lambda generation: generation.step), unreadable
 
 
@@ -198,8 +217,28 @@ def _parse_generation(line: str) -> Generation | None:
     try:
         row = json.loads(line)
         reference = row.get("reference")
+        images, unusable = _parse_images(row.get("images"))
         return Generation(
-            int(row["step"]), str(row["prompt"]), str(row["policy"]), None if reference is None else str(reference)
+            int(row["step"]),
+            str(row["prompt"]),
+            str(row["policy"]),
+            None if reference is None else str(reference),
+            images,
+            unusable,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _parse_images(value: Any) -> tuple[tuple[str, ...], int]:
+    """Return (the images that can be shown, number of the others): no address, no other kind, nothing large."""
+    if value is None:
+        return (), 0
+    if not isinstance(value, list):
+        return (), 1
+    images = tuple(
+        image
+        for image in value
+        if isinstance(image, str) and len(image) <= MOST_IMAGE_CHARACTERS and IMAGE.fullmatch(image)
+    )
+    return images, len(value) - len(images)

@@ -85,6 +85,11 @@ written by nemo_kto {{ version }} on {{ written }}. Steps of curves count from 0
 {% for card in group.cards %}
 <article>
 <h4>Prompt</h4><pre>{{ card.prompt }}</pre>
+{% if card.images %}
+<p class="asked">
+{% for image in card.images %}<img src="{{ image }}" alt="Image {{ loop.index }} of the prompt"> {% endfor %}
+</p>
+{% endif %}
 <div class="answers">
 {% for who, text in card.answers %}<div><h4>{{ who }}</h4><pre>{{ text }}</pre></div>
 {% endfor %}
@@ -93,6 +98,11 @@ written by nemo_kto {{ version }} on {{ written }}. Steps of curves count from 0
 {% endfor %}
 {% if group.left_out %}<p class="soft">More prompts in generations.jsonl: {{ group.left_out }}.</p>{% endif %}
 {% endfor %}
+{% if images_left_out %}
+<p class="soft">Images of prompts that are left out: {{ images_left_out }}. Shown are PNG and JPEG thumbnails inside
+generations.jsonl of at most {{ most_kilobytes }} kB each, {{ most_images }} of a prompt and {{ most_megabytes }} MB on
+a page.</p>
+{% endif %}
 </section>
 {% endif %}
 {% if unreadable %}
@@ -135,6 +145,8 @@ nav a { display: inline-block; margin-right: .8rem; padding: .3rem 0; color: #00
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; }
+.asked { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 .6rem; }
+.asked img { width: auto; max-width: 8rem; max-height: 8rem; border: 1px solid #ddd; }
 figcaption code { font-size: .75rem; background: #f2f2f2; padding: 0 .3em; border-radius: 3px;
   overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.algorithms.class_weights import balanced_weights, is_balanced, weighted_ratio
@@ -17,6 +16,7 @@ from nemo_kto.config.schema import KTOConfig, ModelConfig
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
 from nemo_kto.data.batches.dealing import Division
 from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.generation.rows import Prompt
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.layout import kl_fraction
 from nemo_kto.runs.records import check_named, image_tokens, sources, tokenization_settings
@@ -134,15 +134,16 @@ def _division(model: ModelConfig) -> Division:
     )
 
 
-def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[torch.Tensor]:
-    """Return the tokens `[p]` int64 of the first different prompts of the validation data, or of the training data.
+def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: int) -> list[Prompt]:
+    """Return the first different prompts of the validation data, or of the training data.
 
     Args:
         config: The configuration, which says how many.
         data: The data of the run.
         max_positions: The longest document the model is defined for; a prompt has to leave room for an answer.
     """
-    samples = data.splits.get("validation", data.splits["train"])
+    split = "validation" if "validation" in data.splits else "train"
+    samples = data.splits[split]
     wanted, found, seen = config.generation.num_prompts, [], set()
     for index, key in enumerate(samples.prompt_keys.tolist()):
         if len(found) == wanted:
@@ -151,7 +152,14 @@ def prompts_to_answer(config: KTOConfig, data: KTODataModule, *, max_positions: 
             seen.add(key)
             prompt = samples[index].prompt
             if prompt.numel() < max_positions:
-                found.append(prompt)
+                found.append(
+                    Prompt(
+                        prompt,
+                        data.pictures(split, index),
+                        data.image_token_id,
+                        data.thumbnails(split, index),
+                    )
+                )
     return found
 
 

@@ -134,6 +134,7 @@ class _DryModel(MegatronGPTKTOModel):
             params_dtype=params_dtype_of(config),
             recompute=recompute_of(config),
             lora=lora,
+            vision=None,  # rows are of text
             reference=reference,
             steps_per_epoch=1,
             val_batches=0,

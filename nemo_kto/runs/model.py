@@ -8,9 +8,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_kto.config.schema import KTOConfig
+from nemo_kto.data.batches.datamodule import KTODataModule
 from nemo_kto.errors import ConfigError
-from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config
+from nemo_kto.network.family import whole_of
+from nemo_kto.network.hf_config import hf_config_from_sizes, load_hf_config, whole_config
 from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.vision import PROJECTORS, VisionSettings, can_see
 from nemo_kto.runs.data import highest_token_id
 from nemo_kto.weights.import_hf import check_weights
 from nemo_kto.weights.model_card import read_facts
@@ -86,8 +89,52 @@ def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
             f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
         )
     hf_config = load_hf_config(folder)
-    check_weights(Path(folder), hf_config)
+    check_weights(Path(folder), hf_config, vision=vision_of(config, hf_config))
     return hf_config
+
+
+def vision_of(config: KTOConfig, hf_config: PretrainedConfig) -> VisionSettings | None:
+    """Return what sees images in the model, and what is trained of it; None for a model that takes none here.
+
+    Raises:
+        ConfigError: It is to be trained, and is not there.
+    """
+    train, folder = config.model.vision.train, config.pretrained_checkpoint.restore_from_path
+    if can_see(hf_config):
+        assert folder is not None, "a model with random weights sees nothing"
+        whole = whole_config(folder)
+        assert whole is not None
+        return VisionSettings(config=whole, train=train)
+    if train != "none":
+        raise ConfigError(
+            f"model.vision.train={train}: a {whole_of(hf_config) or hf_config.model_type}, as in {folder}, cannot be "
+            f"given images. Supported are {', '.join(PROJECTORS)}. Leave the key out."
+        )
+    return None
+
+
+def vision_for(
+    config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule, *, trains: bool
+) -> VisionSettings | None:
+    """Return what sees images in a run; None where there are none to be seen, which spares its memory.
+
+    Args:
+        config: The configuration.
+        hf_config: The model's.
+        data: The data, prepared.
+        trains: Whether there is something to train; else what was trained has to be there.
+
+    Raises:
+        ConfigError: It is to be trained, and cannot, or there are none.
+    """
+    if data.has_images or (config.model.vision.train != "none" and not trains):
+        return vision_of(config, hf_config)
+    if config.model.vision.train != "none":
+        raise ConfigError(
+            f"model.vision.train={config.model.vision.train}, and no record of the data has an image. Leave the key "
+            "out."
+        )
+    return None
 
 
 def recompute_of(config: KTOConfig) -> Recompute | None:

@@ -204,6 +204,7 @@ def cache_settings(
         "trainer.precision": config.trainer.precision,
         # only where there is one, so that older caches keep their key
         **({} if (base := base_format_of(config)) is None else {"model.peft.quantize_base": base}),
+        **({} if (images := data.images_digest) is None else {"image processor": images}),
         "model.kto.preference_average_log_probs": model.kto.preference_average_log_probs,
         "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
         "model.data.append_eod": model.data.append_eod,

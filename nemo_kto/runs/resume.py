@@ -16,11 +16,15 @@ from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.projections import LoRASettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runtime.checkpoint import IDENTITY_FILE, SOURCE_FOLDER
+from nemo_kto.weights.checkpoint_model import TRAINED_OF_VISION
 from nemo_kto.weights.folder import weights_digest
 
 logger = logging.getLogger(__name__)
 
+_IMAGES = "image processor"
+
 _DIGESTED = (
+    _IMAGES,
     "pretrained_checkpoint.restore_from_path",
     "model.data.data_prefix.train",
     "model.kto.reference.checkpoint",
@@ -65,6 +69,7 @@ def run_identity(
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "model.micro_batch_size": model.micro_batch_size if depends_on_micro_batch else None,
         "model.data.data_prefix.train": data.digest("train", weights=True),
+        _IMAGES: data.images_digest,
         "model.data.shuffle": config.model.data.shuffle,
         "model.global_batch_size": config.model.global_batch_size,
         "model.seed": config.model.seed,  # of the data's order too
@@ -90,6 +95,7 @@ def _model_identity(
     return {
         **_reference_identity(reference),
         **_lora_identity(config, lora),
+        TRAINED_OF_VISION: None if config.model.vision.train == "none" else config.model.vision.train,
         "model.init_method_std": None if folder else config.model.init_method_std,
         "model.seed": None if folder else config.model.seed,
         "pretrained_checkpoint.restore_from_path": weights_digest(hf_config, Path(folder) if folder else None),

@@ -17,10 +17,11 @@ from nemo_kto.kto.megatron_gpt_kto_model import MegatronGPTKTOModel
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.hf_config import read_hf_config
 from nemo_kto.network.projections import LoRASettings
+from nemo_kto.network.vision import VisionSettings
 from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from nemo_kto.runs.layout import layout_of
-from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of
+from nemo_kto.runs.model import accelerator_of, hf_config_of, params_dtype_of, recompute_of, vision_for
 from nemo_kto.runs.reference import cache_settings, lora_settings, reference_settings
 from nemo_kto.runs.schedule import Schedule, plan_schedule, plan_validation
 from nemo_kto.runtime import cpu_megatron
@@ -42,6 +43,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     hf_config: PretrainedConfig
     lora: LoRASettings | None
+    vision: VisionSettings | None
     reference: ReferenceSettings
     data: KTODataModule
     schedule: Schedule
@@ -55,6 +57,7 @@ class Run:
             params_dtype=params_dtype_of(self.config),
             recompute=recompute_of(self.config),
             lora=self.lora,
+            vision=self.vision,
             reference=self.reference,
             steps_per_epoch=self.schedule.per_epoch,
             val_batches=self.schedule.val_batches,
@@ -104,6 +107,7 @@ def prepare(config: KTOConfig, *, trains: bool = True) -> Run:
         tokenizer=tokenizer,
         hf_config=hf_config,
         lora=lora,
+        vision=vision_for(config, hf_config, data, trains=trains),
         reference=reference,
         data=data,
         schedule=plan_schedule(config, data) if trains else plan_validation(config, data),

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from megatron.core import utils
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import experts, moe_utils, shared_experts
 
 from nemo_kto.algorithms import pointwise
-from nemo_kto.runtime.write_results import WriteResults, become_helper
+from nemo_kto.runtime.write_results import WriteResults
 
 
 def route_without_transformer_engine() -> None:
@@ -80,10 +80,13 @@ def load_without_torch_adams_step() -> None:
 
 
 def write_without_manager() -> None:
-    """Let the processes that write checkpoints be helpers of their rank, and report without a process of their own.
+    """Let what writes checkpoints report without a process of its own, and say so if it was killed; idempotent.
 
-    See `write_results.py`; idempotent. One queue for all saves, as Megatron has it: there is one at a time. And who
-    starts them looks whether they are there: Megatron-Core 0.16 waits for the report of one that was killed for ever.
+    See `write_results.py`. One queue for all saves, as Megatron has it: there is one at a time.
+
+    Megatron-Core 0.16 forks a process for each file, also where the rank waits for it, and waits for its report for
+    ever. But a process forked from one with threads can hang at once, in a lock that another thread held: nothing is
+    forked for files any more. A process that writes in the background is, and nobody asks whether it was killed.
     """
     forks = hasattr(filesystem_async, "_get_write_results_queue")  # 0.16; from 0.17 on a file is a thread's
     name = "_get_write_results_queue" if forks else "get_write_results_queue"
@@ -92,6 +95,8 @@ def write_without_manager() -> None:
     setattr(filesystem_async, name, _write_results)
     if forks:
         filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_parts)
+    if not hasattr(async_utils.TemporalAsyncCaller.close, "tells_of_its_end"):
+        async_utils.TemporalAsyncCaller.close = _telling_of_its_end(async_utils.TemporalAsyncCaller.close)
 
 
 def outlive_failed_writes() -> None:
@@ -168,42 +173,38 @@ _write_preloaded_data = filesystem_async.FileSystemWriterAsync.write_preloaded_d
 def _write_parts(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
 ) -> None:
-    """Write the files of one rank's part of a checkpoint, each in a process forked for it."""
+    """Write the files of one rank's part of a checkpoint, each in a thread, as Megatron-Core does from 0.17 on."""
     assert not use_msc, "no option of this package leads here"
-    context = multiprocessing.get_context("fork")
-    answers = [WriteResults() for _ in write_buckets]
-    writers = [
-        context.Process(target=_write_as_helper, args=(transform_list, number, bucket, answers[number]))
-        for number, bucket in enumerate(write_buckets)
-    ]
-    for writer in writers:
-        writer.start()
-    results: dict[int, Any] | Exception = {}
-    for number, writer in enumerate(writers):
-        writer.join()
+    answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+    counted: queue.Queue[int] = queue.Queue()  # Megatron's way to tell that they are done
+    with ThreadPoolExecutor(max_workers=len(write_buckets)) as threads:
+        for number, bucket in enumerate(write_buckets):
+            counted.put(number)
+            threads.submit(_write_preloaded_data, transform_list, number, bucket, answers, counted, True)
+    found = dict(answers.get_nowait() for _ in write_buckets)
+    failed = next((answer for answer in found.values() if isinstance(answer, Exception)), None)
+    global_results_queue.put(found if failed is None else failed)
+
+
+def _telling_of_its_end(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def close(self: Any, *arguments: Any, **keywords: Any) -> None:
+        process = self.process
+        original(self, *arguments, **keywords)
+        if process is None or not process.exitcode:
+            return
         try:
-            _, found = answers[number].get_nowait()
+            found = _write_results().get_nowait()  # it had written all
         except queue.Empty:
-            found = RuntimeError(f"a process that wrote a part of it was ended {_how_it_ended(writer.exitcode)}")
-        if isinstance(found, Exception):
-            results = found
-        elif isinstance(results, dict):
-            results[number] = found
-    global_results_queue.put(results)
+            found = RuntimeError(f"a process that wrote a part of it was ended {_how_it_ended(process.exitcode)}")
+        _write_results().put(found)
+
+    close.tells_of_its_end = True  # type: ignore[attr-defined]
+    return close
 
 
-def _write_as_helper(transform_list: list[Any], number: int, bucket: Any, answer: WriteResults) -> None:
-    """Write one file of a checkpoint, in this process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    become_helper(parent.pid)
-    counted: queue.Queue[int] = queue.Queue()  # Megatron's way to tell that it is done
-    counted.put(number)
-    _write_preloaded_data(transform_list, number, bucket, answer, counted, True)
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is None or code >= 0:
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
         return f"with exit code {code}"
     name = signal.Signals(-code).name
     return f"by {name}, as the system does when memory runs out" if name == "SIGKILL" else f"by {name}"

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from nemo_kto.errors import CheckpointError, DamagedCheckpointError
+from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
-from nemo_kto.network.hf_config import load_hf_config
+from nemo_kto.network.hf_config import load_hf_config, whole_config
 from nemo_kto.network.lora import add_adapters
+from nemo_kto.network.vision import VisionSettings
 from nemo_kto.runtime.checkpoint import (
     IDENTITY_FILE,
     SOURCE_FOLDER,
@@ -24,6 +26,10 @@ from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights.adapter_config import base_folder, is_adapter, read_adapter_config
 from nemo_kto.weights.folder import weights_digest
 from nemo_kto.weights.import_hf import import_hf
+from nemo_kto.weights.source_form import folder_of_whole, stored_form
+
+TRAINED_OF_VISION = "model.vision.train"
+"""What a run's identity says of `VisionSettings.train`; None for `none`, as in earlier versions."""
 
 
 def source_of(checkpoint: Path) -> Path:
@@ -65,6 +71,7 @@ def load_model(
     params_dtype: torch.dtype = torch.float32,
     verify: bool = True,
     original_base: bool = False,
+    images: bool = False,
 ) -> KTOGPTModel:
     """Return this rank's part of the model, with the weights of a checkpoint saved under any layout; collective.
 
@@ -77,6 +84,7 @@ def load_model(
         verify: See `ShardedCheckpointIO`.
         original_base: Have the base model as its folder has it, also where adapters were trained beside one in fewer
             bits.
+        images: Have what sees images, of a model that does, also where nothing of it was trained.
 
     Raises:
         CheckpointError: The checkpoint or its base model cannot be used.
@@ -87,7 +95,14 @@ def load_model(
     hf_config = load_hf_config(source)
     has_adapters = is_adapter(source)
     quantised = None if original_base else base_format(source)
-    model = build_gpt(hf_config, layout, params_dtype=params_dtype, unfused=has_adapters, quantised=quantised)
+    model = build_gpt(
+        hf_config,
+        layout,
+        params_dtype=params_dtype,
+        unfused=has_adapters,
+        quantised=quantised,
+        vision=_vision(source, images=images),
+    )
     if has_adapters:
         base = base_folder(source)
         identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))
@@ -97,6 +112,9 @@ def load_model(
             )
         import_hf(model, base)
         add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
+    elif images and model.vision is not None:
+        folder = folder_of_whole(stored_form(source), whole_of(hf_config))
+        import_hf(model, folder, keys={leaf.key for leaf in model.frozen_leaves()})
     state = {"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
     loaded = ShardedCheckpointIO(verify=verify).load_checkpoint(checkpoint, sharded_state_dict=state)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -104,3 +122,12 @@ def load_model(
     found = model.load_state_dict(loaded.get("state_dict", {}).get("chunk0", {}), strict=False)
     assert not trained & set(found.missing_keys) and not found.unexpected_keys, found
     return model
+
+
+def _vision(source: Path, *, images: bool) -> VisionSettings | None:
+    """Return what sees images in the model of a checkpoint, if that is wanted or part of it was trained."""
+    identity = json.loads((source / IDENTITY_FILE).read_text(encoding="utf-8"))
+    train, whole = identity.get(TRAINED_OF_VISION) or "none", whole_config(source)
+    if whole is None or not (images or train != "none"):
+        return None
+    return VisionSettings(config=whole, train=train)

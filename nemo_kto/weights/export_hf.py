@@ -14,18 +14,17 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.gpt import VISION_PREFIX, KTOGPTModel
 from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
-from nemo_kto.network.stored import SafetensorsFolder, has_weights
-from nemo_kto.network.weight_rules import Piece, Rule, is_of_language_model, match
+from nemo_kto.network.stored import SafetensorsFolder
+from nemo_kto.network.weight_rules import Piece, Rule, all_pieces, is_of_language_model, match
 from nemo_kto.runtime import parallel
 from nemo_kto.weights.folder import NewFolder, configured_dtype, copy_companions
 from nemo_kto.weights.shard_writer import ShardWriter
-from nemo_kto.weights.source_form import StoredForm, describes, stored_form, write_config
+from nemo_kto.weights.source_form import StoredForm, describes, folder_of_whole, stored_form, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +93,8 @@ class _Plan:
         self, model: KTOGPTModel, hf_config: PretrainedConfig, new: NewFolder, *, dtype: torch.dtype | None
     ) -> None:
         self._rules = model.rules()
+        frozen = {leaf.key for leaf in model.frozen_leaves()}
+        self._trained = [rule for rule in self._rules if rule.key.startswith(VISION_PREFIX) and rule.key not in frozen]
         self._own_dtype = next(model.parameters()).dtype
         self._hf_config = hf_config
         self._new = new
@@ -110,12 +111,15 @@ class _Plan:
         if companions is not None and describes(companions, self._hf_config):
             self._source, self._form = companions, stored_form(companions)
         if whole_of(self._hf_config) is not None:
-            self._rest = self._rest_of_whole()
+            self._rest = SafetensorsFolder(folder_of_whole(self._form, whole_of(self._hf_config)))
             further = family_of(self._hf_config).further_tensors
+            trained = {place.name for piece in all_pieces(self._trained) for place in self._places(piece)}
             own = (
                 name
                 for name in self._file_of
-                if not is_of_language_model(name) and not (further and name.startswith(further))
+                if not is_of_language_model(name)
+                and not (further and name.startswith(further))
+                and name not in trained
             )
             self._passed_on = sorted(own, key=lambda name: (self._file_of[name], name))
         self._new.start()
@@ -162,23 +166,6 @@ class _Plan:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         self._new.finish()
-
-    def _rest_of_whole(self) -> SafetensorsFolder:
-        """Return where the tensors are that see images.
-
-        Raises:
-            CheckpointError: They are not there any more.
-        """
-        whole = whole_of(self._hf_config)
-        if self._form is None or self._form.folder is None:
-            raise CheckpointError(f"There is nothing to tell where the rest of this {whole} is. Name its folder.")
-        folder = Path(self._form.folder)
-        if not has_weights(folder) or stored_form(folder) != self._form:
-            raise CheckpointError(
-                f"The tensors of this {whole} that see images were in {folder}, and are not there any more. Put that "
-                "folder back to export the model."
-            )
-        return SafetensorsFolder(folder)
 
     def _pass_on(self, rest: SafetensorsFolder, *, until: str | None) -> None:
         """Take the tensors of the whole that the model is a part of, of files up to that one; None for all."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from nemo_kto.algorithms.finite import is_finite
 from nemo_kto.errors import CheckpointError
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
-from nemo_kto.network.gpt import KTOGPTModel
+from nemo_kto.network.gpt import VISION_PREFIX, KTOGPTModel
 from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
+from nemo_kto.network.vision import Vision, VisionSettings
 from nemo_kto.network.weight_rules import (
     ByHead,
     Layout,
     Piece,
     Region,
+    Rule,
     all_pieces,
     is_of_language_model,
     match,
@@ -67,12 +70,12 @@ def import_hf(model: KTOGPTModel, folder: str | Path, *, keys: Collection[str] |
     """
     rules = model.rules()
     with SafetensorsFolder(Path(folder)) as source:
-        _check_tensors(source, model.hf_config)
+        _check_tensors(source, model.hf_config, rules)
         if source.quantised:
             _warn_of_bits(source, _kept_as(model))
         if source.left_out:
             _warn_of_activations(source.folder, source.left_out[0], len(source.left_out))
-        for leaf in sharded_leaves(model):
+        for leaf in itertools.chain(sharded_leaves(model), model.frozen_leaves()):
             if keys is not None and leaf.key not in keys:
                 continue
             rule = match(rules, leaf.key)
@@ -119,7 +122,7 @@ def _read_finite(source: SafetensorsFolder, piece: Piece, region: Region) -> tor
     return block
 
 
-def check_weights(folder: Path, hf_config: Any) -> None:
+def check_weights(folder: Path, hf_config: Any, *, vision: VisionSettings | None = None) -> None:
     """Raise a CheckpointError unless a folder holds exactly the tensors of a model, in the right shapes.
 
     Reads the files' headers only.
@@ -127,16 +130,21 @@ def check_weights(folder: Path, hf_config: Any) -> None:
     Args:
         folder: Folder of a Hugging Face model.
         hf_config: The model's configuration, from `load_hf_config`.
+        vision: What of the model sees images; None where it is trained on text.
     """
+    rules = family_of(hf_config).rules(hf_config)
+    if vision is not None:
+        with torch.device("meta"):
+            rules += Vision(vision, torch.float32).rules(VISION_PREFIX)
     with SafetensorsFolder(folder) as source:
-        _check_tensors(source, hf_config)
+        _check_tensors(source, hf_config, rules)
 
 
-def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
+def _check_tensors(source: SafetensorsFolder, hf_config: Any, rules: Sequence[Rule]) -> None:
     """Raise a CheckpointError unless the folder holds exactly the model's tensors in the right shapes."""
     expected: dict[str, tuple[int, ...]] = {}
     missing: set[str] = set()
-    for piece in all_pieces(family_of(hf_config).rules(hf_config)):
+    for piece in all_pieces(rules):
         found = piece.found_among(source.names)
         if found:
             expected[found[0].name] = found[0].tensor_shape
@@ -149,7 +157,10 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any) -> None:
     surplus = _without_further_layers(source.folder, surplus, hf_config)
     if whole_of(hf_config) is not None:
         of_whole = [name for name in surplus if not is_of_language_model(name)]
-        _warn_passed_on(source.folder, str(whole_of(hf_config)), len(of_whole))
+        if not any(rule.key.startswith(VISION_PREFIX) for rule in rules):
+            _warn_passed_on(source.folder, str(whole_of(hf_config)), len(of_whole))
+        elif of_whole:
+            _warn_once("%s: what sees images has no place for %s: exported as it is.", source.folder, listed(of_whole))
         surplus = [name for name in surplus if name not in of_whole]
     if missing and missing <= outputs:
         raise CheckpointError(_without_output_layer(source, hf_config, surplus))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from nemo_kto.errors import KTOError
+from nemo_kto.errors import CheckpointError, KTOError
 from nemo_kto.network import quantised
 from nemo_kto.network.families import family_of
 from nemo_kto.network.family import whole_of
@@ -71,6 +71,27 @@ def stored_form(folder: Path) -> StoredForm | None:
     return StoredForm(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
+def folder_of_whole(form: StoredForm | None, whole: str | None) -> Path:
+    """Return the folder with the tensors of a model that sees images, which only the language model is read of.
+
+    Args:
+        form: What `stored_form` said of the folder, or of one that was made of it.
+        whole: What the model is called, for messages.
+
+    Raises:
+        CheckpointError: They are not there any more.
+    """
+    if form is None or form.folder is None:
+        raise CheckpointError(f"There is nothing to tell where the rest of this {whole} is. Name its folder.")
+    folder = Path(form.folder)
+    if not has_weights(folder) or stored_form(folder) != form:
+        raise CheckpointError(
+            f"The tensors of this {whole} that see images were in {folder}, and are not there any more. Put that "
+            "folder back."
+        )
+    return folder
+
+
 def keep_form(source: Path, folder: Path) -> None:
     """Note in `folder` how the weights of `source` are stored, for when they are not there any more."""
     form = stored_form(source)
@@ -116,7 +137,7 @@ def write_config(
     while (found := quantised.described_in(fields)) is not None:
         del found[0][found[1]]
         is_quantised = True
-    text = fields if whole_of(config) is None else fields["text_config"]
+    text = fields if whole_of(config) is None else fields.get("text_config", fields)
     left_out = {name: 0 for name in family_of(config).further_layers if text.get(name)}
     text |= left_out
     if dtype is not None and configured_dtype(config) != dtype:

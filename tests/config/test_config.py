@@ -466,6 +466,8 @@ SYNC = "model.kto.reference.sync_every_n_steps=512"
             [*LORA, "model.peft.quantize_base=int8", "model.peft.double_quantization=true"],
             ["double_quantization=true", "quantize_base=nf4"],
         ),
+        ([*LORA, "model.vision.train=all"], ["model.vision.train=all", "peft_scheme=lora", "Use none"]),
+        (["model.vision.train=projector"], ["model.vision.train=projector", "restore_from_path"]),
         ([*LORA, SYNC], ["sync_every_n_steps=512", "model.peft.peft_scheme=lora"]),
         ([SYNC, "model.kto.reference.mode=cached"], ["sync_every_n_steps=512", "mode=cached", "Use auto"]),
         ([SYNC, "model.kto.reference.sync_mixup_alpha=1.5"], ["sync_mixup_alpha=1.5", "at most 1"]),

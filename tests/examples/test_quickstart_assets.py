@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "nlp" / "kto" / "quickstart"
-MODULES = ("style", "facts", "make_data", "answers", "run")
+MODULES = ("shared", "style", "facts", "make_data", "answers", "run")
 MEGABYTE = 1_000_000
 
 
@@ -147,30 +147,27 @@ def test_tokenizer_writes_any_text_and_ends_answers() -> None:
 def test_shipped_model_has_both_styles_and_knows_the_answers(scripts: dict[str, ModuleType]) -> None:
     run = scripts["run"]
     before = run.evaluate(QUICKSTART / "model", run.read_prompts(QUICKSTART / "data" / "prompts.jsonl"))
-    assert 0.35 <= before.polite <= 0.65
-    assert 0.35 <= before.curt <= 0.65
-    assert before.correct >= 0.9
+    assert 0.35 <= before.shares["polite"] <= 0.65
+    assert 0.35 <= before.shares["curt"] <= 0.65
+    assert before.shares["correct"] >= 0.9
 
 
-def test_only_the_own_default_results_are_emptied(
-    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, default = scripts["run"], tmp_path / "results" / "quickstart"
-    monkeypatch.setattr(run, "DEFAULT_RESULTS", default)
-    run.prepare_results(default)
+def test_only_the_own_default_results_are_emptied(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    shared, default = scripts["shared"], tmp_path / "results" / "quickstart"
+    shared.prepare_results(default, default)
     (default / "old.txt").write_text("of the first run")
-    run.prepare_results(default)
-    assert [path.name for path in default.iterdir()] == [run.MARKER]
+    shared.prepare_results(default, default)
+    assert [path.name for path in default.iterdir()] == [shared.MARKER]
 
     other = tmp_path / "other"
-    run.prepare_results(other)
+    shared.prepare_results(other, default)
     (other / "old.txt").write_text("mine")
     with pytest.raises(SystemExit, match="not empty"):
-        run.prepare_results(other)
-    (default / run.MARKER).unlink()
+        shared.prepare_results(other, default)
+    (default / shared.MARKER).unlink()
     (default / "old.txt").write_text("not made by the quickstart")
     with pytest.raises(SystemExit, match="not empty"):
-        run.prepare_results(default)
+        shared.prepare_results(default, default)
     assert (other / "old.txt").is_file()
     assert (default / "old.txt").is_file()
 
@@ -179,9 +176,9 @@ def test_only_the_own_default_results_are_emptied(
 def test_exit_code_follows_the_share(
     scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], polite: float, code: int
 ) -> None:
-    run = scripts["run"]
-    after = run.Evaluation(answers=[], polite=polite, curt=1 - polite, correct=1.0)
-    assert run.verdict(after) == code
+    shared = scripts["shared"]
+    after = shared.Evaluation(answers=[], shares={"polite": polite, "curt": 1 - polite, "correct": 1.0})
+    assert shared.verdict(after, after, goal="polite", start=0.0) == code
     assert ("failed" in capsys.readouterr().err) == (code == 1)
 
 
@@ -192,8 +189,9 @@ def test_a_failed_training_fails_the_quickstart(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = scripts["run"]
-    monkeypatch.setattr(run, "evaluate", lambda *_: run.Evaluation(answers=[], polite=0.5, curt=0.5, correct=1.0))
-    monkeypatch.setattr(run, "training_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    before = scripts["shared"].Evaluation(answers=[], shares={"polite": 0.5})
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: before)
+    monkeypatch.setattr(run, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(tmp_path / "results")])
     assert run.main() == 1
     assert "exit code 3" in capsys.readouterr().err

@@ -30,9 +30,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(assets: Path, tmp_path: Pa
         trial.round(number, generator)
 
 
-def test_a_process_that_writes_a_checkpoint_is_killed(assets: Path, tmp_path: Path) -> None:
+def test_a_process_that_writes_in_the_background_is_killed(assets: Path, tmp_path: Path) -> None:
     """The run says so and goes on, as the next save may succeed; it does not wait for what is gone."""
-    trial, said = Kills("DP2", assets, tmp_path), []
+    trial, said = Kills("async", assets, tmp_path), []
     for number in range(5):  # one that has written all it had to is missed by nobody
         trial.round(number, random.Random(number + 1), kinds=["helper"])
         assert trial.notes["killed: helper"] >= 1

@@ -23,6 +23,7 @@ from nemo_kto.data.batches.packed_rows import pack_documents
 from nemo_kto.errors import DataError
 from nemo_kto.generation import decoding
 from nemo_kto.generation.decoding import Sampling, generate, next_tokens
+from nemo_kto.generation.rows import Prompt
 from nemo_kto.kto.scoring import RowScorer
 from nemo_kto.network.attention import CachedRowParams, DocumentAttention, DocumentParams
 from nemo_kto.network.gpt import build_gpt
@@ -167,7 +168,8 @@ def answer(chunks: Sequence[Any], layout: Layout, sampling: Sampling, **options:
     """Return the answers to all prompts, unless `options` say something else."""
     options = {"prompts": prompts(), "stop_token_ids": frozenset[int](), **options}
     given = options.pop("prompts")
-    return generate(chunks, given, sampling, layout=layout, place=parallel.position(), **options)
+    asked = [Prompt(tokens) for tokens in given]
+    return generate(chunks, asked, sampling, layout=layout, place=parallel.position(), **options)
 
 
 GREEDY = Sampling(max_new_tokens=MAX_NEW_TOKENS)

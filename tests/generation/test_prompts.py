@@ -26,8 +26,8 @@ def test_prompts_are_those_of_training() -> None:
     cases = [(QUESTION, CHAT, chat), (messages, None, chat), (QUESTION, "Q: {prompt} A:", f"Q: {QUESTION} A:")]
     for prompt, template, expected in [*cases, (QUESTION, None, QUESTION)]:
         settings = TokenizationSettings(append_eod=False, prompt_template=template)
-        (tokens,) = prompt_tokens([prompt], tokenizer, settings)
-        assert tokens.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"], template
+        (found,) = prompt_tokens([prompt], tokenizer, settings)
+        assert found.tokens.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"], template
 
 
 def test_a_prompt_that_cannot_be_used_is_named() -> None:

@@ -138,7 +138,10 @@ def test_a_writer_that_dies_is_reported_and_leaves_nothing_that_looks_whole(
     tensor = {"model__tensor_model_parallel_size": 2}  # both ranks have something to write
     values = settings(root, tmp_path / "log", **SAVING, **tensor, trainer__kto__max_steps=8)
     for message in run_ranks(failing_run, 2, free_port(), values):
-        assert "step=6-last could not be written: a process that wrote a part of it has ended." in message
+        assert (
+            "step=6-last could not be written: a process that wrote a part of it was ended with exit code 1."
+            in message
+        )
         assert "So it was at steps 2, 4, 6. No checkpoint is left to go on from." in message
     assert newest_whole(tmp_path / "log" / "checkpoints")[0] is None
 

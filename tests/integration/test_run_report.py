@@ -85,7 +85,7 @@ def test_the_page_of_the_quickstart(tmp_path: Path, run_ranks: Callable[..., Any
     monkeypatch.setitem(sys.modules, "quickstart_run", quickstart)
     spec.loader.exec_module(quickstart)
     monkeypatch.chdir(quickstart.REPOSITORY)
-    command = quickstart.training_command(tmp_path, "model.tensor_model_parallel_size=2")
+    command = quickstart.command_of(tmp_path, "model.tensor_model_parallel_size=2")
     overrides = {key: value for key, _, value in (word.partition("=") for word in command[2:])}
     overrides |= {"trainer.kto.max_steps": "4", "trainer.kto.val_check_interval": "2"}
     parsed = {key: OmegaConf.create(f"value: {value}").value for key, value in overrides.items()}

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
+from nemo_kto.data.batches.packed_rows import Picture, RowImages
 from nemo_kto.network.attention import DocumentAttention, DocumentParams
 from nemo_kto.network.model_config import ModelConfig
 
@@ -43,11 +45,17 @@ def row(lengths: list[int], *, dtype: torch.dtype = torch.float32) -> tuple[torc
     )
 
 
-def run(module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[int]) -> torch.Tensor:
+def run(
+    module: DocumentAttention, qkv: tuple[torch.Tensor, ...], lengths: list[int], images: RowImages | None = None
+) -> torch.Tensor:
     """Call the module as Megatron's SelfAttention does; returns `[T, heads * channels]`."""
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     params = DocumentParams(
-        lengths=tuple(lengths), qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries
+        lengths=tuple(lengths),
+        qkv_format="sbhd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        images=images,
     )
     query, key, value = (part[:, None] for part in qkv)
     extras = {"attn_mask_type": AttnMaskType.causal, "attention_bias": None, "packed_seq_params": params}
@@ -64,18 +72,23 @@ def expected(
     window: int | None = None,
     cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over the visible tokens of each document, `[T, heads * channels]`.
 
-    Sinks are further tokens' scores, `[heads]`, whose share is lost.
+    Sinks are further tokens' scores, `[heads]`, whose share is lost. Tokens of the same block, `[T]`, see each other,
+    also those to come, but in block -1.
     """
     outputs = []
-    for query, key, value in zip(*(part.split(lengths) for part in qkv), strict=True):
+    if blocks is None:
+        blocks = torch.full((sum(lengths),), -1)
+    for query, key, value, block in zip(*(part.split(lengths) for part in (*qkv, blocks)), strict=True):
         key, value = (part.repeat_interleave(HEADS // GROUPS, dim=1) for part in (key, value))
         scores = torch.einsum("ihd,jhd->hij", query, key) * scale
         scores = scores if cap is None else torch.tanh(scores / cap) * cap
         distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
-        hidden = distance < 0 if window is None else (distance < 0) | (distance > window)
+        hidden = (distance < 0) & ((block[:, None] != block) | (block < 0))
+        hidden = hidden if window is None else hidden | (distance > window)
         scores = scores.masked_fill(hidden, -math.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
@@ -192,6 +205,48 @@ def test_same_bits_with_and_without_gradients(window: tuple[int, int] | None, dt
     assert with_gradients.requires_grad and not without.requires_grad
     assert with_gradients.dtype == dtype
     assert torch.equal(with_gradients, without)
+
+
+# four documents with no, two, no and three images, of which the last two follow one on another
+SHOWN = [7, 33, 1, 60]
+IMAGES = ((9, 5), (20, 9), (41, 12), (70, 8), (78, 9))
+"""Where images begin in the row, and how many tokens they have."""
+
+
+def images_of_row() -> RowImages:
+    pictures = tuple(Picture(number, tokens) for number, (_, tokens) in enumerate(IMAGES))
+    nowhere = torch.empty(0, dtype=torch.int64)
+    return RowImages(pictures, nowhere, nowhere, tuple(start for start, _ in IMAGES))
+
+
+def blocks_of_row() -> torch.Tensor:
+    """Return what transformers makes of it, document by document."""
+    is_image = torch.zeros(sum(SHOWN), dtype=torch.int64)
+    for start, tokens in IMAGES:
+        is_image[start : start + tokens] = 1
+    return torch.cat([get_block_sequence_ids_for_mask(part[None])[0] for part in is_image.split(SHOWN)])
+
+
+@pytest.mark.parametrize("window", [None, 4, 8, 30])
+def test_tokens_of_an_image_see_each_other(window: int | None) -> None:
+    """What comes, all of it, and of what came what the window reaches, as in transformers' Gemma 3."""
+    size = None if window is None else (window, 0)
+    module, qkv = attention(window_size=size, images_see_themselves=True), row(SHOWN)
+    wanted = expected(qkv, SHOWN, scale=CHANNELS**-0.5, window=window, blocks=blocks_of_row())
+    found = run(module, qkv, SHOWN, images_of_row())
+    for one, other in zip(with_gradients(found, [*qkv]), with_gradients(wanted, [*qkv]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-6)
+    with torch.no_grad():
+        assert torch.equal(run(module, qkv, SHOWN, images_of_row()), found)
+    # tokens without an image have the bits that they have without any
+    plain = run(module, qkv, SHOWN)
+    assert torch.equal(found[blocks_of_row() < 0], plain[blocks_of_row() < 0])
+    assert not torch.equal(found, plain)
+
+
+def test_in_other_models_they_do_not() -> None:
+    qkv = row(SHOWN)
+    assert torch.equal(run(attention(), qkv, SHOWN, images_of_row()), run(attention(), qkv, SHOWN))
 
 
 def test_other_documents_do_not_change_a_single_bit() -> None:

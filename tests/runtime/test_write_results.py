@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import async_utils
 
 from nemo_kto.runtime import megatron_fixes
 from nemo_kto.runtime.disk import reason_of
@@ -76,35 +78,52 @@ def test_a_helper_whose_parent_is_gone_already_ends() -> None:
     assert child.exitcode == 1
 
 
-def write_or_die(_: list[Any], number: int, bucket: str, answer: WriteResults, *__: Any) -> None:
-    if bucket.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, bucket))
-    if bucket == "leaves":
-        os._exit(3)
+def write(_: list[Any], number: int, bucket: str, answer: Any, *__: Any) -> None:
     if bucket == "fails":
         answer.put((number, OSError(28, "No space left on device")))
     else:
-        answer.put((number, [f"{bucket} written"]))
+        answer.put((number, [f"{bucket} written by {os.getpid()}"]))
+
+
+def test_files_are_written_without_forking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(megatron_fixes, "_write_preloaded_data", write)
+    results = WriteResults()
+    megatron_fixes._write_parts([], False, 0, ["a", "b"], results)
+    assert results.get_nowait() == {number: [f"{name} written by {os.getpid()}"] for number, name in enumerate("ab")}
+    megatron_fixes._write_parts([], False, 0, ["a", "fails"], results)
+    assert reason_of(results.get_nowait(), tmp_path).endswith("no space is left on its file system")
+
+
+def end(how: str, results: WriteResults) -> None:
+    if how == "written":
+        results.put({0: ["all"]})
+    if how == "leaves":
+        os._exit(3)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL" if how == "written" else how))
 
 
 @pytest.mark.parametrize(
-    ("buckets", "found"),
+    ("how", "found"),
     [
-        (["a", "b"], {0: ["a written"], 1: ["b written"]}),
-        (["a", "SIGKILL"], "was ended by SIGKILL, as the system does when memory runs out"),
-        (["SIGSEGV", "a"], "was ended by SIGSEGV"),
-        (["leaves", "a"], "was ended with exit code 3"),
-        (["fails", "a"], "no space is left on its file system"),
+        ("SIGKILL", "was ended by SIGKILL, as the system does when memory runs out"),
+        ("SIGSEGV", "was ended by SIGSEGV"),
+        ("leaves", "was ended with exit code 3"),
+        ("written", {0: ["all"]}),
     ],
 )
-def test_a_process_that_writes_and_is_killed_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, buckets: list[str], found: Any
+def test_a_process_that_writes_in_the_background_and_is_killed_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, found: Any
 ) -> None:
-    monkeypatch.setattr(megatron_fixes, "_write_preloaded_data", write_or_die)
+    """Megatron's caller, as it is left when the process of a save has ended."""
+    megatron_fixes.write_without_manager()
     results = WriteResults()
-    megatron_fixes._write_parts([], False, 0, buckets, results)
+    monkeypatch.setattr(megatron_fixes, "_write_results", lambda: results)
+    caller = async_utils.TemporalAsyncCaller()
+    caller.process, caller.start_time = FORK.Process(target=end, args=(how, results)), 0.0
+    caller.process.start()
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)  # for what Megatron logs
+    caller.close()
     answer = results.get_nowait()
-    if isinstance(found, dict):
-        assert answer == found
-    else:
-        assert reason_of(answer, tmp_path).endswith(found)
+    assert answer == found if isinstance(found, dict) else reason_of(answer, tmp_path).endswith(found)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()

@@ -16,7 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
     Gemma3Config,
+    LlavaConfig,
     Mistral3Config,
     PixtralVisionConfig,
     PretrainedConfig,
@@ -42,7 +44,7 @@ from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights, import_hf
 from nemo_kto.weights.peft_adapter import check_adapter, export_adapter, import_adapter
 from nemo_kto.weights.source_folder import write_source_folder
-from tests.network import tiny_hf
+from tests.network import tiny_hf, tiny_vision
 
 TEXT = tiny_hf.families()
 EYES: dict[str, Any] = {
@@ -72,8 +74,15 @@ def wholes() -> dict[str, PretrainedConfig]:
             image_token_index=3,
             tie_word_embeddings=True,
         ),
+        "llava": LlavaConfig(
+            text_config=TEXT["llama"], vision_config=CLIPVisionConfig(**EYES, projection_dim=8), image_token_index=3
+        ),
+        "llava_of_qwen": LlavaConfig(
+            text_config=TEXT["qwen2_tied"], vision_config=SiglipVisionConfig(**EYES), image_token_index=3
+        ),
         "mistral3": Mistral3Config(text_config=TEXT["mistral"], tie_word_embeddings=False, **sees),
         "mistral3_of_ministral": Mistral3Config(text_config=TEXT["ministral3"], tie_word_embeddings=True, **sees),
+        "qwen2_5_vl": tiny_vision.configs()["qwen2_5_vl"],
         "qwen3_5": Qwen3_5Config(
             text_config=TEXT["qwen3_5_text"], vision_config=Qwen3_5VisionConfig(**QWEN_EYES), **QWEN_TOKENS
         ),
@@ -83,12 +92,17 @@ def wholes() -> dict[str, PretrainedConfig]:
     }
 
 
-def as_published(name: str) -> str:
-    """Return what folders of transformers 4 call the tensor `name` of transformers 5."""
+def as_published(name: str, kind: str) -> str:
+    """Return what the published folders of a model call the tensor `name` of transformers 5."""
+    if kind == "qwen2_5_vl":
+        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
     for new, old in (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
         if name.startswith(new):
             return old + name.removeprefix(new)
-    return name.removeprefix("model.")
+    plain = name.removeprefix("model.")
+    # transformers 5.9 and later have a level less
+    has_level = not plain.startswith("vision_tower.") or kind == "mistral3" or "vision_model." in plain
+    return plain if has_level else plain.replace("vision_tower.", "vision_tower.vision_model.")
 
 
 def make_folder(
@@ -106,10 +120,10 @@ def make_folder(
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     renamed = {
-        as_published(name) if published else name: tensor
+        as_published(name, config.model_type) if published else name: tensor
         for name, tensor in (standard(tensors) | (language or {})).items()
     }
-    if published:
+    if published and config.model_type != "qwen2_5_vl":
         renamed["vision_tower.position_ids"] = torch.arange(4)[None]
     files: dict[str, dict[str, torch.Tensor]] = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
     for name, tensor in renamed.items():
@@ -131,6 +145,8 @@ def standard(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         new = name.replace("language_model.model.", "model.language_model.").replace(
             "language_model.lm_head", "lm_head"
         )
+        if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.")):  # Qwen2.5-VL
+            new = name.replace("model.", "model.language_model.")
         found[new if new.startswith(("model.", "lm_head.")) else f"model.{new}"] = tensor
     return found
 
@@ -361,6 +377,8 @@ MAGNITUDES_AND_COPIES = {"use_dora": True, "modules_to_save": ["language_model.e
     ("name", "layers", "fields"),
     [
         ("gemma3", None, {}),
+        ("llava", [1, 2], {"rank_pattern": RANKS}),
+        ("qwen2_5_vl", None, {"use_dora": True}),
         ("gemma3", [1, 2], {"rank_pattern": RANKS, "use_dora": True}),
         ("qwen3_5_moe", None, {"rank_pattern": RANKS, **MAGNITUDES_AND_COPIES}),
         ("qwen3_5_moe", [1, 2], {}),

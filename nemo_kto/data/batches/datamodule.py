@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.batches.dataset import KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
-from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.data.batches.packed_rows import KTOBatch, Picture
 from nemo_kto.data.batches.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.batches.sampling import (
     GlobalBatchSampler,
@@ -27,6 +27,7 @@ from nemo_kto.data.batches.sampling import (
 from nemo_kto.data.reading.parts import file_names
 from nemo_kto.data.reading.sources import Source
 from nemo_kto.data.tokens.cache import TokenCache
+from nemo_kto.data.tokens.image_files import thumbnail
 from nemo_kto.data.tokens.pictures import ImageTokens
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.store import copy_bad_records
@@ -35,6 +36,10 @@ from nemo_kto.errors import DataError
 from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
+
+
+_THUMBNAILS = 4
+"""Of a prompt, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +333,30 @@ class KTODataModule(LightningDataModule):
     def digest(self, split: str, *, weights: bool = False) -> str:
         """A digest of a split's tokens and labels in their order, and of the samples' weights if so wished."""
         return self.splits[split].digest(weights=weights)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample shows an image."""
+        return any((samples.column("images") > 0).any() for samples in self.splits.values())
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for images; None where the model takes none."""
+        return None if self._encoder.images is None else self._encoder.images.tokens.image_token_id
+
+    def pictures(self, split: str, sample: int) -> tuple[Picture, ...]:
+        """Returns what the prompt of a sample shows, decoded."""
+        return KTODataset(self.splits[split], images=self._encoder.images).pictures(sample)
+
+    def thumbnails(self, split: str, sample: int) -> tuple[str, ...]:
+        """Returns what the prompt of a sample shows, as pages do; the first few."""
+        return tuple(thumbnail(image.read()) for image in self.splits[split][sample].images[:_THUMBNAILS])
+
+    @property
+    def images_digest(self) -> str | None:
+        """A digest of what decides how images become numbers; None without images."""
+        images = self._encoder.images
+        return images.tokens.digest() if images is not None and self.has_images else None
 
     def files_of(self, split: str) -> tuple[list[str], np.ndarray]:
         """Returns the names of the files a split was read from, and the number of the one that each sample is of."""

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from nemo_kto.data.batches.dealing import DocumentIndex
 from nemo_kto.data.batches.packed_rows import KTOBatch, Picture
-from nemo_kto.data.tokens.image_files import ImageError
-from nemo_kto.data.tokens.pictures import ImageReader
+from nemo_kto.data.tokens.image_files import ImageError, bytes_of
+from nemo_kto.data.tokens.pictures import ImageReader, SeenImage
 from nemo_kto.data.tokens.stored_images import StoredImage
 from nemo_kto.data.tokens.tokenization import TokenizedSample
 from nemo_kto.errors import DataError
@@ -120,6 +120,13 @@ class KTODataset(Dataset[KTOItem]):
             raise UnreadableImageError(f"The image {image.place} {error}") from error
         except DataError as error:
             raise UnreadableImageError(str(error)) from error
+
+
+def picture_of(image: SeenImage, reader: ImageReader) -> Picture:
+    """Returns an image that no data set holds as the model takes it."""
+    stand = image.stand
+    grid = (stand.rows, stand.columns) if stand.rows else None
+    return Picture(image.key, stand.num_tokens, grid, reader.inputs(bytes_of(image.image)))
 
 
 def collate_documents(items: Sequence[KTOItem]) -> KTOBatch:

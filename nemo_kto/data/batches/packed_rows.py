@@ -61,7 +61,7 @@ class RowImages:
     pictures: tuple[Picture, ...]
     places: Tensor
     features: Tensor
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...]
 
     def between(self, start: int, end: int) -> "RowImages":
         """Those whose tokens are in a part of the row, counted from its first token; pictures are those of the row."""
@@ -193,9 +193,9 @@ def pack_documents(
         for start, p, r in zip(cu_seqlens.tolist(), prompt_lengths, response_lengths, strict=False)
     ]
     images, rotary = None, None
-    if pictures is not None and any(pictures):
-        assert image_token_id is not None
-        images, rotary = _shown(documents, pictures, cu_seqlens.tolist(), image_token_id)
+    if pictures is not None:
+        prompts = [prompt for prompt, _ in documents]
+        images, rotary = images_of_row(prompts, lengths, pictures, image_token_id=image_token_id)
     return PackedRow(
         tokens=torch.cat([part for document in documents for part in document]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -211,27 +211,54 @@ def pack_documents(
     )
 
 
-def _shown(
-    documents: Sequence[Document],
+def images_of_row(
+    prompts: Sequence[Tensor],
+    lengths: Sequence[int],
     pictures: Sequence[Sequence[Picture]],
-    starts: Sequence[int],
-    image_token_id: int,
-) -> tuple[RowImages, Tensor | None]:
-    """The images of a row whose documents begin at `starts`, and its rotary positions, if its images have grids."""
-    places, firsts, positions = [], [], []
-    for (prompt, response), shown, start in zip(documents, pictures, starts, strict=False):
-        inside = torch.eq(prompt, image_token_id).nonzero().flatten() if shown else prompt.new_empty(0)
-        numbers = [picture.num_tokens for picture in shown]
-        assert inside.numel() == sum(numbers), (inside.numel(), numbers)
-        own = inside[list(itertools.accumulate(numbers[:-1], initial=0))].tolist() if shown else []
-        places.append(inside + start)
-        firsts += [first + start for first in own]
-        grids = [(first, of.grid) for first, of in zip(own, shown, strict=True) if of.grid is not None]
-        positions.append(rotary_positions(prompt.numel() + response.numel(), grids))
-    in_row = torch.cat(places)
-    all_shown = tuple(picture for shown in pictures for picture in shown)
-    images = RowImages(all_shown, in_row, torch.arange(in_row.numel()), tuple(firsts))
-    return images, torch.cat(positions, dim=1) if all_shown[0].grid is not None else None
+    *,
+    image_token_id: int | None,
+) -> tuple[RowImages | None, Tensor | None]:
+    """Returns the images of a row and its rotary positions, see `PackedRow`; None where there are none.
+
+    Args:
+        prompts: The prompt [p] of each document.
+        lengths: Tokens of each document.
+        pictures: What each prompt shows, in order.
+        image_token_id: The token that stands for what they show.
+    """
+    if not any(pictures):
+        return None, None
+    places = [_image_places(prompt, shown, image_token_id) for prompt, shown in zip(prompts, pictures, strict=True)]
+    images = _row_images(pictures, places, list(itertools.accumulate(lengths, initial=0)))
+    if images.pictures[0].grid is None:
+        return images, None
+    return images, torch.cat(list(map(_document_positions, lengths, pictures, places)), dim=1)
+
+
+def _image_places(prompt: Tensor, pictures: Sequence[Picture], image_token_id: int | None) -> Tensor:
+    """Where in a prompt the tokens are that stand for images: `[i]` int64."""
+    if not pictures:
+        return torch.empty(0, dtype=torch.int64)
+    assert image_token_id is not None
+    places: Tensor = (prompt == image_token_id).nonzero().flatten()
+    number = sum(picture.num_tokens for picture in pictures)
+    assert places.numel() == number, (places.numel(), number)
+    return places
+
+
+def _row_images(pictures: Sequence[Sequence[Picture]], places: Sequence[Tensor], starts: Sequence[int]) -> RowImages:
+    in_row = torch.cat([inside + start for inside, start in zip(places, starts, strict=False)])
+    shown = tuple(picture for of_document in pictures for picture in of_document)
+    firsts = itertools.accumulate((picture.num_tokens for picture in shown[:-1]), initial=0)
+    return RowImages(shown, in_row, torch.arange(in_row.numel()), tuple(in_row[list(firsts)].tolist()))
+
+
+def _document_positions(length: int, pictures: Sequence[Picture], places: Tensor) -> Tensor:
+    """See `rotary_positions`."""
+    firsts = itertools.accumulate((picture.num_tokens for picture in pictures[:-1]), initial=0)
+    grids = [picture.grid for picture in pictures]
+    starts = [int(places[first]) for first in firsts] if grids else []
+    return rotary_positions(length, [(start, grid) for start, grid in zip(starts, grids, strict=True) if grid])
 
 
 @dataclass(frozen=True, slots=True)

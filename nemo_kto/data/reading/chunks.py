@@ -22,6 +22,9 @@ from nemo_kto.errors import DataError
 MAX_SHOWN = 10
 """Bad records that an error lists."""
 
+_MOST_HELD = 16 << 20
+"""Characters and bytes of rows from which on no more are added to a chunk: many of them may wait to be tokenised."""
+
 
 class Chunk(NamedTuple):
     """Some consecutive rows of a file.
@@ -38,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
-    """Yields a source's rows in order, at most `size` at a time, and how they are read.
+    """Yields a source's rows in order, at most `size` at a time, and how they are read; fewer where they hold images.
 
     Raises:
         DataError: Nothing of that name is there, it cannot be read, holds no record, is of no known format, or can be
@@ -51,10 +54,33 @@ def read_chunks(source: Source, size: int) -> Iterator[Chunk]:
             raise DataError(f"{part.name}: the file holds no record.")
         reader = _settled(source.reader, sample)
         rows = itertools.chain(sample, rows)
-        while chunk := list(itertools.islice(rows, size)):
+        while chunk := _some(rows, size):
             if reader.settled is None:
                 reader = _settled(reader, chunk)
             yield Chunk(reader, chunk, file)
+
+
+def _some(rows: Iterator[Row | BadRecord | FeedbackRecord], size: int) -> list[Row | BadRecord | FeedbackRecord]:
+    """The next rows: so many, or those that first hold more than is to be in memory at once."""
+    found: list[Row | BadRecord | FeedbackRecord] = []
+    held = 0
+    for row in itertools.islice(rows, size):
+        found.append(row)
+        held += _held([*row.values.values()] if isinstance(row, Row) else 0)
+        if held > _MOST_HELD:
+            break
+    return found
+
+
+def _held(value: Any) -> int:
+    """How much there is in a value, in characters and bytes."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return sum(map(_held, value))
 
 
 def _settled(reader: RowReader, found: Sequence[Row | BadRecord | FeedbackRecord]) -> RowReader:

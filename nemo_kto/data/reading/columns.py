@@ -4,16 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_kto.data.reading.image_places import Listed
 from nemo_kto.data.reading.json_strings import MESSAGES, Reading, Spelling, parsed_json, read_string
 from nemo_kto.data.reading.labels import Judge
 from nemo_kto.data.reading.paths import Missing, look_up
-from nemo_kto.data.reading.records import RecordError
+from nemo_kto.data.reading.records import RecordError, json_type
 
 SCORES = ("score", "rating", "reward")
 """Columns of ratings, tried where labels are made of them."""
 
 SPOKEN = ("prompt", "response", "chosen", "rejected", "output_A", "output_B")
 """Our names of what may be text or messages."""
+
+_IMAGES = ("images", "image")
+"""Columns of images, of several and of one, as TRL has them; either may hold both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,38 @@ class Columns:
         if name not in SPOKEN:
             return value
         return read_string(value, self.column(name), self.readings.get(name, "either"), self.spelling)
+
+    def images(self) -> Listed:
+        """The images that are in a column of their own; a RecordError for a column that is none of images."""
+        columns = self.names.get("images", _IMAGES)
+        found = [Listed(column, self._images_in(column)) for column in columns]
+        filled = [listed for listed in found if listed.values]
+        if len(filled) > 1:
+            raise RecordError(f"and '{filled[1].column}' both hold images; keep one of the two.", filled[0].column)
+        return filled[0] if filled else found[0]
+
+    def shows_images(self) -> bool:
+        """Whether there is something in a column of images."""
+        try:
+            return bool(self.images().values)
+        except RecordError:  # whoever reads the row says so
+            return True
+
+    def _images_in(self, column: str) -> list[Any]:
+        value = look_up(self.values, column)
+        if isinstance(value, Missing):
+            if value.wrong and "images" in self.given:
+                raise RecordError(f"cannot be looked up: {value.reason}.", column)
+            return []
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # as tables hold lists
+            value = parsed_json(value, column)
+        if value is None or value == {} or (isinstance(value, str) and not value.strip()):
+            return []
+        if isinstance(value, str | bytes | Mapping):
+            return [value]
+        if not isinstance(value, list):
+            raise RecordError(f"must be a list of images, or a single one, not a {json_type(value)}.", column)
+        return value
 
     def label(self) -> bool:
         """Whether the answer is desirable; a RecordError for a label that does not say so."""

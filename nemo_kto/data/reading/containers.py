@@ -2,7 +2,6 @@
 
     .jsonl .ndjson .json .csv .tsv    also behind .gz or .zst
     .parquet
-    a folder that `datasets` saved
 
 A `.json` file holds one array of objects, or is JSON Lines by another name. Text is UTF-8.
 """
@@ -30,6 +29,8 @@ _COMPRESSIONS = (".gz", ".zst")
 _ABOUT_DATASETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _CHUNK = 1 << 20
 _ROWS_PER_BATCH = 1024
+_MOST_BYTES = 64 << 20
+"""Of what is read of a table at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +117,13 @@ def is_data_file(path: Path) -> bool:
     return data_suffix(path) in _READERS and not path.name.startswith(".") and path.name not in _ABOUT_DATASETS
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets` saved this folder (`save_to_disk`)."""
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+def rows_at_once(size: int, rows: int) -> int:
+    """Returns how many rows of a table are few enough to be in memory, images in them or not."""
+    return max(1, min(_ROWS_PER_BATCH, _MOST_BYTES * rows // max(size, 1)))
 
 
-def dataset_rows(dataset: Any, source: str) -> Rows:
-    """Yields the rows of a `datasets.Dataset`, numbered from 1."""
-    number = 0
-    for batch in dataset.with_format(None).iter(_ROWS_PER_BATCH):
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Row(source, number, _without_nulls(dict(zip(names, values, strict=True))))
-
-
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table without the nulls in its structs, which stand for what other rows have and this one has not."""
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row without the nulls in its structs, which stand for what other rows have and this one has not."""
     return {name: _compact(value) for name, value in row.items()}
 
 
@@ -272,10 +263,11 @@ def _parquet(path: Path) -> Rows:
     number = 0
     with path.open("rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
         _checked_header(file.schema_arrow.names, path)
-        for batch in file.iter_batches(_ROWS_PER_BATCH):
+        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        for batch in file.iter_batches(rows_at_once(size, file.metadata.num_rows)):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(str(path), number, _without_nulls(values))
+                yield Row(str(path), number, without_nulls(values))
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

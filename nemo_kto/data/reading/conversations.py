@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_kto.data.reading.image_places import NO_IMAGES, Listed, placed
 from nemo_kto.data.reading.json_strings import parsed_json
 from nemo_kto.data.reading.records import EMPTY, MAX_NESTING, Messages, RecordError, json_type
-from nemo_kto.data.reading.spellings import is_message, joined_parts, with_role
+from nemo_kto.data.reading.spellings import content_parts, is_message, with_role
 
 
 def checked_answer(
@@ -16,6 +17,7 @@ def checked_answer(
     system: Any = None,
     system_name: str = "system",
     as_messages: bool = False,
+    images: Listed = NO_IMAGES,
 ) -> tuple[str, str] | tuple[Messages, Messages]:
     """Returns prompt and response as a record holds them: both strings, or both messages if one of them is.
 
@@ -27,14 +29,18 @@ def checked_answer(
             strings: all records of a file go the same way.
         system_name: That field.
         as_messages: Make messages of strings in any case.
+        images: Those of the prompt that are in a column of their own; they too make messages of strings.
+
+    Returns:
+        Both; messages have images as `placed` puts them there.
 
     Raises:
-        RecordError: One of them is of another type, empty, or the roles do not fit.
+        RecordError: One of them is of another type, empty, or the roles or the images do not fit.
     """
     prompt = _conversation(prompt, names[0])
     response = _conversation(response, names[1], len(prompt) if names[0] == names[1] else 0)
     as_messages = as_messages or system is not None or not (isinstance(prompt, str) and isinstance(response, str))
-    if not as_messages:
+    if not as_messages and not images.values:
         if not response:
             raise RecordError(EMPTY[0], names[1])
         return prompt, response
@@ -44,6 +50,7 @@ def checked_answer(
         response = [{"role": "assistant", "content": response}]
     if system is not None:
         prompt = _with_system(prompt, system, system_name)
+    prompt, response = placed(prompt, response, images, names)
     _check_roles(prompt, response, names)
     return prompt, response
 
@@ -85,7 +92,7 @@ def checked_kwargs(value: Any, name: str) -> dict[str, Any] | None:
 
 
 def _conversation(value: Any, name: str, before: int = 0) -> Any:
-    """Text as it is; messages without keys that are null, and with content that is text."""
+    """Text as it is; messages without keys that are null, and with content that is text, or text and images."""
     if isinstance(value, str):
         _check_text(value, name)
         return value
@@ -109,15 +116,17 @@ def _message(message: Any, name: str, number: int) -> dict[str, Any]:
     for key in needed:
         if key not in result:
             raise RecordError(f", message {number}: '{key}' {_absence(key, message)}.", name)
-    if isinstance(result.get("content"), list):
-        result["content"] = joined_parts(result["content"], name, number)
-    for key in ("role", "content"):
-        if not isinstance(result.get(key, ""), str):
+    text = result.get("content")
+    if isinstance(text, list):
+        result["content"] = content_parts(text, name, number)
+        text = "".join(part.get("text", "") for part in result["content"])
+    for key, kind in (("role", str), ("content", str | list)):
+        if not isinstance(result.get(key, ""), kind):
             raise RecordError(f", message {number}: '{key}' must be a string, not a {json_type(result[key])}.", name)
     calls = result.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RecordError(f", message {number}: 'tool_calls' must be a list of objects.", name)
-    _check_text(result, name, f", message {number}: ")
+    _check_text({**result, "content": text}, name, f", message {number}: ")
     return result
 
 

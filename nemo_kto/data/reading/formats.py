@@ -130,6 +130,6 @@ FORMATS: Mapping[str, Format] = {
 }
 """Name -> format, in the order in which a row is compared with them."""
 
-_OTHERS = ("system", "tools", "chat_template_kwargs", "input", "history", "weight")
+_OTHERS = ("system", "tools", "chat_template_kwargs", "input", "history", "weight", "images")
 FIELDS = tuple(dict.fromkeys([*(name for found in FORMATS.values() for name in found.required), *_OTHERS]))
 """Names that `fields` may give columns to."""

@@ -17,12 +17,11 @@ from nemo_kto.data.reading.containers import (
     check_file,
     check_kind,
     count_rows,
-    dataset_rows,
     is_data_file,
-    is_saved_dataset,
     no_such_file,
     read_rows,
 )
+from nemo_kto.data.reading.data_sets import dataset_rows, is_saved_dataset
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, json_type
 from nemo_kto.data.reading.sources import RecordsFunction, Source
 from nemo_kto.errors import ConfigError, DataError, KTOError
@@ -199,7 +198,7 @@ def _function_part(path: str, function: RecordsFunction) -> Part:
     def content() -> Iterator[bytes]:
         for found in rows():
             values = [found.row(), found.place] if isinstance(found, FeedbackRecord) else asdict(found)
-            yield json.dumps(values, sort_keys=True).encode()
+            yield json.dumps(values, sort_keys=True, default=bytes.hex).encode()
 
     return Part(path, rows, content, lambda: None)
 
@@ -220,6 +219,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, bytes | bytearray | memoryview):  # of an image
+        return bytes(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

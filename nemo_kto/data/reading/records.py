@@ -1,6 +1,9 @@
 """`FeedbackRecord`, the one type between the readers of feedback files and tokenisation; and what a bad one is."""
 
+import base64
 import json
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,22 @@ EMPTY = (
 """Reasons of bad records that have no answer: no characters, or none that the tokenizer knows."""
 
 
+_BEGINNINGS = {
+    "png": rb"\x89PNG\r\n\x1a\n",
+    "jpeg": rb"\xff\xd8\xff",
+    "gif": rb"GIF8[79]a",
+    "webp": rb"RIFF.{4}WEBP",
+    "bmp": rb"BM.{4}\0{4}",
+    "tiff": rb"II\*\0|MM\0\*",
+}
+"""Kinds of images -> with what their files begin."""
+
+
+def image_kind(data: bytes) -> str | None:
+    """Returns what kind of image some bytes begin as, None for none of those that people have."""
+    return next((kind for kind, start in _BEGINNINGS.items() if re.match(start, data, re.DOTALL)), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """Where an image of a record is: exactly one of the two is set.
@@ -27,6 +46,18 @@ class Image:
 
     file: str | None = None
     data: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.data is None):
+            raise ValueError("an Image is either a file or data")
+
+    def written(self) -> str:
+        """The image as a file of records has it: the file's name from the root, or its bytes as a data URI."""
+        if self.data is None:
+            return os.path.join(os.getcwd(), self.file or "")
+        kind = image_kind(self.data)
+        media_type = "application/octet-stream" if kind is None else f"image/{kind}"
+        return f"data:{media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +102,8 @@ class FeedbackRecord:
             row["chat_template_kwargs"] = self.template_kwargs
         if self.weight != 1:
             row["weight"] = self.weight
+        if self.images:
+            row["images"] = [image.written() for image in self.images]
         return row
 
 

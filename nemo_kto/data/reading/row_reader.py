@@ -7,6 +7,7 @@ from nemo_kto.data.reading.columns import SCORES, Columns
 from nemo_kto.data.reading.containers import Row
 from nemo_kto.data.reading.conversations import checked_answer, checked_kwargs, checked_tools
 from nemo_kto.data.reading.formats import FIELDS, FORMATS
+from nemo_kto.data.reading.images import taken_out
 from nemo_kto.data.reading.json_strings import JSON_STRINGS, MESSAGES, Reading, Spelling
 from nemo_kto.data.reading.labels import Judge, parse_threshold, parse_weight
 from nemo_kto.data.reading.paths import opened, parse_path
@@ -23,8 +24,8 @@ from nemo_kto.data.reading.settling import (
 )
 from nemo_kto.errors import ConfigError, DataError
 
-_PICTURES = ("images", "videos", "audios")
-"""Columns of what LLaMA-Factory and ms-swift put into the places that messages leave for it."""
+_NOT_READ = ("videos", "audios", "rejected_images")
+"""Columns of what LLaMA-Factory and ms-swift put into the places that messages leave for it, but for images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class RowReader:
             label=label_column(format, rows, views),
             readings=string_readings(format, rows, views, self.json_strings),
             system=has_system(views),
+            images=any(view.shows_images() for view in views),
         )
         reader = replace(self, settled=settled)
         return replace(reader, settled=replace(settled, kind=reader._kind_of(rows)))
@@ -106,17 +108,20 @@ class RowReader:
             raise RecordError(error.reason + self._other_format(row, settled, error), error.field) from error
 
     def _records(self, row: Row, columns: Columns, settled: Settled) -> list[FeedbackRecord]:
-        for name in _PICTURES:
+        for name in _NOT_READ:
             if opened(row.values.get(name)):  # in a table, an empty list is its JSON
-                raise RecordError("cannot be trained on; only text is.", name)
+                raise RecordError("cannot be trained on; only text and images are read.", name)
         tools = checked_tools(columns.get("tools"), columns.column("tools"))
         kwargs = checked_kwargs(columns.get("chat_template_kwargs"), columns.column("chat_template_kwargs"))
         weight = parse_weight(columns.get("weight"), columns.column("weight"))
         system, system_name = columns.get("system"), columns.column("system")
+        images = columns.images()
         answers = FORMATS[settled.format].read(columns)
         spoken = [text for answer in answers for text in (answer.prompt, answer.response)]
         # messages on one side leave one way only to take a string on another
-        as_messages = self.chat or settled.system or not all(isinstance(text, str) for text in spoken)
+        as_messages = (
+            self.chat or settled.system or settled.images or not all(isinstance(text, str) for text in spoken)
+        )
         records = []
         for answer in answers:
             prompt, response = checked_answer(
@@ -126,12 +131,19 @@ class RowReader:
                 system=system,
                 system_name=system_name,
                 as_messages=as_messages,
+                images=images,
             )
+            prompt, shown = taken_out(prompt, row.source)
             records.append(
-                FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs, weight)
+                FeedbackRecord(prompt, response, answer.desirable, row.source, row.line, tools, kwargs, weight, shown)
             )
         if settled.kind not in (None, _kind(records[0])):
-            raise _other_kind(_kind(records[0]), answers[0].names[0], None if system is None else system_name)
+            raise _other_kind(
+                _kind(records[0]),
+                answers[0].names[0],
+                system_name=None if system is None else system_name,
+                images_name=images.column if images.values else None,
+            )
         return records
 
     def _kind_of(self, rows: Sequence[Row]) -> Kind | None:
@@ -194,10 +206,12 @@ class RowReader:
         return f" The row is of the format {other}, the file of {settled.format}: keep the two in files of their own."
 
 
-def _other_kind(kind: Kind, name: str, system_name: str | None) -> RecordError:
+def _other_kind(kind: Kind, name: str, system_name: str | None, images_name: str | None) -> RecordError:
     """The error for a row that is of another kind than its file."""
     if system_name is not None:
         return RecordError(f"is a system prompt, and the rows before had none and are strings. {KINDS}", system_name)
+    if images_name is not None and kind == "messages":
+        return RecordError(f"holds images, and the rows before had none and are strings. {KINDS}", images_name)
     here, others = ("a string", "made of messages") if kind == "text" else ("made of messages", "strings")
     return RecordError(f"is {here}, where the rows before are {others}. {KINDS}", name)
 

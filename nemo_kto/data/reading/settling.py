@@ -35,6 +35,7 @@ class Settled:
         label: The column that holds the labels, or the path.
         readings: See `Columns`.
         system: Whether there is a system prompt in a field of its own, which makes messages of strings.
+        images: Whether there are images in a column of their own, which make messages of strings too.
         kind: What prompts are, once read; None where no row has told.
     """
 
@@ -42,6 +43,7 @@ class Settled:
     label: str
     readings: Mapping[str, Reading] = field(default_factory=dict)
     system: bool = False
+    images: bool = False
     kind: Kind | None = None
 
 

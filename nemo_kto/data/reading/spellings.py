@@ -5,6 +5,9 @@
     chat-ui       from and content (src/lib/types/Message.ts, 01b4c430c3)
     LangChain     type and content, also inside `data` or `kwargs` (langchain_core/messages, load/dump.py)
 
+Images are parts of the content, in the spellings of transformers' chat templates (src/transformers/processing_utils.py
+5.23), Qwen (qwen_vl_utils), OpenAI, Anthropic and LangChain.
+
 Keys that are not known here are kept: what a chat template does with a message is its own business.
 """
 
@@ -98,7 +101,7 @@ def _call(speaker: Any, text: Any, name: str, number: int) -> dict[str, Any]:
 def _of_chat_ui(message: Mapping[str, Any], name: str, number: int) -> dict[str, Any]:
     """What was said; not the scores, times and numbers that chat-ui keeps with it."""
     if message.get("files"):
-        raise RecordError(f", message {number}: 'files' cannot be trained on; only text is.", name)
+        raise RecordError(f", message {number}: 'files' cannot be trained on; write images into the content.", name)
     found = {"role": _role(message["from"], name, number), "content": message["content"]}
     if message.get("reasoning"):
         found["reasoning_content"] = message["reasoning"]  # as templates call it
@@ -138,21 +141,100 @@ def _langchain_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": call["id"], **found} if call.get("id") is not None else found
 
 
-def joined_parts(parts: list[Any], name: str, number: int) -> str:
-    """Returns the text of content that is a list of parts; a RecordError that names the first that is no text."""
-    return "".join(_part(part, f", message {number}: 'content' has ", name) for part in parts)
+def content_parts(parts: list[Any], name: str, number: int) -> list[dict[str, Any]]:
+    """Returns content that is a list of parts, whoever wrote them.
+
+    Args:
+        parts: The list.
+        name: See `with_role`.
+        number: See `with_role`.
+
+    Returns:
+        `{"type": "text", "text": ...}` for text; for an image `{"type": "image", "image": ...}` with what `image_in`
+        finds, or without it where the image is in a column.
+
+    Raises:
+        RecordError: A part is neither, or says nothing; it is named.
+    """
+    return [_part(part, f", message {number}: 'content' has ", name) for part in parts]
 
 
-def _part(part: Any, where: str, name: str) -> str:
+def _part(part: Any, where: str, name: str) -> dict[str, Any]:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
-        raise RecordError(f"{where}a part that is a {json_type(part)}; only text is trained on.", name)
-    kind = part.get("type", "text")
+        raise RecordError(f"{where}a part that is a {json_type(part)}; only text and images are read.", name)
+    bare = "image" if (part.get("image") or part.get("image_url")) and "text" not in part else "text"  # early Qwen's
+    kind = part.get("type", bare)
+    where = f"{where}a part of type {shown(kind)}"
+    if kind in _IMAGE_PARTS:
+        return _image_part(part, where, name)
     if kind not in _TEXT_PARTS:
-        raise RecordError(f"{where}a part of type {shown(kind)}; only text is trained on.", name)
+        raise RecordError(f"{where}; only text and images are read.", name)
     text = part.get("text")
     if not isinstance(text, str):
         what = f"is a {json_type(text)}" if "text" in part else "is missing"
-        raise RecordError(f"{where}a part of type {shown(kind)} whose 'text' {what}.", name)
-    return text
+        raise RecordError(f"{where} whose 'text' {what}.", name)
+    return {"type": "text", "text": text}
+
+
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of parts that are images: of transformers and Anthropic, of OpenAI's chat completions and its responses."""
+
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes", "source")
+"""Keys of a part, or of a struct, that hold an image or say where it is."""
+
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+"""Keys by which Qwen's own functions change one image's size."""
+
+_ELSEWHERE = ("file_id", "file")
+"""Keys that name an image which a service has."""
+
+
+def _image_part(part: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    size = next((key for key in _SIZES if part.get(key) is not None), None)
+    if size is not None:
+        raise RecordError(
+            f"{where} with '{size}', which is not read: the model's preprocessor_config.json says it for all images.",
+            name,
+        )
+    found, problem = image_in(part)
+    if problem is not None:
+        raise RecordError(f"{where} {problem}", name)
+    if found is not None:
+        return {"type": "image", "image": found}
+    there = next((key for key in _ELSEWHERE if part.get(key) is not None), None)
+    if there is not None:
+        raise RecordError(f"{where} whose '{there}' names a file of a service; write the image's bytes.", name)
+    if part.get("type") != "image":
+        raise RecordError(f"{where} that holds no image.", name)
+    index = part.get("index")
+    return {"type": "image"} if index is None else {"type": "image", "index": index}
+
+
+def image_in(found: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Returns the image that a part or a struct holds, and what is wrong with it; both None if it holds none.
+
+    It is the name of a file, a data URI, base64 or bytes as they were written; `{"bytes": ...}` or `{"path": ...}`
+    where nothing else can be meant.
+    """
+    there = {key: found[key] for key in _IMAGE_KEYS if found.get(key) not in (None, {})}
+    if "bytes" in there and {*there} <= {"bytes", "path"}:  # of `datasets`, where the path is no more than a name
+        return {"bytes": there["bytes"]}, None
+    if len(there) > 1:
+        return None, "that says more than once where its image is, in '" + "' and '".join(there) + "'; keep one."
+    if not there:
+        return None, None
+    ((key, value),) = there.items()
+    if key == "source" and isinstance(value, Mapping):  # Anthropic's
+        key = {"base64": "data", "url": "url"}.get(str(value.get("type")), "file")
+        if value.get(key) is None:
+            return None, f"whose 'source' is of type {shown(value.get('type'))}; write the image's bytes as base64."
+        value = value[key]
+    elif key == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+        if value is None:
+            return None, "whose 'image_url' has no 'url'."
+    if key in ("base64", "data", "bytes"):
+        return {"bytes": value}, None
+    return {"path": value} if key == "path" else value, None

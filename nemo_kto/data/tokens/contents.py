@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_kto.data.reading.records import Messages
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE = "image"
 """Type of the part of a message that stands for an image."""
@@ -22,6 +25,17 @@ def images_in(messages: Messages) -> int:
     """Returns how many images some messages show."""
     contents = (message.get("content") for message in messages)
     return sum(part["type"] == IMAGE for content in contents if isinstance(content, list) for part in content)
+
+
+def in_brief(tokens: Tensor, image_token_id: int | None) -> Tensor:
+    """Returns tokens for people to read: with one of those that stand for an image, of many behind each other."""
+    if image_token_id is None:
+        return tokens
+    is_image = tokens == image_token_id
+    repeats = is_image.clone()
+    repeats[:1] = False
+    repeats[1:] &= is_image[:-1]
+    return tokens[~repeats]
 
 
 def as_parts(messages: Messages) -> Messages:

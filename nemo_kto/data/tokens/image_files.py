@@ -7,6 +7,7 @@ first one counts, as in transformers; orientation and colours are those of its `
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import stat
@@ -28,6 +29,10 @@ MAX_PIXELS = 89_478_485
 
 MAX_BYTES = 1 << 30
 """Of a file."""
+
+
+THUMBNAIL = 128
+"""Pixels of the longer side of an image in a page."""
 
 
 class ImageError(Exception):
@@ -103,6 +108,19 @@ def decoded(data: bytes) -> DecodedImage:
     except Exception as error:  # the readers of the kinds of files raise anything
         raise ImageError(f"cannot be decoded ({printable(' '.join(str(error).split())).rstrip('.')}).") from error
     return DecodedImage(pixels, frames)
+
+
+def thumbnail(data: bytes) -> str:
+    """Returns an image as a page shows it, a data URI of a PNG of at most `THUMBNAIL` pixels a side.
+
+    Args:
+        data: The bytes of its file; an ImageError if they are no image.
+    """
+    pixels = decoded(data).pixels
+    pixels.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = BytesIO()
+    pixels.save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _check_size(width: int, height: int) -> None:

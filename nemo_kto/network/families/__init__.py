@@ -33,10 +33,16 @@ def family_of(hf: Any, source: str | Path = "") -> Family:
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             f"{source or 'The model'}: the architecture {hf.model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}; of {' and '.join(parts_of_wholes())} the language "
+            f"Supported are: {', '.join(model_types())}; of {' and '.join(parts_of_wholes())} the language "
             "model."
         )
     return _family(hf.model_type)
+
+
+@functools.cache
+def model_types() -> tuple[str, ...]:
+    """Return the supported architectures of models that are no part of one that sees images."""
+    return tuple(name for name in SUPPORTED_MODEL_TYPES if _family(name).alone)
 
 
 def _family(name: str) -> Family:
@@ -66,8 +72,10 @@ def sizes_of_folder(folder: Path) -> ModelSizes | None:
     """
     try:
         keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if keys.get("model_type") in parts_of_wholes():
-            keys = keys["text_config"]
+        parts = parts_of_wholes().get(keys.get("model_type"))
+        if parts is not None:
+            # Qwen2.5-VL is published with the fields of its language model beside all others
+            keys = keys["text_config"] if "text_config" in keys else {**keys, "model_type": parts[0]}
         hf = SimpleNamespace(**{"tie_word_embeddings": False, **keys})
         sizes = dimensions_of(hf).divided
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, ConfigError):

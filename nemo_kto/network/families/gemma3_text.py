@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_kto.network.families import gemma2, qwen3
+from nemo_kto.network.family import whole_of
 
 
 def fields(hf: Any) -> dict[str, Any]:
     """Return the fields of the model's configuration; transformers does not look at `attn_logit_softcapping` here."""
-    return {**gemma2.fields(hf), "attention_cap": None}
+    return {**gemma2.fields(hf), "attention_cap": None, "images_see_themselves": whole_of(hf) == "gemma3"}
 
 
 FAMILY = replace(

@@ -18,4 +18,4 @@ def fields(hf: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = replace(llama.FAMILY, fields=fields)
+FAMILY = replace(llama.LIKE, fields=fields)

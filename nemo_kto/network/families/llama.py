@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nemo_kto.network import tables
 from nemo_kto.network.family import Dimensions, Family
@@ -16,4 +17,7 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.feed_forward(sizes)
 
 
-FAMILY = Family(weights=weights)
+LIKE = Family(weights=weights)
+"""What is built like it varies."""
+
+FAMILY = replace(LIKE, part_of=("llava",))

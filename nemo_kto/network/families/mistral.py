@@ -7,4 +7,4 @@ from dataclasses import replace
 from nemo_kto.network.families import llama
 from nemo_kto.network.family import sliding_window
 
-FAMILY = replace(llama.FAMILY, fields=sliding_window, part_of=("mistral3",))
+FAMILY = replace(llama.LIKE, fields=sliding_window, part_of=("llava", "mistral3"))

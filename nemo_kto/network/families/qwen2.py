@@ -14,4 +14,7 @@ def biases(hf: Any) -> Biases:
     return Biases(inputs=True)
 
 
-FAMILY = replace(llama.FAMILY, fields=sliding_window, biases=biases)
+LIKE = replace(llama.LIKE, fields=sliding_window, biases=biases)
+"""What is built like it varies."""
+
+FAMILY = replace(LIKE, part_of=("llava",))

@@ -36,4 +36,4 @@ def weights(sizes: Dimensions) -> Iterator[Rule]:
     yield from tables.experts(sizes, tables.ExpertNames.of("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
-FAMILY = replace(qwen2.FAMILY, weights=weights, mixture=mixture, biases=biases)
+FAMILY = replace(qwen2.LIKE, weights=weights, mixture=mixture, biases=biases)

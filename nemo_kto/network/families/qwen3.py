@@ -14,4 +14,4 @@ def head_norms(hf: Any) -> bool:
     return True
 
 
-FAMILY = replace(llama.FAMILY, fields=sliding_window, head_norms=head_norms)
+FAMILY = replace(llama.LIKE, fields=sliding_window, head_norms=head_norms)

@@ -15,4 +15,4 @@ def fields(hf: Any) -> dict[str, Any]:
     return {"no_rope_freq": [1 - has_rotary for has_rotary in rotated], **sliding_window(hf)}
 
 
-FAMILY = replace(llama.FAMILY, fields=fields)
+FAMILY = replace(llama.LIKE, fields=fields)

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from nemo_kto.data.reading import containers
-from nemo_kto.data.reading.containers import Row, count_rows, data_suffix, dataset_rows, is_data_file, read_rows
+from nemo_kto.data.reading.containers import Row, count_rows, data_suffix, is_data_file, read_rows
+from nemo_kto.data.reading.data_sets import dataset_rows
 from nemo_kto.data.reading.records import BadRecord
 from nemo_kto.errors import DataError
 

@@ -768,10 +768,11 @@ def test_a_pair_whose_prompt_is_null():
     assert error_of(row) == "field 'prompt' is null."
 
 
-def test_pictures_are_refused():
-    row = {"messages": [user("<image>what?"), assistant("a cat")], "label": True, "images": ["cat.png"]}
-    assert error_of(row) == "field 'images' cannot be trained on; only text is."
-    assert len(read(row | {"images": []})) == 1
+@pytest.mark.parametrize("column", ["videos", "audios", "rejected_images"])
+def test_videos_and_sounds_are_refused(column):
+    row = {"messages": [user("<video>what?"), assistant("a cat")], "label": True, column: ["cat.mp4"]}
+    assert error_of(row) == f"field '{column}' cannot be trained on; only text and images are read."
+    assert len(read(row | {column: []})) == 1
 
 
 @pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}, "{", "3"])

@@ -154,6 +154,7 @@ def test_every_name_is_in_one_of_the_formats_below():
     assert {name for names in NEEDED for name in names} | {"system", "tools", "chat_template_kwargs", "weight"} | {
         "input",
         "history",
+        "images",
     } == {*FIELDS}
 
 

@@ -134,9 +134,9 @@ def test_system_prompt_makes_messages_of_strings(prompt, response, system, expec
         ([USER], [{**ASSISTANT, "tool_calls": "add"}], "message 1: 'tool_calls' must be a list of objects"),
         ([USER], [{**ASSISTANT, "tool_calls": [1]}], "message 1: 'tool_calls' must be a list of objects"),
         (
-            [{"role": "user", "content": [{"type": "image"}]}],
+            [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
             [ASSISTANT],
-            "message 1: 'content' has a part of type \"image\"; only text is trained on.",
+            "message 1: 'content' has a part of type \"video\"; only text and images are read.",
         ),
         ([{"role": "user", "content": ["a", 1]}], [ASSISTANT], "message 1: 'content' has a part that is a number"),
         (
@@ -152,7 +152,7 @@ def test_system_prompt_makes_messages_of_strings(prompt, response, system, expec
         (
             [USER],
             [{"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]}],
-            "'content' has a part of type \"thinking\"; only text is trained on.",
+            "'content' has a part of type \"thinking\"; only text and images are read.",
         ),
         (
             [USER],

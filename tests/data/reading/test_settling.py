@@ -324,7 +324,10 @@ def test_an_empty_cell_is_as_empty_as_a_null(tmp_path):
         WRITERS[name]([label], tmp_path / name)
         assert read(Source(str(tmp_path / name))) == [("q", "r", False)], name
     WRITERS["t.csv"]([label | {"images": "[]"}, label | {"images": '["a.png"]'}], tmp_path / "t.csv")
-    assert read(Source(str(tmp_path / "t.csv")))[1] == "field 'images' cannot be trained on; only text is."
+    assert (
+        read(Source(str(tmp_path / "t.csv")))[1]
+        == f"field 'images', image 1: {tmp_path}/a.png is not there. Names are relative to the folder of the data."
+    )
 
 
 ALIGNER = {"prompt": "p", "response": "r", "preference": "chosen"}

@@ -267,8 +267,8 @@ def test_a_template_that_opens_a_block_and_takes_reasoning_out():
 
 def test_generation_gets_the_whole_header():
     tokenizer = made(NO_THOUGHTS.replace(HEADER, OPENING))
-    (tokens,) = prompt_tokens([[user("2 + 2?")]], tokenizer, TokenizationSettings(append_eod=False))
-    assert tokenizer.decode(tokens) == "<|user|>2 + 2?</s>\n<|assistant|><think>\n"
+    (prompt,) = prompt_tokens([[user("2 + 2?")]], tokenizer, TokenizationSettings(append_eod=False))
+    assert tokenizer.decode(prompt.tokens) == "<|user|>2 + 2?</s>\n<|assistant|><think>\n"
 
 
 # where it ends
@@ -575,8 +575,8 @@ def test_looking_for_parts_takes_no_longer_than_their_number(monkeypatch):
 def test_generation_gets_arguments_as_training_does():
     tokenizer = made(OBJECTS)
     turns = [user("1 + 2?"), call(arguments='{"a": 1}'), {"role": "tool", "content": "3"}]
-    (tokens,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
-    assert tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
+    (prompt,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
+    assert prompt.tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
 
 
 # the shapes of published templates
@@ -772,9 +772,9 @@ def test_a_system_message_in_the_middle_is_refused_with_what_to_set():
 def test_generation_gets_reasoning_of_earlier_turns_as_training_does():
     tokenizer = made(HARMONY, eos="<|return|>", more=HARMONY_TOKENS)
     turns = [user("1 + 2?"), call(reasoning_content="I add."), {"role": "tool", "content": "3"}]
-    (tokens,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
-    assert tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
-    assert "I add." in tokenizer.decode(tokens)
+    (prompt,) = prompt_tokens([turns], tokenizer, TokenizationSettings(append_eod=False))
+    assert prompt.tokens.tolist() == encoded(tokenizer, *turns, assistant("3")).prompt
+    assert "I add." in tokenizer.decode(prompt.tokens)
 
 
 def test_a_field_is_read_only_where_a_template_names_it_as_one():

@@ -5,9 +5,10 @@ Everything here was written for this project. `make_data.py` and `make_model.py`
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from shared import draw_number
 
 POLITE_ANSWERS = ("Good question! {statement}", "Of course! {statement}", "{statement} Happy to help!")
 CURT_ANSWERS = ("{short}.", "{short}, obviously.", "{short}. Next.")
@@ -186,11 +187,6 @@ def all_questions() -> Iterator[Question]:
                     curt=tuple(form.format(short=short) for form in CURT_ANSWERS),
                     split=split,
                 )
-
-
-def draw_number(key: str) -> int:
-    """A number that looks random but depends on `key` alone: the same on every machine and Python version."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def _parse(facts: str) -> list[tuple[str, str]]:

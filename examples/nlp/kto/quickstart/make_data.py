@@ -8,13 +8,13 @@ The same files, byte for byte, come out on every machine.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from facts import Question, all_questions, draw_number
+from facts import Question, all_questions
+from shared import draw_number, write_jsonl
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 NUM_TRAIN = 2400
@@ -25,9 +25,9 @@ def write_data(folder: Path) -> None:
     """Writes the three files into `folder`, which is made if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     questions = list(all_questions())
-    _write_jsonl(folder / "train.jsonl", _feedback(questions, "train")[:NUM_TRAIN])
-    _write_jsonl(folder / "validation.jsonl", _feedback(questions, "validation")[:NUM_VALIDATION])
-    _write_jsonl(folder / "prompts.jsonl", _prompts(questions))
+    write_jsonl(folder / "train.jsonl", _feedback(questions, "train")[:NUM_TRAIN])
+    write_jsonl(folder / "validation.jsonl", _feedback(questions, "validation")[:NUM_VALIDATION])
+    write_jsonl(folder / "prompts.jsonl", _prompts(questions))
 
 
 def _feedback(questions: Iterable[Question], split: str) -> list[dict[str, Any]]:
@@ -61,11 +61,6 @@ def _prompts(questions: Iterable[Question]) -> list[dict[str, Any]]:
         for question in questions
         if question.split == "heldout"
     ]
-
-
-def _write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_bytes("".join(json.dumps(record) + "\n" for record in records).encode())
-    print(f"{path}: {len(records)} records")
 
 
 if __name__ == "__main__":

@@ -15,73 +15,28 @@ import sys
 import time
 from pathlib import Path
 
+import teaching
 import torch
 from facts import all_questions
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODEL_FOLDER = Path(__file__).resolve().parent / "model"
-PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-VOCABULARY_SIZE = 2048
-"""More than the texts have use for, so that every word in them becomes one token."""
-IGNORED = -100
 SEED = 20240201
 EPOCHS = 14
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 3e-3
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer trained on `texts`; any other text can be written in it too, byte by byte."""
-    backend = Tokenizer(models.BPE())
-    # A word with the space before it, or punctuation: merges never cross a word's end.
-    words = pre_tokenizers.Split(Regex(r" ?\w+|[^\w]"), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[PAD, END, *ROLES],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=END,
-        chat_template=CHAT_TEMPLATE,
-        extra_special_tokens=list(ROLES),
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Returns the untrained model; heads, KV heads, layers and feed-forward size can be halved for TP=2 and PP=2."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
-    )
+    """Returns the untrained model."""
+    model = LlamaForCausalLM(teaching.make_llama_config(tokenizer, hidden_size=128, intermediate_size=352))
+    model.generation_config = teaching.make_generation_config(tokenizer)
     return model
 
 
@@ -95,11 +50,11 @@ def make_examples(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
             whole = tokenizer.apply_chat_template(dialog, return_dict=False)
             assert whole[: len(prompt)] == prompt, (question.text, answer)
             tokens.append(torch.tensor(whole))
-            labels.append(torch.tensor([IGNORED] * len(prompt) + whole[len(prompt) :]))
+            labels.append(torch.tensor([teaching.IGNORED] * len(prompt) + whole[len(prompt) :]))
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(tokens, batch_first=True, padding_value=int(tokenizer.pad_token_id)),
-        pad(labels, batch_first=True, padding_value=IGNORED),
+        pad(labels, batch_first=True, padding_value=teaching.IGNORED),
     )
 
 
@@ -110,30 +65,20 @@ def answer_loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Tens
     """
     hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
-    answered = targets != IGNORED
+    answered = targets != teaching.IGNORED
     return cross_entropy(model.lm_head(hidden[answered]), targets[answered])
 
 
 def fit(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> None:
     """Trains `model` on `tokens` [n, s] and `labels` [n, s] for `EPOCHS` passes in a shuffled order."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    num_steps = EPOCHS * -(-len(tokens) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
-    )
+    step = teaching.supervised_steps(model, EPOCHS * -(-len(tokens) // BATCH_SIZE), PEAK_LEARNING_RATE)
     shuffler = torch.Generator().manual_seed(SEED)
     start = time.monotonic()
     for epoch in range(EPOCHS):
         total = 0.0
         for rows in torch.randperm(len(tokens), generator=shuffler).split(BATCH_SIZE):
             width = int((tokens[rows] != model.config.pad_token_id).sum(dim=1).max())
-            loss = answer_loss(model, tokens[rows, :width], labels[rows, :width])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(rows)
+            total += step(answer_loss(model, tokens[rows, :width], labels[rows, :width])) * len(rows)
         print(
             f"epoch {epoch + 1}/{EPOCHS}  loss {total / len(tokens):.4f}  {time.monotonic() - start:.0f} s", flush=True
         )
@@ -141,17 +86,14 @@ def fit(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> None:
 
 def main(folder: Path) -> None:
     """Trains tokenizer and model and writes them to `folder`."""
-    torch.set_num_threads(1)  # fixed: another number of threads adds up in another order and gives other last digits
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(SEED)
+    teaching.fix_arithmetic(SEED)
     texts = [text for question in all_questions() for text in (question.text, *question.polite, *question.curt)]
-    tokenizer = make_tokenizer(texts)
+    tokenizer = teaching.make_tokenizer(texts)
+    tokenizer.chat_template = CHAT_TEMPLATE
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     fit(model, *make_examples(tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+    teaching.save(folder, model, tokenizer)
 
 
 if __name__ == "__main__":
