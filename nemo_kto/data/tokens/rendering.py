@@ -178,8 +178,7 @@ class Renderer:
         if self._images is None:
             raise RecordError(
                 "the record has an image, and this model takes none here: models that are trained on images are those "
-                "of Qwen2.5-VL, LLaVA and Gemma 3. Take such records out of the data, or set "
-                "model.data.on_bad_record=skip."
+                "of Qwen2.5-VL, LLaVA and Gemma 3. Take such records out of the data."
             )
         return self._images.look_at(images)
 
