@@ -57,5 +57,5 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
-	for name in start_up step_time against_trl scaling memory optimizer_memory import_memory attention reference_modes kl_fraction tokenization; do \
+	for name in start_up step_time against_trl scaling memory optimizer_memory import_memory attention reference_modes kl_fraction images tokenization; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done

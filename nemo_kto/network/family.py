@@ -317,6 +317,7 @@ class Family:
         rotary_scales_queries: Whether queries have the factors that `llama_4_scaling_beta` asks for.
         rotary_sections: Whether shares of the channels, by `mrope_section`, are rotated by positions in time, rows and
             columns, which differ within an image.
+        alone: Whether transformers has such models that are no part of one that sees images.
         part_of: Models that see images (`model_type`) whose language models may be of this family.
         further_layers: Fields that say how many layers a folder has behind those of the model, for guessing several
             tokens at once; transformers computes nothing with them, and here they are left out.
@@ -342,6 +343,7 @@ class Family:
     rotary_by_layer_type: bool = False
     rotary_scales_queries: bool = False
     rotary_sections: bool = False
+    alone: bool = True
     part_of: tuple[str, ...] = ()
     further_layers: tuple[str, ...] = ()
     further_tensors: str | None = None

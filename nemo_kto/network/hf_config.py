@@ -76,7 +76,11 @@ def _read(folder: Path) -> PretrainedConfig:
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a JSON object: {error}.{git_lfs_hint(file)}") from error
     if named.model_type not in parts_of_wholes():
-        family_of(named, file)  # before transformers: it may not know the architecture either
+        if not family_of(named, file).alone:  # before transformers: it may not know the architecture either
+            raise ConfigError(
+                f"{file}: a {named.model_type} is the language model of {family_of(named).part_of[0]}, and "
+                "transformers has no model of it alone. Use the folder of the whole model."
+            )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its checks of single fields raise classes with no common base

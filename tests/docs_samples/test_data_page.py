@@ -13,8 +13,10 @@ from nemo_kto.config.schema import DataConfig, DataPrefixConfig
 from nemo_kto.data.reading import containers, labels, sources
 from nemo_kto.data.reading.chunks import read_feedback
 from nemo_kto.data.reading.formats import FIELDS, FORMATS
+from nemo_kto.data.reading.records import Image
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.data.reading.sources import parse_source
+from tests.data.drawings import png
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
@@ -42,6 +44,21 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+CAT, DOG = "pictures/cat.png", "pictures/dog.png"
+IMAGE = {"type": "image"}
+IMAGES = {
+    "image_parts.jsonl": [CAT, DOG],
+    "image_column.jsonl": [CAT],
+    "image_marks.jsonl": [CAT, DOG],
+    "image_in_front.jsonl": [CAT],
+}
+"""File -> the images of its records."""
+
+
+def text(content):
+    return {"type": "text", "text": content}
 
 
 def call(name, **arguments):
@@ -157,6 +174,21 @@ EXPECTED = {
         (1, "The sky is", " blue.", True, None, None),
         (2, "The sky is", " green.", False, None, None),
     ],
+    "image_parts.jsonl": [
+        (1, [user([text("Which is older,"), IMAGE, IMAGE])], [assistant("The dog.")], True, None, None)
+    ],
+    "image_column.jsonl": [(1, [user([IMAGE, text("Is it asleep?")])], [assistant("Yes.")], True, None, None)],
+    "image_marks.jsonl": [
+        (
+            1,
+            [user([IMAGE, text("Is it asleep? And this one? "), IMAGE])],
+            [assistant("Both are.")],
+            False,
+            None,
+            None,
+        )
+    ],
+    "image_in_front.jsonl": [(1, [user([IMAGE, text("Is it asleep?")])], [assistant("Yes.")], True, None, None)],
     "weights.jsonl": [(1, "2+2?", " 4", True, None, None)],
 }
 
@@ -172,6 +204,9 @@ def test_every_sample_is_known_here_and_every_format_has_one():
 def test_sample(name, detected, tmp_path):
     keys, text = blocks("sample")[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+    for file in (CAT, DOG):
+        (tmp_path / file).write_bytes(png(1))
     detected = detected and "detect" not in keys
     records = read_feedback(
         [tmp_path / name],
@@ -182,6 +217,8 @@ def test_sample(name, detected, tmp_path):
     )
     found = [(r.line, r.prompt, r.response, r.desirable, r.tools, r.template_kwargs) for r in records]
     assert found == EXPECTED[name]
+    wanted = [Image(file=str(tmp_path / file)) for file in IMAGES.get(name, [])]
+    assert [[*record.images] for record in records] == [wanted] * len(records)
     assert [record.weight for record in records] == [2.0 if name == "weights.jsonl" else 1.0] * len(records)
 
 

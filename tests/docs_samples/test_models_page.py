@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, family_of
+from nemo_kto.network.families import family_of, model_types
 from nemo_kto.network.quantised import KINDS as QUANTISED
 from tests.generation.test_decoding import BIASED, DENSE, SPARSE
 from tests.integration.assets import KINDS
@@ -34,7 +34,7 @@ ROWS = rows()
 
 
 def test_the_table_is_of_all_families() -> None:
-    assert tuple(sorted(ROWS)) == SUPPORTED_MODEL_TYPES
+    assert tuple(sorted(ROWS)) == model_types()
 
 
 @pytest.mark.parametrize("family", ROWS)

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nemo_kto.errors import ConfigError, KTOError
 from nemo_kto.network import families
-from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, sizes_of_folder
+from nemo_kto.network.families import SUPPORTED_MODEL_TYPES, dimensions_of, model_types, sizes_of_folder
 from nemo_kto.network.family import Family
 from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.network.rotary import RotaryEmbedding, unsupported_fields
 from nemo_kto.network.weight_rules import Piece, expected_shapes, stacked
-from tests.network import tiny_hf
+from tests.network import tiny_hf, tiny_vision
 
 MODELS = tiny_hf.families()
 cases = pytest.mark.parametrize("name", MODELS)
@@ -28,7 +28,9 @@ cases = pytest.mark.parametrize("name", MODELS)
 
 def test_every_file_is_a_family_with_a_model_that_is_tried() -> None:
     files = {file.stem for file in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == set(SUPPORTED_MODEL_TYPES) == {config.model_type for config in MODELS.values()}
+    parts = {config.text_config.model_type for config in tiny_vision.configs().values()}
+    assert files == set(SUPPORTED_MODEL_TYPES) == {config.model_type for config in MODELS.values()} | parts
+    assert set(model_types()) == {config.model_type for config in MODELS.values()}
     for name in files:
         assert isinstance(importlib.import_module(f"{families.__name__}.{name}").FAMILY, Family)
 
@@ -114,6 +116,12 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path, name: str, field: str
     wanted = f"{field} is not supported with the value {value!r} in a model of the architecture "
     wanted += f"{MODELS[name].model_type!r}. [A-Z].*"
     with pytest.raises(ConfigError, match=wanted):
+        load_hf_config(tmp_path)
+
+
+def test_a_language_model_that_transformers_knows_within_a_whole_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_vision.configs()["qwen2_5_vl"].text_config.to_dict()))
+    with pytest.raises(ConfigError, match="a qwen2_5_vl_text is the language model of qwen2_5_vl, and transformers"):
         load_hf_config(tmp_path)
 
 

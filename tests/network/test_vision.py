@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.utils import get_model_config
 
+from nemo_kto.config.schema import OptimConfig
 from nemo_kto.data.batches.packed_rows import Picture
 from nemo_kto.errors import ConfigError
 from nemo_kto.kto.scoring import RowScorer, RowScores, unwrapped
@@ -24,6 +25,7 @@ from nemo_kto.network.vision import Vision, VisionSettings
 from nemo_kto.runtime import parallel
 from nemo_kto.runtime.cpu_megatron import enable_cpu
 from nemo_kto.runtime.layout import Layout
+from nemo_kto.runtime.optimizer import make_optimizer, wrap_for_training
 from nemo_kto.weights.import_hf import import_hf
 from tests.network import tiny_vision
 
@@ -288,3 +290,70 @@ def miscount(source: Path) -> None:
 
 def test_another_number_of_tokens_is_an_error(source: Path, run_ranks: Callable[..., Any]) -> None:
     run_ranks(miscount, 1, source)
+
+
+# training
+
+STEPS = 3
+ADAM: dict[str, Any] = {"lr": 0.02, "betas": [0.8, 0.9], "eps": 1e-2, "weight_decay": 0.0}
+"""With an epsilon beside which the rounding of small gradients is nothing."""
+TRAINED = ("llava_clip", "qwen2_5_vl")
+
+
+def learn(source: Path, layout: str, overlap: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what sees images in each model after some steps in which all of it is trained."""
+    found = {}
+    for name in TRAINED:
+        division = Layout(world_size=dist.get_world_size(), **LAYOUTS[layout])
+        optim = OptimConfig(**ADAM, overlap_grad_sync=overlap, overlap_param_sync=overlap)
+        chunks = wrap_for_training(chunks_of(source / name, division, train="all"), optim)
+        optimizer = make_optimizer(chunks, optim, params_dtype=torch.float32, gradient_clip=0.0)
+        place = parallel.position()
+        shares = torch.tensor(WEIGHTS).split([3, 1])[place.dp_rank :: place.dp_size]
+        scorer = RowScorer(chunks=chunks, place=place, layout=division)
+        for _ in range(STEPS):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            scorer.train(rows_of(source / name), lambda scores, index: _loss(scores, shares[index]))  # noqa: B023
+            optimizer.step()
+        if overlap:
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
+        vision = unwrapped(chunks[0]).vision
+        if vision is not None:
+            found[name] = {vision.source_name(key): each.detach().clone() for key, each in vision.named_parameters()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def learned(source: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return all parameters of transformers' models after those steps of torch's Adam."""
+    found = {}
+    for name in TRAINED:
+        model = tiny_vision.load(source / name)
+        shown = [each for row in tiny_vision.documents(model.config) for each in row]
+        optimizer = torch.optim.Adam(model.parameters(), lr=ADAM["lr"], betas=ADAM["betas"], eps=ADAM["eps"])
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            logps = torch.stack([tiny_vision.whole_logps(model, each) for each in shown])
+            (logps * torch.tensor(WEIGHTS)).sum().backward()
+            optimizer.step()
+        found[name] = {key.removeprefix("model."): each.detach() for key, each in model.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize(("layout", "overlap"), [("TP1", False), ("TP2_SP", False), ("DP2", True), ("CP2", True)])
+def test_steps_of_adam_equal_those_with_transformers(
+    source: Path,
+    learned: dict[str, dict[str, torch.Tensor]],
+    run_ranks: Callable[..., Any],
+    layout: str,
+    overlap: bool,
+) -> None:
+    """Also where a rank has no images, and what is to come of gradients and parameters comes in the background."""
+    for found in run_ranks(learn, world_of(layout), source, layout, overlap):
+        for name in TRAINED:
+            assert len(found[name]) > 10
+            for key, each in found[name].items():
+                torch.testing.assert_close(each, learned[name][key], rtol=0, atol=2e-4)

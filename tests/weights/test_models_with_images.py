@@ -377,6 +377,8 @@ MAGNITUDES_AND_COPIES = {"use_dora": True, "modules_to_save": ["language_model.e
     ("name", "layers", "fields"),
     [
         ("gemma3", None, {}),
+        ("llava", [1, 2], {"rank_pattern": RANKS}),
+        ("qwen2_5_vl", None, {"use_dora": True}),
         ("gemma3", [1, 2], {"rank_pattern": RANKS, "use_dora": True}),
         ("qwen3_5_moe", None, {"rank_pattern": RANKS, **MAGNITUDES_AND_COPIES}),
         ("qwen3_5_moe", [1, 2], {}),

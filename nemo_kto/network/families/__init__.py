@@ -33,10 +33,16 @@ def family_of(hf: Any, source: str | Path = "") -> Family:
     if hf.model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             f"{source or 'The model'}: the architecture {hf.model_type!r} is not supported. "
-            f"Supported are: {', '.join(SUPPORTED_MODEL_TYPES)}; of {' and '.join(parts_of_wholes())} the language "
+            f"Supported are: {', '.join(model_types())}; of {' and '.join(parts_of_wholes())} the language "
             "model."
         )
     return _family(hf.model_type)
+
+
+@functools.cache
+def model_types() -> tuple[str, ...]:
+    """Return the supported architectures of models that are no part of one that sees images."""
+    return tuple(name for name in SUPPORTED_MODEL_TYPES if _family(name).alone)
 
 
 def _family(name: str) -> Family:

@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from nemo_kto.network.families import qwen2
 
-FAMILY = replace(qwen2.LIKE, rotary_sections=True, part_of=("qwen2_5_vl",))
+FAMILY = replace(qwen2.LIKE, rotary_sections=True, alone=False, part_of=("qwen2_5_vl",))

@@ -1,5 +1,6 @@
 """Whatever JSON is in a file, reading it gives records or an error that names the place, and nothing else."""
 
+import base64
 import copy
 import json
 import math
@@ -18,19 +19,36 @@ from nemo_kto.data.reading.labels import parse_label
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, RecordError
 from nemo_kto.data.reading.row_reader import RowReader
 from nemo_kto.errors import DataError
+from tests.data.drawings import png
 
 TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(
-    ["", " ", "user", "assistant", "[", "[]", "{}", "1", "\ud800"]
+    [
+        "",
+        " ",
+        "user",
+        "assistant",
+        "[",
+        "[]",
+        "{}",
+        "1",
+        "\ud800",
+        "image",
+        "<image>",
+        "data:",
+        "file:",
+        "data:;base64,AA==",
+    ]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 # names that the readers look for, so that random objects are looked into
 KEYS = st.sampled_from(["role", "content", "from", "value", "tool_calls", "type", "text", "name"]) | TEXT
+KEYS |= st.sampled_from(["image", "image_url", "url", "path", "base64", "data", "bytes", "source", "index"])
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
 )
 COLUMNS = sorted({column for found in FORMATS.values() for names in found.names.values() for column in names})
 COLUMNS += sorted({name for found in FORMATS.values() for name in found.required})
-COLUMNS += ["system", "tools", "chat_template_kwargs", "input", "history", "score"]
+COLUMNS += ["system", "tools", "chat_template_kwargs", "input", "history", "score", "images", "image"]
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TURNS = [
@@ -40,18 +58,35 @@ TURNS = [
     {"from": "gpt", "value": "a"},
 ]
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+URI = f"data:image/png;base64,{base64.b64encode(png(0)).decode()}"
+SEEN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}, {"type": "image", "image": URI}]}
 REST = {"system": "s", "tools": [{"name": "add"}], "chat_template_kwargs": {"a": 1}}
 VALID: dict[str, dict[str, Any]] = {
     "nemo_aligner": {"prompt": "p", "response": "r", "preference": "chosen", **REST},
     "trl": {
-        "prompt": [USER, CALL, {"role": "tool", "content": "3"}],
+        "prompt": [SEEN, CALL, {"role": "tool", "content": "3"}],
         "completion": [ASSISTANT],
         "label": True,
+        "images": [URI],
         **REST,
     },
-    "halos": {"prompt": [USER], "output": [ASSISTANT], "label": 1, **REST},
+    "halos": {
+        "prompt": [USER],
+        "output": [ASSISTANT],
+        "label": 1,
+        "image": {"bytes": URI[22:], "path": "a.png"},
+        **REST,
+    },
     "halos_pairs": {"prompt": [USER], "output_A": [ASSISTANT], "output_B": [CALL], "label": 0, **REST},
-    "alpaca": {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]], "kto_tag": True, **REST},
+    "alpaca": {
+        "instruction": "i",
+        "input": "x<image>",
+        "output": "o",
+        "history": [["q", "a"]],
+        "kto_tag": True,
+        **REST,
+    }
+    | {"images": [URI]},
     "alpaca_pairs": {"instruction": "i", "input": "x", "chosen": "c", "rejected": "r", "history": [], **REST},
     "messages": {"messages": [USER, {**ASSISTANT, "content": [{"type": "text", "text": "a"}]}], "label": "up", **REST},
     "sharegpt": {"conversations": TURNS, "kto_tag": 0, **REST},
@@ -147,7 +182,14 @@ def check_record(record: FeedbackRecord) -> None:
         assert isinstance(record.response, str) and record.response
         return
     for message in (*record.prompt, *record.response):
-        assert isinstance(message["role"], str) and isinstance(message.get("content", ""), str)
+        assert isinstance(message["role"], str) and isinstance(message.get("content", ""), str | list)
+    lists = [m["content"] for m in record.prompt if isinstance(m.get("content"), list)]
+    shown = [len([part for part in parts if part == {"type": "image"}]) for parts in lists]
+    assert all(shown) and sum(shown) == len(record.images)
+    for part in (part for parts in lists for part in parts if part != {"type": "image"}):
+        assert {*part} == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)
+    assert isinstance(record.response[0].get("content", ""), str)
+    check_text(record.row())
     assert record.prompt[-1]["role"] != "assistant"
     assert [message["role"] for message in record.response] == ["assistant"]
 
