@@ -165,35 +165,6 @@ def documents(config: PretrainedConfig) -> list[list[Shown]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class ShownRow(PackedRow):
-    """A row with images, filled up and divided as rows of text are."""
-
-    def padded(self, multiple: int) -> PackedRow:
-        """See PackedRow."""
-        row = PackedRow.padded(replace(self, rotary_positions=None), multiple)
-        if self.rotary_positions is None:
-            return row
-        missing = len(row.tokens) - len(self.tokens)
-        added = torch.arange(missing).expand(3, -1)
-        return replace(row, rotary_positions=torch.cat([self.rotary_positions, added], dim=1))
-
-    def shard(self, rank: int, size: int) -> PackedRow:
-        """See PackedRow."""
-        row = PackedRow.shard(self, rank, size)
-        if size == 1:
-            return row
-        length = len(row.tokens)
-        start = rank * length
-        if self.rotary_positions is not None:
-            row = replace(row, rotary_positions=self.rotary_positions[:, start : start + length])
-        if self.images is None:
-            return row
-        mine = (self.images.places >= start) & (self.images.places < start + length)
-        own = replace(self.images, places=self.images.places[mine] - start, features=self.images.features[mine])
-        return replace(row, images=own)
-
-
 def row_of(shown: Sequence[Shown], *, counts_grid: bool) -> PackedRow:
     """Return documents as a packed row."""
     row = pack_documents([(each.prompt, each.response) for each in shown])
@@ -206,8 +177,7 @@ def row_of(shown: Sequence[Shown], *, counts_grid: bool) -> PackedRow:
         starts = [first + start for first, each in zip(firsts, shown, strict=False) for start in each.starts]
         images = RowImages(pictures, places, torch.arange(len(places)), tuple(starts))
     rotary = torch.cat([positions_of(each) for each in shown], dim=1) if counts_grid and pictures else None
-    fields = {name: getattr(row, name) for name in PackedRow.__dataclass_fields__}
-    return ShownRow(**{**fields, "images": images, "rotary_positions": rotary})
+    return replace(row, images=images, rotary_positions=rotary)
 
 
 def positions_of(shown: Shown) -> torch.Tensor:
