@@ -324,11 +324,13 @@ class KTOBatch:
         return self._rows(self.kl_samples, self.kl_row_sizes, self.kl_pairs)
 
     def _rows(self, documents: list[Document], sizes: list[int], pairs: Tensor) -> list[PackedRow]:
+        parts = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+        if not self.images:
+            return [pack_documents(documents[start:end]) for start, end in parts]
         pictures = [self.images.get(record, ()) for record in pairs[:, 0].tolist()]
-        ends = list(itertools.accumulate(sizes, initial=0))
         return [
             pack_documents(documents[start:end], pictures[start:end], image_token_id=self.image_token_id)
-            for start, end in itertools.pairwise(ends)
+            for start, end in parts
         ]
 
 
