@@ -223,6 +223,7 @@ RUN = (
     "docs/coming_from/trl.md",
     "docs/evaluation.md",
     "docs/get_started.md",
+    "docs/images.md",
     "docs/lora.md",
     "docs/plan.md",
     "docs/reference.md",
