@@ -126,7 +126,7 @@ def write_feedback(file: Path, *, number: int, seed: int) -> Path:
         return " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
 
     with file.open("w") as stream:
-        for index in range(number):
+        for _ in range(number):
             kind = generator.choice(["none", "one", "two", "later"])
             shown = [f"images/{generator.randrange(len(SIZES))}.png" for _ in range(2)]
             first = {"none": [], "two": shown}.get(kind, shown[:1])
