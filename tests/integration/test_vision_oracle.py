@@ -36,7 +36,7 @@ CASES = [
     ("gemma3", "none"),
     ("gemma3", "all"),
 ]
-QUICK = [("qwen2_5_vl", "all"), ("llava_siglip", "projector"), ("gemma3", "none")]
+QUICK = [*CASES[:3], ("llava_clip", "all"), ("gemma3", "all")]
 LAYOUTS = {"tp2": TP2, "tp2sp": SP2, "pp2": PP2, "cp2": CP2, "dp2": {}}
 QUICK_LAYOUTS = [("qwen2_5_vl", "tp2sp"), ("qwen2_5_vl", "cp2"), ("llava_clip", "dp2"), ("gemma3", "pp2")]
 PROJECTORS = ("multi_modal_projector.", "visual.merger.")
@@ -178,7 +178,12 @@ def test_the_parts_differ(compared: Callable[..., tuple[dict[str, dict[int, floa
 
 @pytest.mark.parametrize(
     ("mode", "trained"),
-    [("cpu_swap", "none"), pytest.param("resident", "all", marks=pytest.mark.slow), ("cached", "none")],
+    [
+        ("cpu_swap", "none"),
+        pytest.param("resident", "projector", marks=pytest.mark.slow),
+        pytest.param("resident", "all", marks=pytest.mark.slow),
+        ("cached", "none"),
+    ],
 )
 def test_another_reference_has_eyes_of_its_own(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any], mode: str, trained: str

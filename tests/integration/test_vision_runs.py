@@ -136,7 +136,7 @@ def test_a_cache_made_of_other_images_is_refused(
 # stops and kills
 
 
-@pytest.mark.parametrize("trained", ["none", "all"])
+@pytest.mark.parametrize("trained", [pytest.param("none", marks=pytest.mark.slow), "all"])
 def test_a_stopped_run_goes_on_exactly(run: Callable[..., tuple[Path, Series]], tmp_path: Path, trained: str) -> None:
     """Every number that is logged, to the last bit."""
     changes = {**CONSTANT, **TRAINED[trained]}
@@ -178,7 +178,7 @@ def test_a_run_goes_on_under_another_layout(run: Callable[..., tuple[Path, Serie
 # what comes of it
 
 
-@pytest.mark.parametrize("trained", ["none", "all"])
+@pytest.mark.parametrize("trained", [pytest.param("none", marks=pytest.mark.slow), "all"])
 def test_evaluation_says_what_training_and_transformers_say(
     root: Path, run: Callable[..., tuple[Path, Series]], run_ranks: Callable[..., Any], trained: str
 ) -> None:
