@@ -46,10 +46,12 @@ class DecodedImage:
     Attributes:
         pixels: Upright, in red, green and blue.
         frames: How many the file has; `pixels` are the first.
+        deep: Whether it has more shades of grey than 256, of which `pixels` have the darkest, and white for others.
     """
 
     pixels: Pixels
     frames: int
+    deep: bool = False
 
 
 def bytes_of(image: Image) -> bytes:
@@ -97,6 +99,7 @@ def decoded(data: bytes) -> DecodedImage:
             with pillow.open(BytesIO(data), formats=FORMATS) as opened:
                 _check_size(*opened.size)
                 frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)  # MPO: a photo with previews
+                deep = opened.mode.startswith(("I", "F"))  # 16 bits, 32 bits, floating point
                 opened.load()
                 pixels = ImageOps.exif_transpose(opened).convert("RGB")
     except ImageError:
@@ -107,7 +110,7 @@ def decoded(data: bytes) -> DecodedImage:
         raise ImageError(f"has more than {MAX_PIXELS} pixels. Make it smaller.") from error
     except Exception as error:  # the readers of the kinds of files raise anything
         raise ImageError(f"cannot be decoded ({printable(' '.join(str(error).split())).rstrip('.')}).") from error
-    return DecodedImage(pixels, frames)
+    return DecodedImage(pixels, frames, deep)
 
 
 def thumbnail(data: bytes) -> str:
