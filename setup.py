@@ -52,6 +52,7 @@ setup(
         "nemo_toolkit[common-only,core]>=3.0.0,<4",
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
+        "pillow>=10",
         "pyarrow>=15",
         "xxhash>=3.0",
         "psutil",  # Megatron-Core's checkpoint writer waits for ever without it

@@ -198,7 +198,9 @@ class Vision(torch.nn.Module):
         """Forget what was kept if the frozen parameters have other contents since: those of a reference."""
         if self._train == "all":
             return
-        frozen = tuple((each.data_ptr(), each._version) for each in self.parameters() if not each.requires_grad)
+        frozen = tuple(
+            (each.untyped_storage()._cdata, each._version) for each in self.parameters() if not each.requires_grad
+        )
         if frozen != self._kept_of:
             self.forget()
             self._kept_of = frozen

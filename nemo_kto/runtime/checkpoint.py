@@ -411,8 +411,9 @@ def sharding_metadata() -> dict[str, Any]:
 def sharded_trained(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state dict of what is trained of a Megatron model: frozen weights never change."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if len(trained) < sum(1 for _ in model.named_parameters()):
-        # with a name for each layer: not every layer need have trained parameters
+    if any(name.startswith("decoder.") and name not in trained for name, _ in model.named_parameters()):
+        # with a name for each layer: not every layer need have trained parameters. All stages have to agree, and what
+        # sees images, frozen or in part, is on the first alone.
         metadata = {**metadata, "non_homogeneous_layers": True}
     named: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
     # only tensors: what else Megatron's layers would keep (`_extra_state`) is pickled, and says nothing here

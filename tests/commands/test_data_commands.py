@@ -265,3 +265,12 @@ def test_impossible_options(run: Any, tmp_path: Path, option: list[str], message
     path = write(tmp_path / "a.jsonl", *ROWS)
     code, _, error = run("check", path, "--tokenizer", MODEL, *option)
     assert code == 1 and error.startswith("error: ") and message in error
+
+
+def test_special_tokens_that_stand_for_an_image_are_counted_not_shown():
+    from nemo_kto.commands.data import _visible
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    tokens = [user, *[end] * 1300, user, user, user, *tokenizer("What", add_special_tokens=False)["input_ids"]]
+    assert str(_visible(tokens, tokenizer, "cyan")) == "<|user|><|end|> x 1,300<|user|><|user|><|user|>What"

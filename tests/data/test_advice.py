@@ -17,8 +17,10 @@ import pytest
 
 from nemo_kto.config.compose import load_config
 from nemo_kto.data.reading.paths import quoted
+from nemo_kto.data.reading.records import FeedbackRecord, Image
 from nemo_kto.data.reading.settling import SAMPLE
 from nemo_kto.data.tokens import cache
+from nemo_kto.data.tokens.rendering import Renderer
 from nemo_kto.errors import KTOError
 from nemo_kto.runs.data import read_data
 from tests.data.conftest import train_byte_level
@@ -83,6 +85,15 @@ def no_eos(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
 def no_system(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
+
+
+def an_image(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """A system message that shows an image, and nobody who looks at it."""
+    content = [{"type": "image"}, {"type": "text", "text": "s"}]
+    prompt = [{"role": "system", "content": content}, user("hello")]
+    record = FeedbackRecord(prompt, [assistant("world")], True, "f", 1, images=(Image(data=b""),))
+    monkeypatch.setattr(cache, "parse_chunk", lambda chunk: [record])
+    monkeypatch.setattr(Renderer, "see", lambda *_: ())
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -175,6 +186,9 @@ CASES = {
     ),
     "special tokens in an answer": Case(
         [SPOKEN | {"completion": [assistant("</s> world")]}], "that an assistant's message spells"
+    ),
+    "an image in a message that is dropped": Case(
+        [WITH_SYSTEM], "left out, has an image", given=["model.data.system=drop"], prepare=an_image
     ),
     "all too long": Case([TEXT], "Raise model.data.seq_length", fill=["64"], given=["model.data.seq_length=2"]),
 }

@@ -178,7 +178,7 @@ def test_shipped_model_is_right_half_of_the_time(scripts: dict[str, ModuleType],
     before = scripts["run"].evaluate(VISION / "model", pictures, asked)
     right, wrong = before.shares.values()
     assert 0.4 <= right <= 0.6 and 0.4 <= wrong <= 0.6
-    assert right + wrong >= 0.97
+    assert right + wrong >= 0.95
 
 
 def test_shipped_model_sees_which_colour_is_whose(scripts: dict[str, ModuleType], data: Path) -> None:

@@ -129,13 +129,17 @@ class RecordingTrainer(KTOTrainer):
         """Assert that the samples come in the order of the data, and that their rewards are those that TRL logs."""
         desirable = inputs["label"].bool()
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
-            record = self.train_dataset[self._num_seen % NUM_RECORDS]
-            assert ids[mask].tolist() == record["prompt_ids"] + record["completion_ids"], self._num_seen
+            assert ids[mask].tolist() == self.ids_of(self._num_seen % len(self.train_dataset)), self._num_seen
             self._num_seen += 1
         for name, members in (("chosen", desirable), ("rejected", ~desirable)):
             if members.any():
                 logged = self._metrics["train"][f"rewards/{name}"][-1]
                 assert abs(rewards[members].mean().item() - logged) < 1e-6, (name, rewards, logged)
+
+    def ids_of(self, index: int) -> list[int]:
+        """Return the tokens of a record, prompt and completion."""
+        record = self.train_dataset[index]
+        return list(record["prompt_ids"] + record["completion_ids"])
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log as TRL does, and put a step's micro-batches together."""
@@ -155,25 +159,25 @@ class RecordingTrainer(KTOTrainer):
         )
 
 
-def train(case: dict[str, Any], output: str) -> RecordingTrainer:
-    """Return a trainer that has taken all steps; `case` is one of `CASES`."""
-    arguments = KTOConfig(
+def arguments_of(case: dict[str, Any], output: str, settings: dict[str, Any]) -> KTOConfig:
+    """Return what TRL is told of a case."""
+    return KTOConfig(
         output_dir=output,
         loss_type=case["loss_type"],
-        beta=SETTINGS["beta"],
+        beta=settings["beta"],
         desirable_weight=case["desirable_weight"],
-        undesirable_weight=SETTINGS["undesirable_weight"],
+        undesirable_weight=settings["undesirable_weight"],
         per_device_train_batch_size=case["micro_batch_size"],
         gradient_accumulation_steps=case["global_batch_size"] // case["micro_batch_size"],
-        max_steps=SETTINGS["steps"],
-        learning_rate=SETTINGS["learning_rate"],
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        adam_beta1=SETTINGS["betas"][0],
-        adam_beta2=SETTINGS["betas"][1],
-        adam_epsilon=SETTINGS["eps"],
-        weight_decay=SETTINGS["weight_decay"],
-        max_grad_norm=SETTINGS["max_grad_norm"],
+        adam_beta1=settings["betas"][0],
+        adam_beta2=settings["betas"][1],
+        adam_epsilon=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
         train_sampling_strategy="sequential",
         model_init_kwargs={"dtype": "float32"},
         bf16=False,
@@ -184,6 +188,11 @@ def train(case: dict[str, Any], output: str) -> RecordingTrainer:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def train(case: dict[str, Any], output: str) -> RecordingTrainer:
+    """Return a trainer that has taken all steps; `case` is one of `CASES`."""
+    arguments = arguments_of(case, output, SETTINGS)
     records = [json.loads(line) for line in FEEDBACK.read_text().splitlines()]
     trainer = RecordingTrainer(model=str(MODEL), args=arguments, train_dataset=Dataset.from_list(records))
     trainer.train()
@@ -220,12 +229,17 @@ def main() -> None:
         name = "{loss_type}-{micro_batch_size}of{global_batch_size}-{desirable_weight}".format(**case)
         runs.append((name, {**case, "steps": trainer.steps}))
         trainers.append(trainer)
+    write_series(SERIES, SETTINGS, tokens_of(trainers), dict(runs))
+
+
+def write_series(file: Path, settings: dict[str, Any], tokens: dict[str, Any], runs: dict[str, Any]) -> None:
+    """Write what was kept of all runs, one in a line."""
     versions = {package.__name__: package.__version__ for package in (trl, transformers, torch)}
-    head = {"versions": {**versions, "python": platform.python_version()}, "settings": SETTINGS}
+    head = {"versions": {**versions, "python": platform.python_version()}, "settings": settings, "tokens": tokens}
     parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    parts.append(f'"tokens": {json.dumps(tokens_of(trainers))}')
-    parts.append('"runs": {\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs) + "\n}")
-    SERIES.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
+    parts.append('"runs": {\n' + ",\n".join(lines) + "\n}")
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Pair:
         reference: The reference's model; None for the policy's.
         adapter: PEFT adapter that the policy is given to train.
         reference_adapter: One that the reference has.
+        auto: What reads a model's folder.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Pair:
         reference: Path | None = None,
         adapter: Path | None = None,
         reference_adapter: Path | None = None,
+        auto: Any = AutoModelForCausalLM,
     ) -> None:
         self.policy, self.reference = (
-            AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+            auto.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
             for place in (folder, reference or folder)
         )
         if adapter is not None:
@@ -93,11 +96,13 @@ class Pair:
         self.average = average
         self.kl_group = kl_group
 
+    def log_prob(self, model: torch.nn.Module, document: Any) -> torch.Tensor:
+        return log_prob(model, document, average=self.average)
+
     def ratios(self, documents: list[Document]) -> torch.Tensor:
         return torch.stack(
             [
-                log_prob(self.policy, document, average=self.average)
-                - log_prob(self.reference, document, average=self.average).detach()
+                self.log_prob(self.policy, document) - self.log_prob(self.reference, document).detach()
                 for document in documents
             ]
         )
@@ -175,10 +180,23 @@ def oracle(
     A run of fewer `steps` than usual is not validated.
     """
     pair = Pair(root / model, average=average, kl_group=kl_group, **folders)
-    policy = pair.policy
-    balance = LoadBalance(policy) if aux_coeff else None
     group_size = kl_group if kl_group < GLOBAL_BATCH_SIZE else None
     training, validation = batches(root, kl_fraction=kl_fraction, kl_group_size=group_size)
+    series = train(pair, training[:steps], class_mean=class_mean, aux_coeff=aux_coeff, sync=sync)
+    return series if steps < STEPS else series | validate(pair, validation, class_mean=class_mean)
+
+
+def train(
+    pair: Pair,
+    training: Sequence[Any],
+    *,
+    class_mean: bool = False,
+    aux_coeff: float = 0.0,
+    sync: tuple[int, float] | None = None,
+) -> dict[str, list[float]]:
+    """Take a step for each batch, and return the series; of the policy what wants gradients is trained."""
+    policy, steps = pair.policy, len(training)
+    balance = LoadBalance(policy) if aux_coeff else None
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     # biases of several experts are vectors that one tensor holds
     vectors = [p for name, p in trained if p.dim() == 1 or name.endswith("_bias")]
@@ -189,7 +207,7 @@ def oracle(
         eps=EPS,
     )
     series: dict[str, list[float]] = {name: [] for name in NAMES}
-    for step, batch in enumerate(training[:steps]):
+    for step, batch in enumerate(training):
         losses, r, z = pair.losses(batch, len(batch.samples))
         good = batch.desirable
         loss = losses[good].mean() + losses[~good].mean() if class_mean else losses.mean()
@@ -212,7 +230,7 @@ def oracle(
         values = (loss, z.mean(), BETA * r[good].mean(), BETA * r[~good].mean(), norm)
         for name, value in zip(NAMES, values, strict=True):
             series[name].append(value.item())
-    return series if steps < STEPS else series | validate(pair, validation, class_mean=class_mean)
+    return series
 
 
 def validate(pair: Pair, validation: list[KTOBatch], *, class_mean: bool) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -24,6 +25,15 @@ from transformers import (
 )
 
 from nemo_kto.data.batches.packed_rows import PackedRow, Picture, RowImages, pack_documents
+from nemo_kto.kto.scoring import RowScorer, RowScores
+from nemo_kto.network.gpt import KTOGPTModel, build_gpt
+from nemo_kto.network.hf_config import load_hf_config, whole_config
+from nemo_kto.network.megatron_config import Recompute
+from nemo_kto.network.vision import VisionSettings
+from nemo_kto.runtime import parallel
+from nemo_kto.runtime.cpu_megatron import enable_cpu
+from nemo_kto.runtime.layout import Layout
+from nemo_kto.weights.import_hf import import_hf
 from tests.network import tiny_hf
 
 IMAGE = 3
@@ -155,35 +165,6 @@ def documents(config: PretrainedConfig) -> list[list[Shown]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class ShownRow(PackedRow):
-    """A row with images, filled up and divided as rows of text are."""
-
-    def padded(self, multiple: int) -> PackedRow:
-        """See PackedRow."""
-        row = PackedRow.padded(replace(self, rotary_positions=None), multiple)
-        if self.rotary_positions is None:
-            return row
-        missing = len(row.tokens) - len(self.tokens)
-        added = torch.arange(missing).expand(3, -1)
-        return replace(row, rotary_positions=torch.cat([self.rotary_positions, added], dim=1))
-
-    def shard(self, rank: int, size: int) -> PackedRow:
-        """See PackedRow."""
-        row = PackedRow.shard(self, rank, size)
-        if size == 1:
-            return row
-        length = len(row.tokens)
-        start = rank * length
-        if self.rotary_positions is not None:
-            row = replace(row, rotary_positions=self.rotary_positions[:, start : start + length])
-        if self.images is None:
-            return row
-        mine = (self.images.places >= start) & (self.images.places < start + length)
-        own = replace(self.images, places=self.images.places[mine] - start, features=self.images.features[mine])
-        return replace(row, images=own)
-
-
 def row_of(shown: Sequence[Shown], *, counts_grid: bool) -> PackedRow:
     """Return documents as a packed row."""
     row = pack_documents([(each.prompt, each.response) for each in shown])
@@ -196,8 +177,7 @@ def row_of(shown: Sequence[Shown], *, counts_grid: bool) -> PackedRow:
         starts = [first + start for first, each in zip(firsts, shown, strict=False) for start in each.starts]
         images = RowImages(pictures, places, torch.arange(len(places)), tuple(starts))
     rotary = torch.cat([positions_of(each) for each in shown], dim=1) if counts_grid and pictures else None
-    fields = {name: getattr(row, name) for name in PackedRow.__dataclass_fields__}
-    return ShownRow(**{**fields, "images": images, "rotary_positions": rotary})
+    return replace(row, images=images, rotary_positions=rotary)
 
 
 def positions_of(shown: Shown) -> torch.Tensor:
@@ -228,3 +208,65 @@ def whole_logps(model: Any, shown: Shown) -> torch.Tensor:
         inputs[of_model[model.config.model_type]] = kinds
     logits = model(input_ids=tokens, **inputs).logits[0, len(shown.prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, shown.response[:, None]).sum()
+
+
+# ours
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": {"tensor": 2},
+    "TP2_SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "PP2_VPP2": {"pipeline": 2, "virtual": 2},
+    "CP2": {"context": 2},
+    "DP2": {},
+}
+WEIGHTS = (1.0, -0.6, 0.4, 0.7)
+"""What the log-probs of the four documents are multiplied with for the loss."""
+
+
+def world_of(layout: str) -> int:
+    """Return how many ranks a layout has."""
+    return 1 if layout == "TP1" else 2
+
+
+def chunks_of(
+    folder: Path, layout: Layout, *, train: str = "none", recompute: bool = False, unfused: bool = False
+) -> list[KTOGPTModel]:
+    """Build this rank's chunks and read their weights."""
+    enable_cpu()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel.initialize(layout, seed=1)
+    whole = whole_config(folder)
+    assert whole is not None
+    again = Recompute(granularity="full", method="uniform", num_layers=1) if recompute else None
+    chunks = []
+    for number in range(layout.virtual):
+        vision = VisionSettings(config=whole, train=train)
+        model = build_gpt(
+            load_hf_config(folder), layout, chunk=number, vision=vision, recompute=again, unfused=unfused
+        )
+        import_hf(model, folder)
+        chunks.append(model)
+    return chunks
+
+
+def rows_of(folder: Path) -> list[Any]:
+    """Return the packed rows, two; of them this rank's share."""
+    config, place = whole_config(folder), parallel.position()
+    assert config is not None
+    rows = [row_of(shown, counts_grid=config.model_type == "qwen2_5_vl") for shown in documents(config)]
+    return rows[place.dp_rank :: place.dp_size]
+
+
+def logps_of(folder: Path, chunks: list[KTOGPTModel], layout: Layout) -> torch.Tensor | None:
+    """Return the log-probs of this rank's documents; None except on the last stage."""
+    return RowScorer(chunks=chunks, place=parallel.position(), layout=layout).score(rows_of(folder))
+
+
+def loss_of(scores: RowScores, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probs of a row's documents times their `WEIGHTS`, summed; for `RowScorer.train`."""
+    place = parallel.position()
+    weights = torch.tensor(WEIGHTS).split([3, 1])[place.dp_rank :: place.dp_size]
+    return (scores.logps * weights[index]).sum(), scores.logps.detach()

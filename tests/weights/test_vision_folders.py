@@ -23,7 +23,7 @@ from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights import import_hf as importing
 from nemo_kto.weights.export_hf import export_hf
 from nemo_kto.weights.import_hf import check_weights
-from tests.network import test_vision, tiny_hf, tiny_vision
+from tests.network import tiny_hf, tiny_vision
 from tests.weights import test_models_with_images as wholes
 
 MODELS = tuple(tiny_vision.configs())
@@ -45,9 +45,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(source: Path, results: Path, layout: str) -> None:
     """Read each model with its frozen eyes, and write it."""
-    division = Layout(world_size=dist.get_world_size(), **test_vision.LAYOUTS[layout])
+    division = Layout(world_size=dist.get_world_size(), **tiny_vision.LAYOUTS[layout])
     for folder in sorted(source.iterdir()):
-        chunks = test_vision.chunks_of(folder, division)
+        chunks = tiny_vision.chunks_of(folder, division)
         for chunk in chunks:
             assert not any(leaf.key.startswith(VISION_PREFIX) for leaf in sharded_leaves(chunk))
         export_hf(chunks, load_hf_config(folder), results / layout / folder.name, source_folder=folder)
@@ -55,12 +55,12 @@ def convert(source: Path, results: Path, layout: str) -> None:
 
 def train(source: Path, results: Path, layout: str, trained: str, dtype: torch.dtype | None) -> list[torch.Tensor]:
     """Change what is trained, as training does; write each model, and return the log-probs with it."""
-    division = Layout(world_size=dist.get_world_size(), **test_vision.LAYOUTS[layout])
+    division = Layout(world_size=dist.get_world_size(), **tiny_vision.LAYOUTS[layout])
     found = []
     for name in MODELS:
         for naming in NAMINGS:
             folder = source / f"{name}{naming}"
-            chunks = test_vision.chunks_of(folder, division, train=trained)
+            chunks = tiny_vision.chunks_of(folder, division, train=trained)
             generator = torch.Generator().manual_seed(5)
             for chunk in chunks:
                 if chunk.vision is None:
@@ -74,7 +74,7 @@ def train(source: Path, results: Path, layout: str, trained: str, dtype: torch.d
             target = results / f"{name}{naming}"
             export_hf(chunks, load_hf_config(folder), target, source_folder=folder, dtype=dtype)
             if not naming:
-                found.append(test_vision.logps_of(folder, chunks, division))
+                found.append(tiny_vision.logps_of(folder, chunks, division))
     return found
 
 
@@ -85,7 +85,7 @@ def train(source: Path, results: Path, layout: str, trained: str, dtype: torch.d
 def test_what_is_frozen_is_written_bit_by_bit(
     source: Path, tmp_path: Path, run_ranks: Callable[..., Any], layout: str
 ) -> None:
-    run_ranks(convert, test_vision.world_of(layout), source, tmp_path, layout)
+    run_ranks(convert, tiny_vision.world_of(layout), source, tmp_path, layout)
     for folder in source.iterdir():
         back = tmp_path / layout / folder.name
         for file in folder.glob("*.safetensors"):
@@ -99,7 +99,7 @@ def test_transformers_loads_what_was_trained(
     source: Path, tmp_path: Path, run_ranks: Callable[..., Any], layout: str, trained: str
 ) -> None:
     """All that is trained has changed, nothing else, and log-probs are ours."""
-    ranks = run_ranks(train, test_vision.world_of(layout), source, tmp_path, layout, trained, None)
+    ranks = run_ranks(train, tiny_vision.world_of(layout), source, tmp_path, layout, trained, None)
     last = ranks[-1]
     for index, name in enumerate(MODELS):
         for naming in NAMINGS:

@@ -17,6 +17,14 @@ from nemo_kto.data.tokens.tokenization import TokenizedSample
 from nemo_kto.errors import DataError
 
 
+class UnreadableImageError(DataError):
+    """An image that could be read when its tokens were made, and cannot now."""
+
+    def __init__(self, message: str) -> None:
+        """Keeps the sentence: of an error in a worker, torch makes another one with a whole traceback as message."""
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 @dataclass(frozen=True, slots=True)
 class KTOItem:
     """A document of a batch.
@@ -109,7 +117,9 @@ class KTODataset(Dataset[KTOItem]):
         try:
             return Picture(image.key, image.num_tokens, image.grid, self._images.inputs(image.read()))
         except ImageError as error:  # its bytes are those that could be decoded before
-            raise DataError(f"The image {image.place} {error}") from error
+            raise UnreadableImageError(f"The image {image.place} {error}") from error
+        except DataError as error:
+            raise UnreadableImageError(str(error)) from error
 
 
 def picture_of(image: SeenImage, reader: ImageReader) -> Picture:

@@ -40,6 +40,11 @@ class Picture:
     grid: tuple[int, int] | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as bytes, see `KTOBatch`."""
+        inputs = {name: of.numpy() for name, of in self.inputs.items()}
+        return _picture_from_numbers, (self.key, self.num_tokens, self.grid, inputs)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImages:
@@ -302,9 +307,8 @@ class KTOBatch:
         lengths = [part.numel() for part in parts]
         others = {field.name: getattr(self, field.name) for field in fields(self)}
         numbers = {name: other.numpy() for name, other in others.items() if isinstance(other, Tensor)}
-        images = _flat_pictures(self.images), self.image_token_id
-        sizes = self.row_sizes, self.kl_row_sizes
-        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *sizes, numbers, *images)
+        rest = self.row_sizes, self.kl_row_sizes, numbers, self.images, self.image_token_id
+        return _batch_from_flat, (torch.cat(parts).numpy(), lengths, *rest)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "KTOBatch":
         """The batch with labels and weights on `device` (Lightning calls this); rows move one by one when scored."""
@@ -328,10 +332,6 @@ class KTOBatch:
         ]
 
 
-_FlatPictures = tuple[list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], dict[int, list[int]]]
-"""Pictures as (key, number of tokens, grid, inputs), and record -> the numbers of those it shows."""
-
-
 def _uploaded(owner: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
     return dict(zip(names, upload([getattr(owner, name) for name in names], device), strict=True))
 
@@ -342,7 +342,7 @@ def _batch_from_flat(
     row_sizes: list[int],
     kl_row_sizes: list[int],
     numbers: dict[str, np.ndarray],
-    images: _FlatPictures,
+    images: dict[int, tuple[Picture, ...]],
     image_token_id: int | None,
 ) -> KTOBatch:
     parts = torch.split(torch.from_numpy(tokens), lengths)
@@ -355,27 +355,12 @@ def _batch_from_flat(
         row_sizes,
         kl_row_sizes,
         **tensors,
-        images=_pictures_from_flat(*images),
+        images=images,
         image_token_id=image_token_id,
     )
 
 
-def _flat_pictures(images: dict[int, tuple[Picture, ...]]) -> _FlatPictures:
-    """Each picture once, with numbers for its tensors, and which of them each record shows."""
-    distinct = {id(picture): picture for shown in images.values() for picture in shown}
-    numbers = {name: number for number, name in enumerate(distinct)}
-    flat = [
-        (picture.key, picture.num_tokens, picture.grid, {name: of.numpy() for name, of in picture.inputs.items()})
-        for picture in distinct.values()
-    ]
-    return flat, {record: [numbers[id(picture)] for picture in shown] for record, shown in images.items()}
-
-
-def _pictures_from_flat(
-    flat: list[tuple[int, int, tuple[int, int] | None, dict[str, np.ndarray]]], shown: dict[int, list[int]]
-) -> dict[int, tuple[Picture, ...]]:
-    pictures = [
-        Picture(key, number, grid, {name: torch.from_numpy(of) for name, of in inputs.items()})
-        for key, number, grid, inputs in flat
-    ]
-    return {record: tuple(pictures[number] for number in numbers) for record, numbers in shown.items()}
+def _picture_from_numbers(
+    key: int, num_tokens: int, grid: tuple[int, int] | None, inputs: dict[str, np.ndarray]
+) -> Picture:
+    return Picture(key, num_tokens, grid, {name: torch.from_numpy(of) for name, of in inputs.items()})

@@ -326,8 +326,7 @@ def instructed(messages: Messages, system: SystemPrompts) -> Messages:
             waiting.append(message.get("content", ""))
             if system == "drop" and images_in([message]):
                 raise RecordError(
-                    f"the {message['role']} message, which model.data.system=drop leaves out, has an image. Set "
-                    "model.data.system=keep, or merge_into_user."
+                    f"the {message['role']} message, which is left out, has an image. Set model.data.system=keep."
                 )
         elif message["role"] == "user" and system == "merge_into_user" and waiting:
             kept.append({**message, "content": joined([*waiting, message.get("content", "")])})

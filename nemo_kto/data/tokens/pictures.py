@@ -168,6 +168,25 @@ class ImageReader:
         assert rows * columns == number, (rows, columns, number)
         return Stand(text, number, rows, columns)
 
+    def put_into(self, text: str, images: Sequence[SeenImage]) -> str:
+        """Returns what a chat template wrote of a prompt, with what is shown of each image in its place.
+
+        Raises:
+            RecordError: It has not as many places for images.
+        """
+        pieces = text.split(self.placeholder)
+        if len(pieces) == 1:
+            raise RecordError(
+                f"the chat template writes nothing for an image, where {self.placeholder} is expected. Use the "
+                "template of the model's processor, in chat_template.jinja or chat_template.json."
+            )
+        if len(pieces) != len(images) + 1:
+            raise RecordError(
+                f"the chat template writes {self.placeholder} {len(pieces) - 1} times for {len(images)} images."
+            )
+        shown = [image.stand.text for image in images]
+        return "".join(part for pair in zip(pieces, [*shown, ""], strict=True) for part in pair)
+
     def inputs(self, data: bytes) -> dict[str, Tensor]:
         """Returns what the model's vision tower takes of an image: name -> `[k, ...]`.
 

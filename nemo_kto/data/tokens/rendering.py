@@ -179,8 +179,7 @@ class Renderer:
         if self._images is None:
             raise RecordError(
                 "the record has an image, and this model takes none here: models that are trained on images are those "
-                "of Qwen2.5-VL, LLaVA and Gemma 3. Take such records out of the data, or set "
-                "model.data.on_bad_record=skip."
+                "of Qwen2.5-VL, LLaVA and Gemma 3. Take such records out of the data."
             )
         return self._images.look_at(images)
 
@@ -240,22 +239,7 @@ class Renderer:
 
     def _with_images(self, text: str, images: Sequence[SeenImage]) -> str:
         """What a chat template wrote, with what the model's processor shows of each image."""
-        if not images:
-            return text
-        assert self._images is not None
-        placeholder = self._images.placeholder
-        pieces = text.split(placeholder)
-        if len(pieces) == 1:
-            raise RecordError(
-                f"the chat template writes nothing for an image, where {placeholder} is expected. Use the template "
-                "of the model's processor, in chat_template.jinja or chat_template.json."
-            )
-        if len(pieces) != len(images) + 1:
-            raise RecordError(
-                f"the chat template writes {placeholder} {len(pieces) - 1} times for {len(images)} images."
-            )
-        stands = [image.stand.text for image in images]
-        return "".join(part for pair in zip(pieces, [*stands, ""], strict=True) for part in pair)
+        return text if self._images is None or not images else self._images.put_into(text, images)
 
     def _conversation(self, conversation: Messages, record: FeedbackRecord, images: tuple[SeenImage, ...]) -> Text:
         messages, tools, variables, marker = self._given(conversation, record.tools, record.template_kwargs, images)

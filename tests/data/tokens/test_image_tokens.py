@@ -239,7 +239,7 @@ def test_a_system_message_with_an_image_is_not_dropped(families):
     family = families("qwen2_5_vl")
     prompt = [{"role": "system", "content": shows("Look.")}, {"role": "user", "content": "question"}]
     record = replace(picture_record([png(30, 20)]), prompt=prompt)
-    assert "model.data.system=drop leaves out, has an image" in family.encode(record, system="drop").reason
+    assert "which is left out, has an image. Set" in family.encode(record, system="drop").reason
     merged = family.tokenizer.decode(family.encode(record, system="merge_into_user").prompt)
     assert "<|vision_end|>Look.\n\nquestion<|im_end|>" in merged
 

@@ -65,9 +65,7 @@ def command_of(log_dir: Path, layout: str) -> list[str]:
         log_dir: Folder of the run's logs, checkpoints and exported model.
         layout: Override that says how the two processes share the model.
     """
-    return shared.training_command(
-        MODEL_FOLDER, DATA_FOLDER, log_dir, layout=[layout], learning_rate="2e-4", max_new_tokens=24
-    )
+    return shared.training_command(MODEL_FOLDER, DATA_FOLDER, log_dir, layout=[layout], steps=40, learning_rate="2e-4")
 
 
 def print_what_next(results: Path) -> None:

@@ -86,7 +86,7 @@ def prepare_results(folder: Path, default: Path) -> None:
 
 
 def training_command(
-    model: Path, data: Path, log_dir: Path, *, layout: list[str], learning_rate: str, max_new_tokens: int
+    model: Path, data: Path, log_dir: Path, *, layout: list[str], steps: int, learning_rate: str
 ) -> list[str]:
     """Returns the training command: the ordinary entry point on two CPU processes, and what suits so small a model.
 
@@ -95,8 +95,8 @@ def training_command(
         data: Folder of train.jsonl and validation.jsonl.
         log_dir: Folder of the run's logs, checkpoints and exported model.
         layout: Overrides that say how the two processes share the model.
+        steps: How many; validation is in the middle and at the end.
         learning_rate: As it is written.
-        max_new_tokens: Of each of the answers that the run shows.
     """
     train, validation = (in_repository(data / name) for name in ("train.jsonl", "validation.jsonl"))
     return [
@@ -109,12 +109,12 @@ def training_command(
         *layout,
         "model.global_batch_size=32",
         "model.micro_batch_size=32",
-        "trainer.kto.max_steps=40",
-        "trainer.kto.val_check_interval=20",
+        f"trainer.kto.max_steps={steps}",
+        f"trainer.kto.val_check_interval={steps // 2}",
         "model.kto.ref_policy_kl_penalty=0.5",
         f"model.optim.lr={learning_rate}",
         "generation.num_prompts=4",
-        f"generation.max_new_tokens={max_new_tokens}",
+        "generation.max_new_tokens=24",
         f"exp_manager.explicit_log_dir={in_repository(log_dir)}",
     ]
 

@@ -14,7 +14,7 @@ from typing import Any
 from shapes import QUESTION, Scene, scenes
 from shared import draw_number, write_jsonl
 
-NUM_TRAIN = 1280
+NUM_TRAIN = 1920
 NUM_VALIDATION = 96
 NUM_HELDOUT = 192
 

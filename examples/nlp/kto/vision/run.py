@@ -36,6 +36,7 @@ from shared import (
 
 HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE / "model"
+TENSOR_PARALLEL = "model.tensor_model_parallel_size=2"
 DEFAULT_RESULTS = REPOSITORY / "results" / "quickstart-vision"
 
 
@@ -47,7 +48,7 @@ def main() -> int:
     asked = read_jsonl(results / "data" / "prompts.jsonl")
     pictures = [picture_of(results / "data", record) for record in asked]
     found = compare(
-        command_of(results / "data", results, "model.tensor_model_parallel_size=2"),
+        command_of(results / "data", results, TENSOR_PARALLEL),
         evaluate=partial(evaluate, pictures=pictures, asked=asked),
         folders=(MODEL_FOLDER, results / "hf"),
         prompts=("pictures", pictures),
@@ -87,7 +88,7 @@ def command_of(data: Path, log_dir: Path, *layout: str) -> list[str]:
         log_dir: Folder of the run's logs, checkpoints and exported model.
         layout: Overrides that say how the processes share the model, or what is trained.
     """
-    return training_command(MODEL_FOLDER, data, log_dir, layout=list(layout), learning_rate="4e-4", max_new_tokens=16)
+    return training_command(MODEL_FOLDER, data, log_dir, layout=list(layout), steps=60, learning_rate="4e-4")
 
 
 def print_what_next(results: Path, picture: str) -> None:
@@ -96,7 +97,7 @@ def print_what_next(results: Path, picture: str) -> None:
     python, exported = (in_repository(path) for path in (PYTHON, results / "hf"))
     again = {
         "Do the same with the layers in two pipeline stages": ("pipeline", "model.pipeline_model_parallel_size=2"),
-        "Train the vision tower and the projector too": ("tower", "trainer.devices=1", "model.vision.train=all"),
+        "Train the vision tower and the projector too": ("tower", TENSOR_PARALLEL, "model.vision.train=all"),
     }
     print_commands(
         {"Ask the model yourself": [python, in_repository(HERE / "answers.py"), exported, picture, REQUEST]}
