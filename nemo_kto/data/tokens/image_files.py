@@ -27,6 +27,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485
 """Of an image: where Pillow begins to speak of a decompression bomb, a quarter of a GiB of colours."""
 
+MAX_RATIO = 200
+"""Of the longer side to the shorter, as Qwen's processor has it. CLIP's makes the shorter one as long as a model wants
+it: a line of 10,000 pixels, a file of a hundred bytes, would become 12 GB."""
+
 MAX_BYTES = 1 << 30
 """Of a file."""
 
@@ -131,3 +135,8 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"has {width} x {height} pixels; no more than {MAX_PIXELS} are read. Make it smaller.")
     if not width or not height:
         raise ImageError(f"has {width} x {height} pixels.")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(
+            f"has {width} x {height} pixels; a side may be {MAX_RATIO} times as long as the other. Cut it, or fill it "
+            "up."
+        )
