@@ -35,7 +35,7 @@ from nemo_kto.data.tokens.store import Notes
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import load_tokenizer
 from nemo_kto.errors import ConfigError, DataError, KTOError
-from nemo_kto.runs.records import sources, tokenization_settings
+from nemo_kto.runs.records import image_tokens, sources, tokenization_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def _encoder(options: argparse.Namespace, data: DataConfig) -> Encoder:
     tokenizer = load_tokenizer(
         options.tokenizer, without_torch=without_torch, trust_remote_code=options.trust_remote_code
     )
-    return Encoder(tokenizer, tokenization_settings(data))
+    return Encoder(tokenizer, tokenization_settings(data), image_tokens(options.tokenizer))
 
 
 def _seed(options: argparse.Namespace) -> int:

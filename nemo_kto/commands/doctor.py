@@ -20,7 +20,7 @@ from rich.text import Text
 from nemo_kto.commands import doctor_places as places
 from nemo_kto.commands.doctor_places import Finding, Level
 from nemo_kto.config.compose import load_config
-from nemo_kto.config.folders import tokenizer_folder
+from nemo_kto.config.folders import model_folder, tokenizer_folder
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.reading.chunks import parse_chunk, read_chunks
 from nemo_kto.data.reading.records import BadRecord
@@ -31,7 +31,7 @@ from nemo_kto.quiet import is_global_rank_zero
 from nemo_kto.runs.early import check_early
 from nemo_kto.runs.layout import layout_of
 from nemo_kto.runs.model import accelerator_of, hf_config_of
-from nemo_kto.runs.records import sources, tokenization_settings
+from nemo_kto.runs.records import image_tokens, sources, tokenization_settings
 from nemo_kto.runtime.versions import TESTED, untested
 
 _SAMPLE = 256
@@ -153,7 +153,9 @@ def _data(config: KTOConfig) -> Iterator[Finding]:
     """Read the first records of each entry, and make tokens of them."""
     data = config.model.data
     tokenizer = load_tokenizer(tokenizer_folder(config), trust_remote_code=config.model.tokenizer.trust_remote_code)
-    encoder = Encoder(tokenizer, tokenization_settings(data))
+    model = model_folder(config)
+    images = None if model is None else image_tokens(model)
+    encoder = Encoder(tokenizer, tokenization_settings(data), images)
     for split in ("train", "validation"):
         for source in sources(data, getattr(data.data_prefix, split) or ()):
             records = itertools.chain.from_iterable(map(parse_chunk, read_chunks(source, _SAMPLE)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ from nemo_kto.data.tokens.cache import TokenCache
 from nemo_kto.data.tokens.rendering import TokenizationSettings
 from nemo_kto.data.tokens.tokenization import Encoder
 from nemo_kto.data.tokens.tokenizer import import_without_torch, load_tokenizer
+from nemo_kto.runs.records import image_tokens
+from tests.data.tiny_processors import picture_record, png, write_folder
 from tests.waiting import HANG
 
 KTO = Path(__file__).resolve().parents[2] / "examples" / "nlp" / "kto"
@@ -156,6 +159,21 @@ def test_look_at_data(run: Any, tmp_path: Path) -> None:
     code, _, errors, loaded = run(COMMAND, "data", "convert", DATA, "--output", tmp_path / "out.jsonl")
     assert (code, errors) == (0, "")
     assert not loaded & HEAVY
+
+
+def test_look_at_images(run: Any, tmp_path: Path) -> None:
+    """Their processor works without torch, and counts the tokens that training counts."""
+    folder = write_folder("qwen2_5_vl", tmp_path / "model")
+    image = f"data:image/png;base64,{base64.b64encode(png(30, 20)).decode()}"
+    row = {"prompt": "what is the answer", "completion": "yes", "label": True, "images": [image]}
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    arguments = (file, "--tokenizer", folder, "--prompt-template", "chat", "--json")
+    code, output, errors, loaded = run(COMMAND, "data", "check", *arguments)
+    assert (code, errors) == (0, "") and not loaded & TRAINING
+    encoder = Encoder(load_tokenizer(folder), TokenizationSettings(), image_tokens(folder))
+    (wanted,) = encoder.encode([picture_record([png(30, 20)])])
+    assert json.loads(output)["statistics"]["prompt_tokens"]["max"] == len(wanted.prompt)
 
 
 def test_report(run: Any, tmp_path: Path) -> None:
