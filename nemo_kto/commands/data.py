@@ -133,7 +133,7 @@ def check(options: argparse.Namespace) -> None:
         report = {
             "ok": ok,
             "statistics": found and dataclasses.asdict(found),
-            "bad_records": [dataclasses.asdict(record) for record in bad],
+            "bad_records": [record.row() for record in bad],
             "last_tokens": ends,
             "notes": [{"kind": kind, "records": n, "example": example} for kind, (n, example) in notes.items()],
         }

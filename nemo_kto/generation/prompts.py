@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.batches.dataset import picture_of
 from nemo_kto.data.reading.columns import Columns
-from nemo_kto.data.reading.containers import read_rows
+from nemo_kto.data.reading.containers import Row, read_rows
 from nemo_kto.data.reading.conversations import checked_answer
 from nemo_kto.data.reading.image_places import NO_IMAGES, Listed
 from nemo_kto.data.reading.images import taken_out
@@ -34,21 +34,23 @@ def read_prompts(file: Path) -> list[str | Messages]:
         DataError: The file cannot be read, a row has none, some of them spell messages as JSON and others do not, or
             an image is not there.
     """
-    prompts: list[str | Messages] = []
+    rows: list[Row] = []
     for row in read_rows(file):
         if isinstance(row, BadRecord):
             raise DataError(str(row))
-        prompt = row.values.get("prompt")
-        if not isinstance(prompt, str | list):
+        if not isinstance(row.values.get("prompt"), str | list):
             raise DataError(f"{row.source}:{row.line}: field 'prompt' must be a text or a list of messages.")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{file}: the file holds no prompt.")
+    found: list[str | Messages] = []
+    for row, prompt in zip(rows, _opened([row.values["prompt"] for row in rows], file), strict=True):
         try:
             listed = Columns(row.values, {}).images()
-            prompts.append(_with_images(prompt, listed, row.source) if _shows(prompt, listed) else prompt)
+            found.append(_with_images(prompt, listed, row.source) if _shows(prompt, listed) else prompt)
         except RecordError as error:
             raise DataError(f"{row.source}:{row.line}: {error}") from error
-    if not prompts:
-        raise DataError(f"{file}: the file holds no prompt.")
-    return _opened(prompts, file)
+    return found
 
 
 def _opened(prompts: list[str | Messages], file: Path) -> list[str | Messages]:

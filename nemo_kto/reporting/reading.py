@@ -22,8 +22,8 @@ from nemo_kto.errors import DataError
 
 EVENT_FILES = "events.out.tfevents*"
 IMAGE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+")
-MOST_IMAGE_CHARACTERS = 64 * 1024
-"""An image of a prompt is shown up to this size; training writes thumbnails of 128 pixels at most."""
+MOST_IMAGE_CHARACTERS = 68 * 1024
+"""An image of a prompt is shown up to this size: training writes thumbnails of 128 pixels at most, of noise too."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def hf_config_of(config: KTOConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
             f"pretrained_checkpoint.restore_from_path={folder}. Leave these keys out, or restore_from_path."
         )
     hf_config = load_hf_config(folder)
-    check_weights(Path(folder), hf_config, vision=vision_of(config, hf_config))
+    trains = config.model.vision.train != "none"  # else a folder need not have what sees images, for data of text
+    check_weights(Path(folder), hf_config, vision=vision_of(config, hf_config) if trains else None)
     return hf_config
 
 
@@ -128,7 +129,10 @@ def vision_for(
         ConfigError: It is to be trained, and cannot, or there are none.
     """
     if data.has_images or (config.model.vision.train != "none" and not trains):
-        return vision_of(config, hf_config)
+        vision, folder = vision_of(config, hf_config), config.pretrained_checkpoint.restore_from_path
+        if vision is not None and folder is not None:
+            check_weights(Path(folder), hf_config, vision=vision)
+        return vision
     if config.model.vision.train != "none":
         raise ConfigError(
             f"model.vision.train={config.model.vision.train}, and no record of the data has an image. Leave the key "

@@ -22,7 +22,7 @@ from nemo_kto.network.quantised_weight import QuantisedWeight
 from nemo_kto.network.sharded import Leaf, sharded_leaves
 from nemo_kto.network.stored import DTYPES, SafetensorsFolder
 from nemo_kto.network.tables import OUTPUT
-from nemo_kto.network.vision import Vision, VisionSettings
+from nemo_kto.network.vision import Vision, VisionSettings, can_see
 from nemo_kto.network.weight_rules import (
     ByHead,
     Layout,
@@ -137,11 +137,18 @@ def check_weights(folder: Path, hf_config: Any, *, vision: VisionSettings | None
         with torch.device("meta"):
             rules += Vision(vision, torch.float32).rules(VISION_PREFIX)
     with SafetensorsFolder(folder) as source:
-        _check_tensors(source, hf_config, rules)
+        _check_tensors(source, hf_config, rules, may_see=can_see(hf_config))
 
 
-def _check_tensors(source: SafetensorsFolder, hf_config: Any, rules: Sequence[Rule]) -> None:
-    """Raise a CheckpointError unless the folder holds exactly the model's tensors in the right shapes."""
+def _check_tensors(source: SafetensorsFolder, hf_config: Any, rules: Sequence[Rule], *, may_see: bool = False) -> None:
+    """Raise a CheckpointError unless the folder holds exactly the model's tensors in the right shapes.
+
+    Args:
+        source: The folder.
+        hf_config: The model's configuration.
+        rules: Which tensors are read.
+        may_see: Whether those that see images may be read later, if they are not now.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     missing: set[str] = set()
     for piece in all_pieces(rules):
@@ -158,7 +165,8 @@ def _check_tensors(source: SafetensorsFolder, hf_config: Any, rules: Sequence[Ru
     if whole_of(hf_config) is not None:
         of_whole = [name for name in surplus if not is_of_language_model(name)]
         if not any(rule.key.startswith(VISION_PREFIX) for rule in rules):
-            _warn_passed_on(source.folder, str(whole_of(hf_config)), len(of_whole))
+            if not may_see:
+                _warn_passed_on(source.folder, str(whole_of(hf_config)), len(of_whole))
         elif of_whole:
             _warn_once("%s: what sees images has no place for %s: exported as it is.", source.folder, listed(of_whole))
         surplus = [name for name in surplus if name not in of_whole]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,4 +80,34 @@ def test_prompts_that_spell_messages(tmp_path: Path) -> None:
     assert read_prompts(file) == [messages, messages]
     file.write_text(f"prompt,label\n{cell},1\nhi,0\n")
     with pytest.raises(DataError, match=r"a\.csv: some prompts are messages as JSON and others text"):
+        read_prompts(file)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "column", "words", "json column"])
+def test_images_of_a_file_lie_beside_it(tmp_path: Path, kind: str) -> None:
+    """However messages and images are written; names that are read are from the root, so that any folder will do."""
+    image = tmp_path / "a.png"
+    image.write_bytes(b"of what is in it nothing is asked here")
+    text = {"type": "text", "text": QUESTION}
+    messages = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text]}]
+    empty = [{"role": "user", "content": [{"type": "image"}, text]}]
+    file = tmp_path / f"asked.{'csv' if kind in ('csv', 'column') else 'jsonl'}"
+    if file.suffix == ".csv":
+        row = (
+            {"prompt": json.dumps(messages)} if kind == "csv" else {"prompt": json.dumps(empty), "images": '["a.png"]'}
+        )
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, [*row])
+            writer.writeheader()
+            writer.writerow(row)
+    else:
+        rows: dict[str, Any] = {
+            "jsonl": {"prompt": messages},
+            "words": {"prompt": QUESTION, "image": "a.png"},
+            "json column": {"prompt": json.dumps(empty), "images": ["a.png"]},
+        }
+        file.write_text(json.dumps(rows[kind]) + "\n")
+    assert read_prompts(file) == [[{"role": "user", "content": [{"type": "image", "path": str(image)}, text]}]]
+    image.unlink()
+    with pytest.raises(DataError, match=rf"{file.name}:[12]: field '.*', image 1: {image} is not there"):
         read_prompts(file)

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from nemo_kto.data.tokens.image_files import THUMBNAIL
+from nemo_kto.data.tokens.image_files import thumbnail as written_by_training
 from nemo_kto.reporting import page as pages
 from nemo_kto.reporting.reading import MOST_IMAGE_CHARACTERS, read_runs
 from nemo_kto.reporting.report import write_report
+from tests.data.tiny_processors import png
 from tests.reporting.test_report import Page, generate, log
 
 ALT = re.compile(r"Image (\d) of the prompt")
@@ -154,3 +157,8 @@ def test_an_older_line_of_the_same_prompt_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "generations.jsonl").write_text(json.dumps(row(0, [red], policy="after it")) + "\n", encoding="utf-8")
     (run,) = read_runs([tmp_path])
     assert [one.policy for one in run.generations] == ["after it"]
+
+
+def test_the_largest_thumbnail_of_training_is_shown() -> None:
+    """Noise, which nothing makes smaller."""
+    assert len(written_by_training(png(THUMBNAIL, THUMBNAIL))) <= MOST_IMAGE_CHARACTERS

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from nemo_kto.config.compose import parse_config
 from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.network.gpt import VISION_PREFIX
 from nemo_kto.network.hf_config import load_hf_config, whole_config
 from nemo_kto.network.sharded import sharded_leaves
 from nemo_kto.network.vision import VisionSettings
+from nemo_kto.runs.model import hf_config_of, vision_for
 from nemo_kto.runtime.checkpoint import sharded_trained, sharding_metadata
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.weights import import_hf as importing
@@ -194,3 +198,26 @@ def test_sections_have_all_angles(source: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"mrope_section is not supported with the value \[1, 1, 1\]"):
         load_hf_config(tmp_path)
+
+
+def test_text_asks_for_nothing_that_sees(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder without an eye is as good as before for data of text, and no line says what is not so of images."""
+    shutil.copytree(source / "gemma3", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "vision_tower" in name and name.endswith(".bias"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file, metadata={"format": "pt"})
+    values = {
+        "pretrained_checkpoint.restore_from_path": str(tmp_path / "model"),
+        "exp_manager.explicit_log_dir": str(tmp_path / "log"),
+        "model.data.data_prefix.train": "feedback.jsonl",
+    }
+    config, tokenizer = parse_config(values), SimpleNamespace()
+    hf_config = hf_config_of(config, tokenizer)
+    text, images = SimpleNamespace(has_images=False), SimpleNamespace(has_images=True)
+    assert vision_for(config, hf_config, text, trains=True) is None
+    assert "are not loaded" not in caplog.text
+    with pytest.raises(CheckpointError, match="lacks .*bias"):
+        vision_for(config, hf_config, images, trains=True)
+    with pytest.raises(CheckpointError, match="lacks .*bias"):
+        hf_config_of(parse_config(values | {"model.vision.train": "projector"}), tokenizer)

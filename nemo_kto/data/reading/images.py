@@ -39,7 +39,7 @@ def _image(written: Written, source: str) -> Image:
     try:
         return _read(written.value, source)
     except RecordError as error:
-        raise RecordError(f", image {written.number}: {error.reason}", written.field) from error
+        raise RecordError(f", image {written.number}: {error.reason}", written.field, error.file) from error
 
 
 def _read(value: Any, source: str) -> Image:
@@ -131,7 +131,7 @@ def _file(name: Any, source: str) -> Image:
         return Image(file=path)
     what = "is no file" if os.path.exists(path) else "is not there"
     beside = "" if os.path.isabs(_local(name)) else " Names are relative to the folder of the data."
-    raise RecordError(f"{path} {what}.{beside}")
+    raise RecordError(f"{path} {what}.{beside}", file=path)
 
 
 def _absolute(name: str, source: str) -> str | None:

@@ -116,12 +116,18 @@ class BadRecord:
         line: See `FeedbackRecord`.
         field: Name of the field at fault; None if it is the whole record.
         reason: What is wrong, to be read behind the field's name.
+        file: The file beside the data that is at fault, from the root: of an image; None for none.
     """
 
     source: str
     line: int
     field: str | None
     reason: str
+    file: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """What a list of bad records says of it."""
+        return {"source": self.source, "line": self.line, "field": self.field, "reason": self.reason}
 
     def __str__(self) -> str:
         """`file:line: field 'x' is wrong.`"""
@@ -131,9 +137,10 @@ class BadRecord:
 class RecordError(Exception):
     """Raised where a record turns out to be bad; whoever knows file and line makes a `BadRecord` of it."""
 
-    def __init__(self, reason: str, field: str | None = None) -> None:
-        """Keeps the reason and the name of the field at fault; see `BadRecord`."""
+    def __init__(self, reason: str, field: str | None = None, file: str | None = None) -> None:
+        """Keeps the reason, the name of the field and the file at fault; see `BadRecord`."""
         self.reason = printable(reason)
+        self.file = file
         self.field = None if field is None else printable(field)
         super().__init__(self.reason, self.field)
 
@@ -145,7 +152,7 @@ class RecordError(Exception):
 
     def at(self, source: str, line: int) -> BadRecord:
         """What is bad there."""
-        return BadRecord(source, line, self.field, self.reason)
+        return BadRecord(source, line, self.field, self.reason, self.file)
 
 
 def json_type(value: Any) -> str:

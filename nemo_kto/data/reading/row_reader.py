@@ -105,7 +105,8 @@ class RowReader:
         try:
             return self._records(row, self._seen(row, settled), settled)
         except RecordError as error:
-            raise RecordError(error.reason + self._other_format(row, settled, error), error.field) from error
+            reason = error.reason + self._other_format(row, settled, error)
+            raise RecordError(reason, error.field, error.file) from error
 
     def _records(self, row: Row, columns: Columns, settled: Settled) -> list[FeedbackRecord]:
         for name in _NOT_READ:

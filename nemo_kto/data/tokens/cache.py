@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 6
+_VERSION = 7
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -164,16 +164,19 @@ def _base(source: Source) -> Path:
 
 def _open(folder: Path, base: Path) -> TokenStore | None:
     try:
-        return TokenStore(folder, base)
+        store = TokenStore(folder, base)
+        if not store.is_outdated():
+            return store
+        logger.info("Images that could not be used have changed: the tokens in %s are made anew.", folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("The tokens in %s are damaged (%s) and made anew.", folder, error)
-        aside = _partial(folder)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            folder.rename(aside)  # those who have opened it keep what they have
-        shutil.rmtree(aside, ignore_errors=True)
-        return None
+    aside = _partial(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        folder.rename(aside)  # those who have opened it keep what they have
+    shutil.rmtree(aside, ignore_errors=True)
+    return None
 
 
 def _partial(final: Path) -> Path:

@@ -27,6 +27,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485
 """Of an image: where Pillow begins to speak of a decompression bomb, a quarter of a GiB of colours."""
 
+MAX_RATIO = 200
+"""Of the longer side to the shorter, as Qwen's processor has it. CLIP's makes the shorter one as long as a model wants
+it: a line of 10,000 pixels, a file of a hundred bytes, would become 12 GB."""
+
 MAX_BYTES = 1 << 30
 """Of a file."""
 
@@ -46,10 +50,12 @@ class DecodedImage:
     Attributes:
         pixels: Upright, in red, green and blue.
         frames: How many the file has; `pixels` are the first.
+        deep: Whether it has more shades of grey than 256, of which `pixels` have the darkest, and white for others.
     """
 
     pixels: Pixels
     frames: int
+    deep: bool = False
 
 
 def bytes_of(image: Image) -> bytes:
@@ -97,6 +103,7 @@ def decoded(data: bytes) -> DecodedImage:
             with pillow.open(BytesIO(data), formats=FORMATS) as opened:
                 _check_size(*opened.size)
                 frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)  # MPO: a photo with previews
+                deep = opened.mode.startswith(("I", "F"))  # 16 bits, 32 bits, floating point
                 opened.load()
                 pixels = ImageOps.exif_transpose(opened).convert("RGB")
     except ImageError:
@@ -107,7 +114,7 @@ def decoded(data: bytes) -> DecodedImage:
         raise ImageError(f"has more than {MAX_PIXELS} pixels. Make it smaller.") from error
     except Exception as error:  # the readers of the kinds of files raise anything
         raise ImageError(f"cannot be decoded ({printable(' '.join(str(error).split())).rstrip('.')}).") from error
-    return DecodedImage(pixels, frames)
+    return DecodedImage(pixels, frames, deep)
 
 
 def thumbnail(data: bytes) -> str:
@@ -128,3 +135,8 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"has {width} x {height} pixels; no more than {MAX_PIXELS} are read. Make it smaller.")
     if not width or not height:
         raise ImageError(f"has {width} x {height} pixels.")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(
+            f"has {width} x {height} pixels; a side may be {MAX_RATIO} times as long as the other. Cut it, or fill it "
+            "up."
+        )

@@ -82,6 +82,7 @@ class SeenImage:
         height: Its pixels, upright.
         frames: How many its file has; it is the first.
         stand: What stands for it.
+        deep: See `DecodedImage`.
     """
 
     image: Image
@@ -90,6 +91,7 @@ class SeenImage:
     height: int
     frames: int
     stand: Stand
+    deep: bool = False
 
 
 class ImageReader:
@@ -129,10 +131,11 @@ class ImageReader:
             data = bytes_of(image)
             found = decoded(data)
             width, height = found.pixels.size
-            return SeenImage(image, image_key(data), width, height, found.frames, self._stands(width, height))
+            stand = self._stands(width, height)
+            return SeenImage(image, image_key(data), width, height, found.frames, stand, found.deep)
         except ImageError as error:
             where = "" if image.file is None else f" ({image.file})"
-            raise RecordError(f"image {number}{where} {error}") from error
+            raise RecordError(f"image {number}{where} {error}", file=image.file) from error
 
     def _stand(self, width: int, height: int) -> Stand:
         """What stands for an image of that size: it depends on nothing else."""

@@ -62,6 +62,7 @@ SPELLED_BY_ASSISTANT = (
     "them what they spell"
 )
 SEVERAL_FRAMES = "an image has several frames, of which the first is taken"
+TOO_DEEP = "an image has more than 256 shades of grey, of which all but the darkest are white, as in transformers"
 _SHOWN = 60
 """Characters around a place that an example shows."""
 
@@ -275,6 +276,7 @@ class Renderer:
             for image in images
             if image.frames > 1
         ]
+        notes += [Note(TOO_DEEP, shown(image.image.file or "in the data")) for image in images if image.deep]
         written = [text for message in conversation if message["role"] == "assistant" for text in texts_of(message)]
         if marker is not None and (found := self._special.search("\0".join(written))):
             notes.append(Note(SPELLED_BY_ASSISTANT, shown(found[0])))

@@ -8,7 +8,7 @@ is complete, so a store that is there is whole, whenever a writer was killed.
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -114,6 +114,7 @@ class StoreWriter:
         self._num_tokens = 0
         self._num_samples = 0
         self._num_bad = 0
+        self._unusable: dict[str, list[int] | None] = {}
         self._num_images = 0
         self._notes: Notes = {}
 
@@ -129,6 +130,7 @@ class StoreWriter:
         if kind is None:
             counts: dict[str, Any] = {"tokens": self._num_tokens, "samples": self._num_samples, "bad": self._num_bad}
             counts |= {"images": self._num_images, "contents": self._contents.size, "notes": self._notes}
+            counts["unusable"] = self._unusable
             self._files[_COUNTS] = (self._folder / _COUNTS).open("wb")
             self._files[_COUNTS].write(json.dumps(counts).encode())
         for file in self._files.values():
@@ -145,7 +147,9 @@ class StoreWriter:
         self._files[_TOKENS].write(chunk.tokens.tobytes())
         self._files[_SAMPLES].write(samples.tobytes())
         for record in chunk.bad:
-            self._files[_BAD].write(json.dumps(asdict(record)).encode() + b"\n")
+            self._files[_BAD].write(json.dumps(record.row()).encode() + b"\n")
+            if record.file is not None:
+                self._unusable[record.file] = _state(record.file)
         self._files[_IMAGES].write(self._contents.add(chunk.images, chunk.contents).tobytes())
         self._num_images += len(chunk.images)
         self._num_tokens += len(chunk.tokens)
@@ -186,6 +190,7 @@ class TokenStore:
         self.images = _mapped(folder / _IMAGES, IMAGES, counts["images"])
         self._contents = _mapped(folder / _CONTENTS, np.dtype("u1"), counts["contents"])
         self.num_bad: int = counts["bad"]
+        self._unusable: dict[str, list[int] | None] = counts["unusable"]
         self.notes: Notes = {kind: (int(count), str(example)) for kind, (count, example) in counts["notes"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -195,6 +200,10 @@ class TokenStore:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.samples)
+
+    def is_outdated(self) -> bool:
+        """Whether an image that could not be used is another file now, or is there only now."""
+        return any(_state(file) != state for file, state in self._unusable.items())
 
     def images_of(self, sample: int) -> tuple[StoredImage, ...]:
         """Returns what the prompt of a sample shows, in order."""
@@ -214,6 +223,15 @@ class TokenStore:
                     break
                 bad.append(BadRecord(**json.loads(line)))
         return bad
+
+
+def _state(file: str) -> list[int] | None:
+    """What changes when a file does; None if there is none."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name can hold what no file's name can
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:

@@ -125,9 +125,9 @@ class ContentWriter:
         return rows
 
     def _relative(self, file: str) -> str:
-        path = os.path.abspath(file)
-        inside = path.startswith(self._base.rstrip(os.sep) + os.sep)
-        return os.path.relpath(path, self._base) if inside else path
+        # what is behind a link is not above it: a name with `..` stays as it is
+        path, base = os.path.join(os.getcwd(), file), self._base.rstrip(os.sep) + os.sep
+        return path.removeprefix(base)
 
 
 def stored_image(row: np.void, contents: np.ndarray, *, base: Path, store: Path) -> StoredImage:

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,14 @@ def encoders(tmp_path_factory):
         return made[name]
 
     return of
+
+
+def user(*parts):
+    return {"role": "user", "content": [*parts]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 
 def stored(encoder, records, folder, *, chunk=2, base=None):
@@ -410,6 +419,49 @@ def test_places_move_with_their_row():
 def test_documents_that_show_nothing_make_rows_without_images():
     row = pack_documents([(torch.tensor([1, 2]), torch.tensor([3]))], [()])
     assert row.images is None and row.rotary_positions is None
+
+
+def test_names_that_lead_out_of_the_data_are_those_of_each_copy(encoders, tmp_path):
+    """What is behind a link is not above it, so that `..` says something only where it stands."""
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "far" / "c.png").write_bytes(C)
+    for name, content in (("here", A), ("there", B)):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(content)
+        (tmp_path / name / "data" / "link").symlink_to(tmp_path / "far" / "inner")
+    base = tmp_path / "here" / "data"
+    record = picture_record([A, C])
+    named = (Image(file=f"{base}/../a.png"), Image(file=f"{base}/link/../c.png"))
+    record = type(record)(**{f.name: getattr(record, f.name) for f in fields(record)} | {"images": named})
+    store = stored(encoders("llava"), [record], tmp_path / "s", base=base)
+    assert [image.read() for image in store.images_of(0)] == [A, C]
+    with pytest.raises(DataError, match=r"there/data/../a.png is not what it was"):
+        TokenStore(store.folder, tmp_path / "there" / "data").images_of(0)[0].read()
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_an_image_that_was_bad_is_looked_at_again_when_it_has_changed(encoders, tmp_path, write_jsonl, skip_bad):
+    part = {"type": "image", "image": "a.png"}
+    source = Source(str(write_jsonl({"prompt": [user(part)], "completion": [assistant("yes")], "label": True})))
+    file, folder = Path(source.path).parent / "a.png", tmp_path / "tokens"
+
+    def numbers():
+        try:
+            store = TokenCache(folder, encoders("llava"), workers=1).tokens_of(source, skip_bad=skip_bad)
+        except DataError as error:
+            assert "a.png" in str(error)
+            return 0
+        return len(store)
+
+    assert numbers() == numbers() == 0
+    made = [place.stat().st_ino for place in folder.iterdir() if place.is_dir()]
+    file.write_bytes(b"no image")
+    assert numbers() == 0
+    file.write_bytes(A)
+    assert numbers() == numbers() == 1
+    assert len(made) == 1 == sum(place.is_dir() for place in folder.iterdir())
+    file.unlink()
+    assert numbers() == 1  # of what could be used nothing is looked at before it is read
 
 
 def feedback(folder, number):

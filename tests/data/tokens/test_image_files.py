@@ -62,11 +62,13 @@ def test_images_are_upright():
         (encoded(drawn(90, 70), "JPEG")[:-300], "cannot be decoded (image file is truncated"),
         (png(9, 7)[:45] + b"\0\0\0" + png(9, 7)[48:], "cannot be decoded ("),
         (png_of(10_000, 9_000), f"has 10000 x 9000 pixels; no more than {MAX_PIXELS} are read. Make it smaller."),
+        (png(2000, 1), "has 2000 x 1 pixels; a side may be 200 times as long as the other."),
+        (png(2, 401), "has 2 x 401 pixels; a side may be 200 times as long as the other."),
         (png_of(100_000, 100_000), f"has more than {MAX_PIXELS} pixels. Make it smaller."),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n", "is no image of a kind that is read"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no image of a kind that is read"),
     ],
-    ids=["empty", "text", "cut", "cut jpeg", "damaged", "large", "bomb", "eps", "svg"],
+    ids=["empty", "text", "cut", "cut jpeg", "damaged", "large", "wide", "high", "bomb", "eps", "svg"],
 )
 def test_what_is_no_image(data, reason):
     with pytest.raises(ImageError) as error:
@@ -112,7 +114,7 @@ def test_keys_are_those_of_the_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
-def test_a_bad_image_is_named(name, tmp_path):
+def test_a_bad_image_is_named(name, tmp_path, monkeypatch):
     write_folder(name, tmp_path)
     reader = ImageReader(image_tokens(tmp_path), load_tokenizer(tmp_path))
     (tmp_path / "bad.png").write_bytes(b"hello")
@@ -122,5 +124,6 @@ def test_a_bad_image_is_named(name, tmp_path):
             reader.look_at([good, bad])
         assert str(error.value).startswith(f"image 2{where} is no image of a kind that is read")
     if name == "qwen2_5_vl":
+        monkeypatch.setattr("nemo_kto.data.tokens.image_files.MAX_RATIO", 2000)
         with pytest.raises(RecordError, match=r"image 1 of 2000 x 2 pixels is refused by the image processor"):
             reader.look_at([Image(data=png(2000, 2))])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image as pillow
 from tokenizers import Tokenizer
 
 from nemo_kto.data.reading.records import BadRecord, FeedbackRecord, Image, RecordError
@@ -330,3 +331,13 @@ def test_digests_tell_processors_apart(tmp_path):
         digests.add(image_tokens(write_folder("llava", tmp_path / str(number), **change)).digest())
     same = image_tokens(write_folder("llava", tmp_path / "same")).digest()
     assert len(digests) == 2 and same in digests
+
+
+def test_shades_that_are_lost_are_said(families, tmp_path):
+    deep = encoded(pillow.fromarray(np.full((20, 30), 30_000, dtype=np.uint16)))
+    (found,) = families("llava").encoder().encode([picture_record([deep])])
+    assert [note.kind for note in found.notes if "shades" in note.kind] == [
+        "an image has more than 256 shades of grey, of which all but the darkest are white, as in transformers"
+    ]
+    (found,) = families("llava").encoder().encode([picture_record([encoded(drawn(30, 20).convert("L"))])])
+    assert not [note.kind for note in found.notes if "shades" in note.kind]

@@ -341,4 +341,5 @@ def test_counts_are_those_of_the_files(source, tmp_path):
     assert counts == {"tokens": len(store.tokens), "samples": 5000, "bad": 0, "notes": {}} | {
         "images": 0,
         "contents": 0,
+        "unusable": {},
     }
