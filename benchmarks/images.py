@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from common import median_and_range, publish
+from kl_fraction import BATCH_SIZE, make_quickstart_config
 from lightning.pytorch import Callback
 
 from nemo_kto.commands.train import train
@@ -27,7 +28,7 @@ from nemo_kto.network.vision import Vision
 from nemo_kto.quiet import silence_loaded_packages
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "nlp" / "kto" / "vision"
-BATCH_SIZE, MICRO_BATCH_SIZE = 32, 8
+MICRO_BATCH_SIZE = 8
 
 
 class Steps(Callback):
@@ -105,19 +106,10 @@ def run(data: Path, log_dir: Path, num_steps: int, *, keeps: bool) -> tuple[Step
 
 
 def make_config(data: Path, log_dir: Path, num_steps: int) -> KTOConfig:
-    """Return the example's configuration, for one process and without what is written at the end."""
-    config = KTOConfig()
+    """Return the quickstart's configuration with this example's model and data, in several micro-batches."""
+    config = make_quickstart_config(log_dir, num_steps)
     config.pretrained_checkpoint.restore_from_path = str(EXAMPLE / "model")
-    config.exp_manager.explicit_log_dir = str(log_dir)
-    config.exp_manager.create_checkpoint_callback = False
-    config.export.enabled = False
-    config.report.enabled = False
-    config.trainer.accelerator = "cpu"
-    config.trainer.kto.max_steps = num_steps
-    config.model.global_batch_size = BATCH_SIZE
     config.model.micro_batch_size = MICRO_BATCH_SIZE
-    config.model.kto.ref_policy_kl_penalty = 0.5
-    config.model.optim.lr = 2e-4
     config.model.data.data_prefix.train = [str(data / "train.jsonl")]
     return config
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_kto.data.batches.packed_rows import PackedRow, Picture, RowImages, images_of_row
+from nemo_kto.data.batches.packed_rows import PackedRow
+from nemo_kto.data.batches.row_images import Picture, RowImages, images_of_row
 from nemo_kto.data.tokens.contents import in_brief
 from nemo_kto.network.key_value_cache import KeyValueCache
 

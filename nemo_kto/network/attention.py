@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from nemo_kto.algorithms.attention import Scoring, attend, attend_newest
-from nemo_kto.data.batches.packed_rows import RowImages
+from nemo_kto.data.batches.row_images import RowImages
 from nemo_kto.network.key_value_cache import KeyValueCache
 from nemo_kto.network.model_config import ModelConfig
 from nemo_kto.network.sharded import mark_divided, own_state

@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from transformers import AutoModel, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from nemo_kto.data.batches.packed_rows import Picture, RowImages
+from nemo_kto.data.batches.row_images import Picture, RowImages
 from nemo_kto.data.batches.upload import upload
 from nemo_kto.errors import ConfigError
 from nemo_kto.network.family import whole_of

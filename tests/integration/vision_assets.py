@@ -24,7 +24,7 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from nemo_kto.data.batches.packed_rows import Picture
+from nemo_kto.data.batches.row_images import Picture
 from tests.integration.assets import WORDS, settings
 from tests.network import tiny_hf, tiny_vision
 from tests.network.tiny_vision import Shown

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
-from nemo_kto.data.batches.packed_rows import Picture, RowImages
+from nemo_kto.data.batches.row_images import Picture, RowImages
 from nemo_kto.network.attention import DocumentAttention, DocumentParams
 from nemo_kto.network.model_config import ModelConfig
 

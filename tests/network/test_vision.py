@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.utils import get_model_config
 
-from nemo_kto.data.batches.packed_rows import Picture
+from nemo_kto.data.batches.row_images import Picture
 from nemo_kto.errors import ConfigError
 from nemo_kto.kto.scoring import RowScorer, unwrapped
 from nemo_kto.network.hf_config import whole_config

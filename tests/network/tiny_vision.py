@@ -24,7 +24,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from nemo_kto.data.batches.packed_rows import PackedRow, Picture, RowImages, pack_documents
+from nemo_kto.data.batches.packed_rows import PackedRow, pack_documents
+from nemo_kto.data.batches.row_images import Picture, RowImages
 from nemo_kto.kto.scoring import RowScorer, RowScores
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config, whole_config

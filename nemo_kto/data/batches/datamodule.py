@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kto.data.batches.dataset import KTODataset, KTOItem, collate_documents
 from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
-from nemo_kto.data.batches.packed_rows import KTOBatch, Picture
+from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.data.batches.row_images import Picture
 from nemo_kto.data.batches.samples import Overlong, Samples, read_samples, split_by_prompt
 from nemo_kto.data.batches.sampling import (
     GlobalBatchSampler,

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemo_kto.data.batches.dealing import DocumentIndex
-from nemo_kto.data.batches.packed_rows import KTOBatch, Picture
+from nemo_kto.data.batches.packed_rows import KTOBatch
+from nemo_kto.data.batches.row_images import Picture
 from nemo_kto.data.tokens.image_files import ImageError, bytes_of
 from nemo_kto.data.tokens.pictures import ImageReader, SeenImage
 from nemo_kto.data.tokens.stored_images import StoredImage

@@ -17,7 +17,8 @@ from nemo_kto.data.batches.collate import collate_item
 from nemo_kto.data.batches.datamodule import DataSettings, KTODataModule
 from nemo_kto.data.batches.dataset import KTODataset, collate_documents
 from nemo_kto.data.batches.dealing import Dealer, Division, DocumentIndex
-from nemo_kto.data.batches.packed_rows import PackedRow, Picture, pack_documents
+from nemo_kto.data.batches.packed_rows import PackedRow, pack_documents
+from nemo_kto.data.batches.row_images import Picture
 from nemo_kto.data.batches.samples import fit, split_by_prompt
 from nemo_kto.data.batches.sampling import mismatch_permutation
 from nemo_kto.data.reading.records import Image
