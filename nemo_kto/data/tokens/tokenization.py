@@ -185,17 +185,17 @@ class Encoder:
 
     def _image_start(self, prompt: list[int], images: Sequence[SeenImage]) -> int:
         """Where the first token is that stands for an image; a RecordError if there are more, or fewer, of them."""
-        if not images:
+        if self.images is None:
             return 0
-        assert self.images is not None
         token = self.images.tokens.image_token_id
         found, wanted = prompt.count(token), sum(image.stand.num_tokens for image in images)
         if found != wanted:
             raise RecordError(
                 f"the prompt has {found} tokens {self.tokenizer.convert_ids_to_tokens(token)!r}, and its images take "
-                f"{wanted}: its text spells one that cannot be taken for ordinary text. Take it out."
+                f"{wanted}: its text spells one, which is not taken for ordinary text. Take it out, or set "
+                "model.data.special_tokens=text."
             )
-        return prompt.index(token)
+        return prompt.index(token) if images else 0
 
     @property
     def end_of_answer(self) -> str | None:

@@ -341,3 +341,18 @@ def test_shades_that_are_lost_are_said(families, tmp_path):
     ]
     (found,) = families("llava").encoder().encode([picture_record([encoded(drawn(30, 20).convert("L"))])])
     assert not [note.kind for note in found.notes if "shades" in note.kind]
+
+
+def test_a_text_that_spells_an_image_is_none(families):
+    """Of strings that are taken as they are, which were perhaps parted from their images."""
+    family = families("llava")
+    record = FeedbackRecord("<image>what is it", "a cat", True, "data.jsonl", 3)
+    (bad,) = family.encoder().encode([record])
+    assert isinstance(bad, BadRecord) and bad.reason.startswith(
+        "the prompt has 1 tokens '<image>', and its images take 0"
+    )
+    with pytest.raises(RecordError, match="its images take 0"):
+        family.encoder().encode_prompt("<image>what is it")
+    settings = TokenizationSettings(special_tokens="text")
+    (found,) = Encoder(load_tokenizer(family.folder), settings, family.images).encode([record])
+    assert family.images.image_token_id not in found.prompt and found.image_start == 0
