@@ -84,7 +84,7 @@ def test_the_page_of_the_quickstart(tmp_path: Path, run_ranks: Callable[..., Any
     quickstart = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "quickstart_run", quickstart)
     spec.loader.exec_module(quickstart)
-    monkeypatch.chdir(quickstart.REPOSITORY)
+    monkeypatch.chdir(QUICKSTART.parents[3])
     command = quickstart.command_of(tmp_path, "model.tensor_model_parallel_size=2")
     overrides = {key: value for key, _, value in (word.partition("=") for word in command[2:])}
     overrides |= {"trainer.kto.max_steps": "4", "trainer.kto.val_check_interval": "2"}
