@@ -183,15 +183,17 @@ def next_tokens(
 
 
 def _check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
-    for number, prompt in enumerate((each.tokens for each in prompts), 1):
-        if not 0 < prompt.numel() < max_positions:
+    for number, prompt in enumerate(prompts, 1):
+        length = prompt.tokens.numel()
+        if not 0 < length < max_positions:
             raise DataError(
-                f"Prompt {number} has {prompt.numel()} tokens; to be answered it needs 1 to "
+                f"Prompt {number} has {length} tokens; to be answered it needs 1 to "
                 f"{max_positions - 1}, as the model has {max_positions} positions. Leave it out or change its length."
             )
-        if prompt.max() >= vocab_size:
+        highest = max((token for token in prompt.tokens.tolist() if token != prompt.image_token_id), default=0)
+        if highest >= vocab_size:
             raise DataError(
-                f"Prompt {number} holds the token number {int(prompt.max())}, which the model lacks; its numbers end "
+                f"Prompt {number} holds the token number {highest}, which the model lacks; its numbers end "
                 f"at {vocab_size - 1}. Leave it out, or use the tokenizer that belongs to the model."
             )
 

@@ -105,7 +105,8 @@ def _check_tokens(module: KTODataModule, tokenizer: PreTrainedTokenizerBase, voc
     """Raise a DataError for the first sample with a token that the model does not have."""
     for split, samples in module.splits.items():
         for number, store in enumerate(samples.stores):
-            beyond = np.flatnonzero(store.tokens >= vocab_size)
+            # no embedding is asked for what stands for images
+            beyond = np.flatnonzero((store.tokens >= vocab_size) & (store.tokens != _number_of(module.image_token_id)))
             mine = np.flatnonzero(samples.store_of == number)
             rows = store.samples[samples.place[mine]]
             middle = rows["start"] + rows["prompt"]
@@ -122,6 +123,11 @@ def _check_tokens(module: KTODataModule, tokenizer: PreTrainedTokenizerBase, voc
                     f"{vocab_size - 1}. Use the tokenizer that belongs to the model, or take such tokens out of the "
                     f"data. The first of the samples begins {prompt[:_SHOWN]!r}."
                 )
+
+
+def _number_of(token: int | None) -> int:
+    """Return a token's number, or one that no token has."""
+    return -1 if token is None else token
 
 
 def _division(model: ModelConfig) -> Division:

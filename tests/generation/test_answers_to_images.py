@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_kto.generation.decoding import Sampling, generate
+from nemo_kto.errors import DataError
+from nemo_kto.generation.decoding import Sampling, _check_prompts, generate
 from nemo_kto.generation.rows import Prompt
 from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.hf_config import load_hf_config, whole_config
@@ -110,6 +111,13 @@ def test_answers_are_those_of_transformers(folders: Path, run_ranks: Callable[..
             assert len({tuple(answer) for answer in wanted}) > 1, "answers that tell nothing"
             assert found[name, True] == wanted, (name, "kept")
             assert found[name, False] == wanted, (name, "computed anew")
+
+
+def test_what_stands_for_images_needs_no_embedding() -> None:
+    beyond = torch.tensor([5, 70, 70, 6])
+    _check_prompts([Prompt(beyond, image_token_id=70)], 64, 64)
+    with pytest.raises(DataError, match="Prompt 1 holds the token number 70, which the model lacks"):
+        _check_prompts([Prompt(beyond, image_token_id=IMAGE)], 64, 64)
 
 
 def test_a_prompt_for_people_has_one_token_for_each_image() -> None:
