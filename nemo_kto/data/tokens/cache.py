@@ -41,7 +41,7 @@ from nemo_kto.quiet import is_global_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 7
+_VERSION = 8
 """Of everything between a row and its tokens: to be raised when the same row becomes other tokens."""
 
 _ROWS = 256
@@ -167,7 +167,7 @@ def _open(folder: Path, base: Path) -> TokenStore | None:
         store = TokenStore(folder, base)
         if not store.is_outdated():
             return store
-        logger.info("Images that could not be used have changed: the tokens in %s are made anew.", folder)
+        logger.info("Images have changed: the tokens in %s are made anew.", folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -85,6 +85,15 @@ def _without_waiting(file: str, flags: int) -> int:
     return os.open(file, flags | os.O_NONBLOCK)
 
 
+def state_of(file: str) -> list[int] | None:
+    """What changes when a file does: its size, and when it was written, in ns; None if there is none."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name can hold what no file's name can
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
 def image_key(data: bytes) -> int:
     """A 63-bit number that is the same for equal bytes on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

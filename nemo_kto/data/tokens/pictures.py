@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_kto.data.reading.records import Image, RecordError
-from nemo_kto.data.tokens.image_files import ImageError, bytes_of, decoded, image_key
+from nemo_kto.data.tokens.image_files import ImageError, bytes_of, decoded, image_key, state_of
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class SeenImage:
         frames: How many its file has; it is the first.
         stand: What stands for it.
         deep: See `DecodedImage`.
+        state: See `state_of`; None for one that is in no file of its own.
     """
 
     image: Image
@@ -92,6 +93,7 @@ class SeenImage:
     frames: int
     stand: Stand
     deep: bool = False
+    state: list[int] | None = None
 
 
 class ImageReader:
@@ -128,11 +130,12 @@ class ImageReader:
 
     def _look_at(self, number: int, image: Image) -> SeenImage:
         try:
+            state = None if image.file is None else state_of(image.file)  # first, should it be written meanwhile
             data = bytes_of(image)
             found = decoded(data)
             width, height = found.pixels.size
             stand = self._stands(width, height)
-            return SeenImage(image, image_key(data), width, height, found.frames, stand, found.deep)
+            return SeenImage(image, image_key(data), width, height, found.frames, stand, found.deep, state)
         except ImageError as error:
             where = "" if image.file is None else f" ({image.file})"
             raise RecordError(f"image {number}{where} {error}", file=image.file) from error

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from nemo_kto.data.reading.records import BadRecord, Image
+from nemo_kto.data.tokens.image_files import state_of
 from nemo_kto.data.tokens.pictures import SeenImage
 from nemo_kto.data.tokens.stored_images import IMAGES, ContentWriter, StoredImage, image_rows, stored_image
 from nemo_kto.data.tokens.tokenization import EncodedRecord, prompt_key, token_key
@@ -41,6 +42,9 @@ INDEX = np.dtype(
 """One sample. Keys are equal for equal tokens and images, see `prompt_key` and `token_key`."""
 
 _TOKENS, _SAMPLES, _BAD, _COUNTS = "tokens.bin", "samples.bin", "bad_records.jsonl", "counts.json"
+_LOOKED_AT = 10_000
+"""Images that are looked at when a store is opened, about; some hundred milliseconds' worth."""
+
 _IMAGES, _CONTENTS = "images.bin", "image_contents.bin"
 _TOKEN = np.dtype("<i4")
 
@@ -149,7 +153,7 @@ class StoreWriter:
         for record in chunk.bad:
             self._files[_BAD].write(json.dumps(record.row()).encode() + b"\n")
             if record.file is not None:
-                self._unusable[record.file] = _state(record.file)
+                self._unusable[record.file] = state_of(record.file)
         self._files[_IMAGES].write(self._contents.add(chunk.images, chunk.contents).tobytes())
         self._num_images += len(chunk.images)
         self._num_tokens += len(chunk.tokens)
@@ -202,17 +206,23 @@ class TokenStore:
         return len(self.samples)
 
     def is_outdated(self) -> bool:
-        """Whether an image that could not be used is another file now, or is there only now."""
-        return any(_state(file) != state for file, state in self._unusable.items())
+        """Whether an image that could not be used is another file now, or one of those that could.
+
+        Of very many images some are looked at, evenly; of another one that has changed whoever reads it says so.
+        """
+        if any(state_of(file) != state for file, state in self._unusable.items()):
+            return True
+        rows = self.images[:: max(1, len(self.images) // _LOOKED_AT)]
+        return not all(self._image(row).is_there(row["state"].tolist()) for row in rows)
 
     def images_of(self, sample: int) -> tuple[StoredImage, ...]:
         """Returns what the prompt of a sample shows, in order."""
         row = self.samples[sample]
         first = int(row["first_image"])
-        return tuple(
-            stored_image(image, self._contents, base=self._base, store=self.folder)
-            for image in self.images[first : first + int(row["images"])]
-        )
+        return tuple(self._image(image) for image in self.images[first : first + int(row["images"])])
+
+    def _image(self, row: np.void) -> StoredImage:
+        return stored_image(row, self._contents, base=self._base, store=self.folder)
 
     def bad_records(self, limit: int | None = None) -> list[BadRecord]:
         """Returns the records that could not be used, at most `limit`."""
@@ -223,15 +233,6 @@ class TokenStore:
                     break
                 bad.append(BadRecord(**json.loads(line)))
         return bad
-
-
-def _state(file: str) -> list[int] | None:
-    """What changes when a file does; None if there is none."""
-    try:
-        found = os.stat(file)
-    except (OSError, ValueError):  # a name can hold what no file's name can
-        return None
-    return [found.st_size, found.st_mtime_ns]
 
 
 def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from nemo_kto.data.reading.records import Image
-from nemo_kto.data.tokens.image_files import ImageError, bytes_of_file, image_key
+from nemo_kto.data.tokens.image_files import ImageError, bytes_of_file, image_key, state_of
 from nemo_kto.data.tokens.pictures import SeenImage
 from nemo_kto.errors import DataError
 
@@ -30,6 +30,7 @@ IMAGES = np.dtype(
         ("inline", "?"),  # whether its content is the file itself; else the file's name
         ("start", "<i8"),  # where its content begins
         ("size", "<i8"),  # bytes of its content
+        ("state", "<i8", (2,)),  # of a file of its own, see `state_of`; else zeros
     ]
 )
 """One image of one sample."""
@@ -58,6 +59,15 @@ class StoredImage:
     place: str
     content: np.ndarray | None
     store: Path
+
+    def is_there(self, state: list[int]) -> bool:
+        """Whether it is what it was; `state` is that of its file then, which is read only if it has another one."""
+        if self.content is not None or state_of(self.place) == state:
+            return True
+        try:
+            return image_key(bytes_of_file(self.place)) == self.key
+        except ImageError:
+            return False
 
     def read(self) -> bytes:
         """Returns the bytes of its file.
@@ -92,7 +102,9 @@ def image_rows(seen: Sequence[SeenImage], contents: list[Image]) -> np.ndarray:
             contents.append(one.image)
         stand = one.stand
         inline = one.image.data is not None
-        rows.append((one.key, stand.num_tokens, stand.rows, stand.columns, one.width, one.height, inline, number, 0))
+        state = tuple(one.state or (0, 0))
+        sizes = stand.num_tokens, stand.rows, stand.columns, one.width, one.height
+        rows.append((one.key, *sizes, inline, number, 0, state))
     return np.array(rows, dtype=IMAGES)
 
 
