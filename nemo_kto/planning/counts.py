@@ -15,7 +15,7 @@ from nemo_kto.network.gpt import build_gpt
 from nemo_kto.network.lora import add_adapters
 from nemo_kto.network.projections import LoRASettings, adapted_modules
 from nemo_kto.network.quantised_weight import QuantisedWeight
-from nemo_kto.runs.model import params_dtype_of
+from nemo_kto.runs.model import params_dtype_of, vision_to_plan
 from nemo_kto.runtime.dry_run import alone
 from nemo_kto.runtime.layout import Layout, stage_layers
 
@@ -95,7 +95,7 @@ class ModelParts:
     """A model's parameters, part by part.
 
     Attributes:
-        embedding: The embedding.
+        embedding: The embedding, and what sees images.
         output: The last norm, and the output layer if it is another matrix than the embedding.
         layers: Each layer.
         tied: The output layer where it is the embedding, which the last stage then has a copy of.
@@ -149,7 +149,7 @@ def parts_of(config: KTOConfig, hf_config: PretrainedConfig, lora: LoRASettings 
     head = total(last, "output_layer.")  # of a tied model this is the embedding
     norm = total(last, "decoder.final_layernorm.")
     return ModelParts(
-        embedding=total(0, "embedding."),
+        embedding=total(0, "embedding.", "vision."),
         layers=tuple(total(kinds.index(kind), "decoder.layers.") for kind in kinds),
         output=norm if sizes.tied else norm + head,
         tied=head if sizes.tied else Part(),
@@ -178,6 +178,7 @@ def _parameters(
                 params_dtype=params_dtype_of(config),
                 unfused=lora is not None,
                 quantised=None if lora is None else lora.base,
+                vision=vision_to_plan(config, hf_config),
             )
             if lora is not None:
                 add_adapters(model, lora)

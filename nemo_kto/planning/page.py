@@ -11,7 +11,7 @@ from nemo_kto.network.vision import can_see
 from nemo_kto.planning.memory import RankMemory
 from nemo_kto.planning.search import RESERVE, RESERVE_SHARE, Found, Plan, Planner
 from nemo_kto.planning.speed import HOST_BANDWIDTH, OF_LINKS, OF_PEAK, StepTime
-from nemo_kto.runs.model import params_dtype_of
+from nemo_kto.runs.model import params_dtype_of, vision_to_plan
 from nemo_kto.runtime.space import checkpoint_bytes
 
 Pasted = Sequence[tuple[Plan, list[str]]]
@@ -166,7 +166,11 @@ def _assumptions(planner: Planner) -> Iterator[str]:
     if planner.sizes.mixture is not None:
         yield "    experts get equally many tokens"
     if can_see(planner.hf_config):
-        yield "    documents are of text: what sees images, which the first stage has whole, is not counted"
+        known = vision_to_plan(planner.config, planner.hf_config) is not None
+        yield (
+            "    documents are of text: what sees images, on the first stage, "
+            + ("counts with its parameters, and nothing that it makes of images" if known else "is not counted")
+        )
 
 
 def as_json(planner: Planner, plans: Pasted) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from nemo_kto.kto.starting_weights import Weights
 from nemo_kto.network import attention
 from nemo_kto.network.gpt import KTOGPTModel
 from nemo_kto.network.projections import LoRASettings
-from nemo_kto.runs.model import params_dtype_of, recompute_of
+from nemo_kto.runs.model import params_dtype_of, recompute_of, vision_to_plan
 from nemo_kto.runtime.dry_run import DryRun, alone, replaced
 from nemo_kto.runtime.layout import Layout
 from nemo_kto.runtime.optimizer import frugal_adams, make_optimizer, wrap_for_training
@@ -134,7 +134,7 @@ class _DryModel(MegatronGPTKTOModel):
             params_dtype=params_dtype_of(config),
             recompute=recompute_of(config),
             lora=lora,
-            vision=None,  # rows are of text
+            vision=vision_to_plan(config, hf_config),
             reference=reference,
             steps_per_epoch=1,
             val_batches=0,

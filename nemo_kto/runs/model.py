@@ -114,6 +114,13 @@ def vision_of(config: KTOConfig, hf_config: PretrainedConfig) -> VisionSettings 
     return None
 
 
+def vision_to_plan(config: KTOConfig, hf_config: PretrainedConfig) -> VisionSettings | None:
+    """Return what sees images in a model that is planned for, whose folder may have its config.json only, or not."""
+    folder = config.pretrained_checkpoint.restore_from_path
+    known = folder is not None and (Path(folder) / "config.json").is_file()
+    return vision_of(config, hf_config) if known and can_see(hf_config) else None
+
+
 def vision_for(
     config: KTOConfig, hf_config: PretrainedConfig, data: KTODataModule, *, trains: bool
 ) -> VisionSettings | None:

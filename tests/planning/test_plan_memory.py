@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Starcoder2Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    Qwen3Config,
+    SiglipVisionConfig,
+    Starcoder2Config,
+)
 
 from nemo_kto.config.schema import KTOConfig, LoRAConfig, OptimConfig
 from nemo_kto.kto.reference import ReferenceSettings
 from nemo_kto.network.families import dimensions_of, family_of
+from nemo_kto.network.hf_config import load_hf_config
 from nemo_kto.planning.counts import ModelParts, Parameters, Part, parts_of
 from nemo_kto.planning.memory import Activations, adapters_by_layer, held_memory
 from nemo_kto.runs.memory import longest_rows, step_memory
@@ -137,6 +147,38 @@ def test_the_formula_finds_what_a_dry_run_finds(run_ranks: Callable[..., list[An
     for name, (dry_held, dry_peak, held, peak) in found.items():
         assert held == pytest.approx(dry_held, rel=0.005, abs=4 * 1024 * 256 * 2), name
         assert peak == pytest.approx(dry_peak, rel=0.1), f"{name}: {peak / dry_peak:.3f}"
+
+
+def seen(folder: Path, train: str) -> dict[str, int]:
+    """Return what a rank of a LLaVA holds by a dry run and by formula, and how many parameters there are."""
+    torch.distributed.destroy_process_group()  # the harness's
+    config = configured({}, {}, "bf16-mixed")
+    config.pretrained_checkpoint.restore_from_path, config.model.vision.train = str(folder), train
+    hf_config = load_hf_config(folder)
+    dry = step_memory(config, hf_config, ONE, 0, every_layer=True)
+    parts = parts_of(config, hf_config, None)
+    held = held_memory(config, parts, ONE, 0, held_as("cached"))
+    whole = parts.whole
+    return {"dry": dry.held, "formula": held.held, "trained": whole.trained.all, "frozen": whole.frozen.all}
+
+
+@pytest.mark.parametrize("train", ["none", "projector"])
+def test_what_sees_images_counts(tmp_path: Path, run_ranks: Callable[..., list[Any]], train: str) -> None:
+    """As many parameters as transformers has, in their kinds; held to half a percent."""
+    wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    eyes = SiglipVisionConfig(**wide, num_hidden_layers=3, vision_use_head=False)
+    text = LlamaConfig(**SIZES)
+    whole = LlavaConfig(text_config=text, vision_config=eyes, vision_feature_select_strategy="full")
+    whole.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(whole)
+    numbers = {name: sum(each.numel() for each in part.parameters()) for name, part in model.model.named_children()}
+    projector = numbers["multi_modal_projector"]
+    (found,) = run_ranks(seen, 1, tmp_path, train)
+    of_language = numbers["language_model"] + model.lm_head.weight.numel()
+    assert found["frozen"] == numbers["vision_tower"] + (projector if train == "none" else 0)
+    assert found["trained"] == of_language + (projector if train == "projector" else 0)
+    assert found["formula"] == pytest.approx(found["dry"], rel=0.005)
 
 
 def test_what_is_held_by_hand() -> None:
