@@ -20,8 +20,10 @@ from nemo_kto.data.reading.paths import quoted
 from nemo_kto.data.reading.records import FeedbackRecord, Image
 from nemo_kto.data.reading.settling import SAMPLE
 from nemo_kto.data.tokens import cache
+from nemo_kto.data.tokens.pictures import ImageTokens
 from nemo_kto.data.tokens.rendering import Renderer
 from nemo_kto.errors import KTOError
+from nemo_kto.runs import data as runs_data
 from nemo_kto.runs.data import read_data
 from tests.data.conftest import train_byte_level
 
@@ -94,6 +96,13 @@ def an_image(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     record = FeedbackRecord(prompt, [assistant("world")], True, "f", 1, images=(Image(data=b""),))
     monkeypatch.setattr(cache, "parse_chunk", lambda chunk: [record])
     monkeypatch.setattr(Renderer, "see", lambda *_: ())
+
+
+def an_image_token(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """A model that takes images, for which the end token stands."""
+    tokens = ImageTokens("no folder", "LlavaProcessor", tokenizer.eos_token_id)
+    monkeypatch.setattr(runs_data, "model_folder", lambda config: Path("no folder"))
+    monkeypatch.setattr(runs_data, "image_tokens", lambda folder: tokens)
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -186,6 +195,9 @@ CASES = {
     ),
     "special tokens in an answer": Case(
         [SPOKEN | {"completion": [assistant("</s> world")]}], "that an assistant's message spells"
+    ),
+    "a string that spells an image": Case(
+        [TEXT | {"prompt": "</s> hello"}], "its text spells one", prepare=an_image_token
     ),
     "an image in a message that is dropped": Case(
         [WITH_SYSTEM], "left out, has an image", given=["model.data.system=drop"], prepare=an_image

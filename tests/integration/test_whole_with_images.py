@@ -32,7 +32,7 @@ def make_whole(folder: Path, text: Path) -> None:
         text_config=AutoConfig.from_pretrained(text),
         vision_config=SiglipVisionConfig(**test_models_with_images.EYES),
         mm_tokens_per_image=4,
-        image_token_index=3,
+        image_token_index=1,
         tie_word_embeddings=False,
     )
     language = stored_tensors(text)
