@@ -28,12 +28,7 @@ _SHOWN = 80
 
 
 def read_data(
-    config: KTOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_positions: int,
-    vocab_size: int,
-    trains: bool = True,
+    config: KTOConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int, vocab_size: int, trains: bool = True
 ) -> KTODataModule:
     """Return the data of the run, read and tokenised.
 
@@ -105,8 +100,9 @@ def _check_tokens(module: KTODataModule, tokenizer: PreTrainedTokenizerBase, voc
     """Raise a DataError for the first sample with a token that the model does not have."""
     for split, samples in module.splits.items():
         for number, store in enumerate(samples.stores):
-            # no embedding is asked for what stands for images
-            beyond = np.flatnonzero((store.tokens >= vocab_size) & (store.tokens != _number_of(module.image_token_id)))
+            beyond = np.flatnonzero(store.tokens >= vocab_size)
+            if module.image_token_id is not None:  # no embedding is asked for what stands for images
+                beyond = beyond[store.tokens[beyond] != module.image_token_id]
             mine = np.flatnonzero(samples.store_of == number)
             rows = store.samples[samples.place[mine]]
             middle = rows["start"] + rows["prompt"]
@@ -123,11 +119,6 @@ def _check_tokens(module: KTODataModule, tokenizer: PreTrainedTokenizerBase, voc
                     f"{vocab_size - 1}. Use the tokenizer that belongs to the model, or take such tokens out of the "
                     f"data. The first of the samples begins {prompt[:_SHOWN]!r}."
                 )
-
-
-def _number_of(token: int | None) -> int:
-    """Return a token's number, or one that no token has."""
-    return -1 if token is None else token
 
 
 def _division(model: ModelConfig) -> Division:

@@ -178,9 +178,12 @@ def _write_parts(
     answers: queue.Queue[tuple[int, Any]] = queue.Queue()
     counted: queue.Queue[int] = queue.Queue()  # Megatron's way to tell that they are done
     with ThreadPoolExecutor(max_workers=len(write_buckets)) as threads:
+        ended = []
         for number, bucket in enumerate(write_buckets):
             counted.put(number)
-            threads.submit(_write_preloaded_data, transform_list, number, bucket, answers, counted, True)
+            ended.append(threads.submit(_write_preloaded_data, transform_list, number, bucket, answers, counted, True))
+        for one in ended:
+            one.result()  # raises what it did not catch
     found = dict(answers.get_nowait() for _ in write_buckets)
     failed = next((answer for answer in found.values() if isinstance(answer, Exception)), None)
     global_results_queue.put(found if failed is None else failed)

@@ -12,7 +12,7 @@ from nemo_kto.network.family import whole_of
 from nemo_kto.network.gpt import KTOGPTModel, build_gpt
 from nemo_kto.network.hf_config import load_hf_config, whole_config
 from nemo_kto.network.lora import add_adapters
-from nemo_kto.network.vision import VisionSettings
+from nemo_kto.network.vision import VisionSettings, can_see
 from nemo_kto.runtime.checkpoint import (
     IDENTITY_FILE,
     SOURCE_FOLDER,
@@ -112,8 +112,8 @@ def load_model(
             )
         import_hf(model, base)
         add_adapters(model, read_adapter_config(source, num_layers=hf_config.num_hidden_layers))
-    elif images and model.vision is not None:
-        folder = folder_of_whole(stored_form(source), whole_of(hf_config))
+    elif images and can_see(hf_config):
+        folder = folder_of_whole(stored_form(source), whole_of(hf_config))  # on all ranks, should it be gone
         import_hf(model, folder, keys={leaf.key for leaf in model.frozen_leaves()})
     state = {"state_dict": {"chunk0": sharded_trained(model, sharding_metadata())}}
     loaded = ShardedCheckpointIO(verify=verify).load_checkpoint(checkpoint, sharded_state_dict=state)

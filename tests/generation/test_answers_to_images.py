@@ -31,16 +31,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline": 2},
     "VPP2": {"pipeline": 2, "virtual": 2},
     "CP2": {"context": 2},
+    "DP2": {},
 }
 NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for name in MODELS:
-        tiny_vision.make_folder(folder / name, tiny_vision.configs()[name])
-    return folder
+    return tiny_vision.make_folders(tmp_path_factory.mktemp("images"), MODELS)
 
 
 def shown(name: str) -> list[Shown]:

@@ -74,10 +74,7 @@ def gradients_of(vision: Vision) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with each model."""
-    root = tmp_path_factory.mktemp("source")
-    for name, config in tiny_vision.configs().items():
-        tiny_vision.make_folder(root / name, config)
-    return root
+    return tiny_vision.make_folders(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

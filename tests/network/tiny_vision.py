@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,14 @@ def make_folder(folder: Path, config: PretrainedConfig) -> Path:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + centre)
     model.save_pretrained(folder)
     return folder
+
+
+def make_folders(root: Path, names: Iterable[str] = ()) -> Path:
+    """Save the models of these names, or all, in folders called so."""
+    for name, config in configs().items():
+        if not names or name in names:
+            make_folder(root / name, config)
+    return root
 
 
 def load(folder: Path) -> Any:

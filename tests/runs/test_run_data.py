@@ -8,10 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_kto.config.schema import KTOConfig
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import ConfigError, DataError
+from nemo_kto.network.families import family_of, parts_of_wholes
+from nemo_kto.network.vision import PROJECTORS
+from nemo_kto.runs import data as run_data
+from nemo_kto.runs import records
 from nemo_kto.runs.data import read_data, settle_loss_weights
 from tests.integration.assets import make_tokenizer
 
@@ -135,3 +140,37 @@ def test_refused(data: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         read_data(config, tokenizer=None, max_positions=64, vocab_size=8)  # type: ignore[arg-type]  # it is not asked for
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_what_the_data_knows_of_models_that_see_is_what_the_network_does() -> None:
+    """Two tables, as the commands that only look at data do without Megatron."""
+    assert set(records._PROCESSORS) == set(PROJECTORS)
+    sectioned = {
+        whole
+        for names in parts_of_wholes().values()
+        for name in names
+        if (family := family_of(SimpleNamespace(model_type=name))).rotary_sections
+        for whole in family.part_of
+    }
+    assert set(records._COUNTS_GRID) == sectioned
+
+
+class Told(SimpleNamespace):
+    """Samples of which a message tells one."""
+
+    def __getitem__(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(prompt=[1])
+
+
+def test_what_stands_for_images_needs_no_embedding() -> None:
+    index = np.array([(0, 4)], dtype=[("start", "<i8"), ("prompt", "<i4")])
+    store = SimpleNamespace(tokens=np.array([1, 70, 70, 2, 3]), samples=index)
+    lengths = {"prompt_kept": np.array([4]), "response_kept": np.array([1])}
+    samples = Told(stores=[store], store_of=np.array([0]), place=np.array([0]), **lengths)
+    tokenizer: Any = SimpleNamespace(decode=lambda _: "a", convert_ids_to_tokens=lambda token: f"<{token}>")
+    module: Any = SimpleNamespace(splits={"train": samples}, files_of=lambda _: (["f"], np.array([0])))
+    module.image_token_id = 70
+    run_data._check_tokens(module, tokenizer, 64)
+    module.image_token_id = None
+    with pytest.raises(DataError, match="1 samples hold tokens that the model lacks, such as '<70>', number 70"):
+        run_data._check_tokens(module, tokenizer, 64)
