@@ -206,6 +206,37 @@ def rewards_of_folder(root: Path, folder: Path) -> list[float]:
     return [rewards[good].mean().item(), rewards[~good].mean().item()]
 
 
+# answers of a checkpoint, built again without its run
+
+
+def answers_of(log_dir: Path, prompts: list[Any]) -> list[str]:
+    """Return what the newest checkpoint answers, by the function behind `nemo-kto generate`."""
+    import torch.distributed as dist
+
+    from nemo_kto.commands.generate import answer_prompts
+    from nemo_kto.generation.decoding import Sampling
+
+    dist.destroy_process_group()  # the harness's
+    checkpoint = log_dir / "checkpoints" / f"megatron_gpt-step={STEPS}-last"
+    return [answer for _, answer in answer_prompts(checkpoint, prompts, Sampling(max_new_tokens=6))]
+
+
+@pytest.mark.parametrize("trained", ["none", "all", "adapters"])
+def test_a_checkpoint_answers_as_its_run_did(
+    root: Path, run: Callable[..., tuple[Path, Series]], run_ranks: Callable[..., Any], trained: str
+) -> None:
+    """What sees images is in it as far as it was trained, and else where training began."""
+    answering = {"generation__num_prompts": 4, "generation__max_new_tokens": 6, "generation__temperature": 0.0}
+    log_dir, _ = run(QWEN, **{**CONSTANT, **TRAINED[trained], **validated(root), **answering})
+    told = [json.loads(line) for line in (log_dir / "generations.jsonl").read_text().splitlines()]
+    assert len(told) == 4 and any("images" in row for row in told)
+    rows = Readings(root / "validation.jsonl", QWEN).rows
+    prompts = list({json.dumps(row["messages"][:-1]).replace("images/", f"{root}/images/"): 0 for row in rows})[:4]
+    (answers,) = run_ranks(answers_of, 1, log_dir, [json.loads(prompt) for prompt in prompts])
+    assert answers == [row["policy"] for row in told]
+    assert len(set(answers)) > 1
+
+
 def test_one_text_with_other_images_is_another_prompt(
     root: Path, tmp_path: Path, run_ranks: Callable[..., Any]
 ) -> None:
