@@ -38,7 +38,13 @@ CASES = [
 ]
 QUICK = [*CASES[:3], ("llava_clip", "all"), ("gemma3", "all")]
 LAYOUTS = {"tp2": TP2, "tp2sp": SP2, "pp2": PP2, "cp2": CP2, "dp2": {}}
-QUICK_LAYOUTS = [("qwen2_5_vl", "tp2sp"), ("qwen2_5_vl", "cp2"), ("llava_clip", "dp2"), ("gemma3", "pp2")]
+OF_FOUR = {"tp2sp_pp2": {**SP2, **PP2}, "tp2sp_cp2": {**SP2, **CP2}, "pp2_cp2": {**PP2, **CP2}, "tp2sp_dp2": SP2}
+"""Layouts of four ranks."""
+QUICK_LAYOUTS = [
+    *(("qwen2_5_vl", layout) for layout in ("tp2sp", "cp2", "tp2sp_pp2")),
+    ("llava_clip", "dp2"),
+    ("gemma3", "pp2"),
+]
 PROJECTORS = ("multi_modal_projector.", "visual.merger.")
 TOWERS = ("vision_tower.", "visual.")
 
@@ -146,7 +152,10 @@ def test_five_steps_equal_the_oracle(
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    marked([(kind, layout) for kind in ("qwen2_5_vl", "llava_clip", "gemma3") for layout in LAYOUTS], QUICK_LAYOUTS),
+    marked(
+        [(kind, layout) for kind in ("qwen2_5_vl", "llava_clip", "gemma3") for layout in [*LAYOUTS, *OF_FOUR]],
+        QUICK_LAYOUTS,
+    ),
 )
 def test_the_first_steps_under_other_layouts(
     root: Path,
@@ -157,8 +166,9 @@ def test_the_first_steps_under_other_layouts(
     layout: str,
 ) -> None:
     """Of the whole model; rewards and gradients of the second step tell what the first one did."""
-    short = {"trainer__kto__max_steps": 2, **LAYOUTS[layout]}
-    run_ranks(train_on_rank, 2, free_port(), overrides(root, tmp_path, kind, "all", **short))
+    ranks = 4 if layout in OF_FOUR else 2
+    short = {"trainer__kto__max_steps": 2, **(LAYOUTS | OF_FOUR)[layout]}
+    run_ranks(train_on_rank, ranks, free_port(), overrides(root, tmp_path, kind, "all", **short))
     _, expected = compared(kind, "all")
     assert_equal(read_series(tmp_path), {name: values[:2] for name, values in expected.items()})
 
